@@ -1,0 +1,1 @@
+"""Search, train and keep classifiers of small images; imports nothing from serve/."""

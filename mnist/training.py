@@ -1,0 +1,229 @@
+"""One training run, as a generator that yields progress; and the evaluation of a model."""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import precision_recall_fscore_support
+from torch import nn
+from torch.nn import functional as F
+
+from mnist.data import Dataset, Split
+
+OPTIMIZERS = ("Adam", "RMSprop", "SGD")
+WARM_UP = 0.15  # share of a run in which the learning rate rises; then it falls linearly to zero
+SUBSET = 500  # validation images behind a report in mid-run; the last report uses them all
+ROTATION, SCALE, SHIFT = (
+    math.radians(8),
+    0.08,
+    1.5,
+)  # augmentation: at most so much (rad, 1, pixels)
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after `samples` of `total` training images.
+
+    `loss` is the mean since the last Progress; `errors` of `n` validation images are wrong,
+    both None where nothing was validated.
+    """
+
+    samples: int
+    total: int
+    loss: float
+    errors: int | None = None
+    n: int | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        return None if self.errors is None or not self.n else 1 - self.errors / self.n
+
+
+def device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes cuda, then mps, then cpu.
+
+    Raises ValueError where this machine does not have it.
+    """
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, there in have.items() if there)
+    if not have.get(name):
+        raise ValueError(f"device {name!r} is not on this machine; use auto or cpu")
+    return torch.device(name)
+
+
+def standardise(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:
+    """uint8 (N, C, H, W), 0..255 -> float32 with the training split's mean 0 and deviation 1."""
+    return (images.float() / 255 - dataset.mean) / dataset.std
+
+
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn, scale and shift each image (N, C, H, W) float32, zero = paper, a little at random."""
+    n, size = len(images), images.shape[-1]
+    uniform = torch.rand(n, 4, generator=generator).to(images.device) * 2 - 1
+    angle, zoom = uniform[:, 0] * ROTATION, 1 + uniform[:, 1] * SCALE
+    shift = uniform[:, 2:] * SHIFT * 2 / size  # affine_grid's unit is half an image
+    cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    rows = (torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1))
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def make_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optimizer:
+    """The optimizer called `name` (one of OPTIMIZERS), fused where torch has it fused."""
+    if name == "Adam":
+        return torch.optim.Adam(model.parameters(), lr, fused=True)
+    if name == "SGD":
+        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, fused=True)
+    if name == "RMSprop":
+        return torch.optim.RMSprop(model.parameters(), lr, foreach=True)
+    raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
+
+
+def learning_rate(done: float) -> float:
+    """The factor on the learning rate when the share `done` (0..1) of the run is over."""
+    return min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
+
+
+def batches(
+    n: int, batch_size: int, steps: int, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """`steps` index tensors (batch_size,) into n samples: shuffled passes, one after the other."""
+    rest = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(rest) < batch_size:
+            rest = torch.cat([rest, torch.randperm(n, generator=generator)])
+        yield rest[:batch_size]
+        rest = rest[batch_size:]
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    train: Split,
+    validation: Split | None = None,
+    *,
+    batch_size: int = 33,
+    optimizer: str = "Adam",
+    lr: float = 0.00039,
+    samples: int,
+    validate_at: Sequence[int] = (),
+    augmented: bool = True,
+    seed: int = 0,
+) -> Iterator[Progress]:
+    """Train `model`, in place, on about `samples` images of `train`; both on one device.
+
+    The defaults of batch_size, optimizer and lr are the published best of DESIGN.md. The learning
+    rate warms up and then falls linearly to zero. Yields a Progress a hundred times a run; one that
+    carries the errors on SUBSET fixed validation images as soon as each number of samples in
+    `validate_at` is reached; and, at the end, one with the errors on all of `validation`.
+    Same seed, model and thread count: same weights on a CPU. Raises Diverged.
+    """
+    batch_size = min(batch_size, len(train.labels))
+    steps = max(1, round(samples / batch_size))
+    total, rungs = steps * batch_size, sorted(validate_at)
+    generator = torch.Generator().manual_seed(seed)
+    stepper = make_optimizer(model, optimizer, lr)
+    losses: list[torch.Tensor] = []
+    model.train()
+    for step, index in enumerate(batches(len(train.labels), batch_size, steps, generator), 1):
+        images = train.images[index].float() / 255
+        if augmented:
+            images = augment(images, generator)
+        for group in stepper.param_groups:
+            group["lr"] = lr * learning_rate((step - 0.5) / steps)
+        logits = model((images - dataset.mean) / dataset.std)
+        loss = F.cross_entropy(logits, train.labels[index])
+        stepper.zero_grad()
+        loss.backward()
+        stepper.step()
+        losses.append(loss.detach())
+        seen = step * batch_size
+        rung = bool(rungs) and seen >= rungs[0]
+        if step < steps and not rung and step * 100 // steps == (step - 1) * 100 // steps:
+            continue
+        mean_loss = float(torch.stack(losses).mean())
+        losses.clear()
+        if not math.isfinite(mean_loss):
+            raise Diverged(f"the loss is {mean_loss} after {seen} samples; a lower lr may help")
+        checked = validation if step == steps else validation and validation.head(SUBSET)
+        if checked is None or not (rung or step == steps):
+            yield Progress(seen, total, mean_loss)
+            continue
+        rungs = [rung for rung in rungs if rung > seen]
+        yield Progress(seen, total, mean_loss, errors(model, dataset, checked), len(checked.labels))
+        model.train()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, dataset: Dataset, images: torch.Tensor) -> torch.Tensor:
+    """Probabilities (N, classes) float32, on the CPU, for uint8 images (N, C, H, W)."""
+    model.eval()
+    parts = [model(standardise(part, dataset)).softmax(1) for part in images.split(250)]
+    return torch.cat(parts).cpu()
+
+
+def errors(model: nn.Module, dataset: Dataset, split: Split) -> int:
+    """How many images of `split` the model reads wrong."""
+    return int((predict(model, dataset, split.images).argmax(1) != split.labels.cpu()).sum())
+
+
+def speed(model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparameters: Any) -> float:
+    """Training images a second on this machine, from the median of a few steps.
+
+    The model is trained meanwhile, so it is not to be used afterwards.
+    """
+    run = fit(
+        model,
+        dataset,
+        dataset.train,
+        batch_size=batch_size,
+        samples=10 * batch_size,
+        **hyperparameters,
+    )
+    times = [time.perf_counter() for _ in run]
+    return batch_size / statistics.median(b - a for a, b in itertools.pairwise(times))
+
+
+def scores(
+    probabilities: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]
+) -> dict[str, Any]:
+    """What a model's record says of one split.
+
+    Errors of n first, then the accuracy with its 95 % interval (Wilson's), and for each class
+    precision, recall and F1 (0..1).
+    """
+    found, n = probabilities.argmax(1), len(labels)
+    wrong = int((found != labels).sum())
+    interval = binomtest(n - wrong, n).proportion_ci(0.95, method="wilson")
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, found, labels=range(len(classes)), zero_division=0.0
+    )
+    return {
+        "errors": wrong,
+        "n": n,
+        "accuracy": round(1 - wrong / n, 6),
+        "interval95": [round(float(interval.low), 4), round(float(interval.high), 4)],
+        "per_class": {
+            name: {
+                "precision": round(float(precision[i]), 4),
+                "recall": round(float(recall[i]), 4),
+                "f1": round(float(f1[i]), 4),
+            }
+            for i, name in enumerate(classes)
+        },
+    }
