@@ -1,0 +1,294 @@
+"""Any raw picture (bytes) -> the uint8 array the models were trained on; nothing else knows how."""
+
+import io
+import math
+import re
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops
+from scipy import ndimage
+
+Grey = NDArray[np.uint8]
+
+# Any telephone's photo passes; decoded as RGB this is 150 MB, which a server can bear.
+MAX_PIXELS = 50_000_000
+# Decoders that run no other program and fetch nothing. No ICO: a header of 256x256 may hold a far
+# larger picture, which Pillow decodes before its size can be checked.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+# Longest side on which ink is looked for: a digit a tenth as tall as its photo keeps 11 to 22
+# pixels, about the 20 that the recipe needs. 192 to 384 read photos equally well.
+WORKING_SIDE = 224
+# Longest side on which the background is estimated: light changes slowly across a picture.
+GROUND_SIDE = 56
+# Share of the side that the background bridges: wider than a bold stroke, narrower than a shadow.
+BRIDGE = 0.4
+# Least difference, of 255, of ink and background: above the grain of a photo of empty paper, below
+# a faint pencil.
+MIN_CONTRAST = 20
+# Ink starts this many median deviations off the background (6 is 4 standard deviations of normal
+# noise), and at least at 16 of 255, over the ripples that JPEG leaves around strokes.
+NOISE_DEVIATIONS, NOISE_FLOOR = 6, 16
+# A piece with a smaller share of the largest piece's pixels is a speck; the bar of a 5 has more.
+SPECK = 0.04
+# Share of the side next to an edge where only frames, rules and neighbours lie, no whole digit.
+MARGIN = 0.12
+# A piece that is no frame and at least this share of the picture's side may be the digit.
+DIGIT_SIDE = 0.15
+# The ink's box in MNIST: 20 of 28 pixels (http://yann.lecun.com/exdb/mnist/).
+BOX = 20 / 28
+# Shortest longest side, as a share of that box, still taken for the recipe: all of MNIST has 19 or
+# 20 of 20; a little room for other sets of its kind.
+LEAST_FILL = 0.7
+# Least mean width of a stroke in a box of 20. MNIST's own are 1.9 (median); thinner ones fade when
+# a photo is scaled down.
+MIN_STROKE = 1.8
+
+_EXIF_ORIENTATION = 0x0112
+_TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # its values -> Image.Transpose
+_decoding = threading.Lock()  # warnings.catch_warnings swaps a global of the whole process
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; `code` is `not_an_image`, `too_many_pixels` or `blank`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def normalise(
+    data: bytes,
+    *,
+    size: int = 28,
+    channels: int = 1,
+    recipe: str = "digit",
+    max_pixels: int = MAX_PIXELS,
+) -> Grey:
+    """Read a picture in any common format and bring it to the form of the training images.
+
+    Returns uint8 (channels, size, size): ink is high (255) on 0, by the recipe that `centre`
+    describes. A picture that already follows it, in either polarity, passes through bit for bit.
+    Otherwise ink is what stands out from the local background, found by closing (or opening) and
+    Otsu's threshold (1979, doi:10.1109/TSMC.1979.4310076); specks, rules and frames are left out.
+
+    Raises ImageError: `not_an_image` if no decoder reads all of it, `too_many_pixels` if its header
+    says more than `max_pixels`, `blank` if nothing stands out. Raises ValueError for a recipe other
+    than "digit" with one channel.
+    """
+    if (recipe, channels) != ("digit", 1):
+        raise ValueError(f"recipe {recipe!r} with {channels} channels: only 'digit' with 1 exists")
+    picture = _decode(data, max_pixels)
+    grey = np.asarray(picture)
+    for candidate in (grey, 255 - grey):
+        if _follows(candidate, size):
+            return candidate[None].copy()
+    return centre(_ink(picture), size)[None]
+
+
+def centre(grey: Grey, size: int = 28) -> Grey:
+    """Apply MNIST's recipe to ink on black: uint8 (H, W), ink high on exact 0 -> (size, size).
+
+    The ink's longest side becomes 20/28 of `size`, its aspect kept, its edges anti-aliased, its
+    peak 255; its centre of mass lies within half a pixel of index (size/2, size/2), as in all of
+    MNIST, unless ink would leave the picture. Strokes too thin to survive are thickened. An array
+    that already follows the recipe is returned as it is. Raises ImageError `blank` if all is 0.
+    """
+    if _follows(grey, size):
+        return grey.copy()
+    ink = _thicken(grey[_extent(grey)])
+    longest: int = max(ink.shape)
+    scale = round(size * BOX) / longest
+    height, width = (max(1, round(side * scale)) for side in ink.shape)
+    small = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC))
+    small = np.rint(small * (255 / max(1.0, float(np.max(small))))).astype(np.uint8)
+    top, left = (
+        min(max(math.ceil((size - 1) / 2 - at), 0), size - side)
+        for at, side in zip(_mass_centre(small), small.shape, strict=True)
+    )
+    out = np.zeros((size, size), np.uint8)
+    out[top : top + height, left : left + width] = small
+    return out
+
+
+def _follows(grey: Grey, size: int) -> bool:
+    # At most 45 per cent of any MNIST image is ink, so the test for half tells ink from ground.
+    if grey.shape != (size, size) or not 0 < 2 * np.count_nonzero(grey) < grey.size:
+        return False
+    longest = max(grey[_extent(grey)].shape)
+    box = round(size * BOX)
+    centred = all(abs(at - size / 2) <= 1 for at in _mass_centre(grey))
+    return centred and LEAST_FILL * box <= longest <= box
+
+
+def _extent(grey: Grey) -> tuple[slice, slice]:
+    rows, columns = np.flatnonzero(grey.any(1)), np.flatnonzero(grey.any(0))
+    if not len(rows):
+        raise _blank()
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _mass_centre(grey: Grey) -> tuple[float, float]:
+    rows, columns = (grey.sum(axis, dtype=float) for axis in (1, 0))
+    y, x = (float(mass @ np.arange(len(mass)) / mass.sum()) for mass in (rows, columns))
+    return y, x
+
+
+def _thicken(ink: Grey) -> Grey:
+    mask = ink > 127
+    outline = [np.diff(mask, axis=axis, prepend=False, append=False) for axis in (0, 1)]
+    # A band's area over half its outline is its width.
+    stroke = 2 * np.count_nonzero(mask) / max(1, sum(map(np.count_nonzero, outline)))
+    longest: int = max(ink.shape)
+    missing = round(MIN_STROKE * longest / 20 - stroke)
+    if missing < 1:
+        return ink
+    return ndimage.maximum_filter(np.pad(ink, missing), missing + 1)
+
+
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        with _decoding, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > max_pixels:
+                raise _too_many(image.width * image.height, max_pixels)
+            image.draft("L", (WORKING_SIDE, WORKING_SIDE))  # JPEG decodes to no more than needed
+            grey = _grey(image)
+            # Asked after decoding: Pillow turns a TIFF by itself and then drops the tag.
+            turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        return grey if turn is None else grey.transpose(Image.Transpose(turn))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as e:  # Pillow's own limit, about 179 million
+        pixels = re.search(r"\d+", str(e))
+        raise _too_many(int(pixels[0]) if pixels else max_pixels + 1, max_pixels) from e
+    except Exception as e:  # decoders raise whatever malformed bytes bring about
+        raise ImageError(
+            "not_an_image",
+            f"these {len(data):,} bytes cannot be read as a picture; send a whole PNG, JPEG, GIF, "
+            "BMP, WebP, TIFF or PPM file",
+        ) from e
+
+
+def _too_many(pixels: int, limit: int) -> ImageError:
+    return ImageError(
+        "too_many_pixels",
+        f"the picture has {pixels:,} pixels; the limit is {limit:,} (MAX_PIXELS)",
+    )
+
+
+def _blank() -> ImageError:
+    return ImageError("blank", "the picture is blank: draw something dark on light or the reverse")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    factor = math.ceil(max(image.size) / WORKING_SIDE)
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            return _on_ground(image.reduce(factor))
+    return image.convert("L").reduce(factor)
+
+
+def _eight_bits(deep: NDArray[Any]) -> Grey:
+    if deep.dtype.kind in "iu" and deep.min() >= 0 and deep.max() < 2**16:
+        return (deep >> 8 if deep.max() > 255 else deep).astype(np.uint8)
+    deep = np.nan_to_num(deep.astype(float))
+    low, high = deep.min(), deep.max()
+    return ((deep - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+
+
+def _on_ground(image: Image.Image) -> Image.Image:
+    """Composite RGBA onto what shows its ink: its own ground, or the opposite of bare strokes."""
+    alpha = np.asarray(image.getchannel("A")).astype(np.uint32)
+    grey = np.asarray(image.convert("RGB").convert("L"))
+    if 2 * alpha.mean() > 255:
+        ground = int(np.median(grey[alpha > 127]))
+    else:
+        ground = 255 if (grey * alpha).sum() < 128 * alpha.sum() else 0
+    return Image.fromarray(((grey * alpha + ground * (255 - alpha) + 127) // 255).astype(np.uint8))
+
+
+def _ink(picture: Image.Image) -> Grey:
+    relief = _relief(picture)
+    levels, counts = np.arange(256), np.array(relief.histogram())
+    threshold = _otsu(counts)
+    rest, strong = counts * (levels <= threshold), counts * (levels > threshold)
+    full, ground = _median(strong), _median(rest)
+    if full - ground < MIN_CONTRAST:
+        raise _blank()
+    noise = _median(np.bincount(np.abs(levels - ground), rest))
+    low = ground + min(max(NOISE_FLOOR, NOISE_DEVIATIONS * noise), (threshold - ground) / 2)
+    ink = np.clip((levels - low) * (255 / (full - low)), 0, 255).tolist()
+    toned = np.asarray(relief.point([int(level) for level in ink]))
+    return toned * _pieces(toned > 0, np.asarray(relief) > threshold)
+
+
+def _relief(picture: Image.Image) -> Image.Image:
+    """How far each pixel stands out from the background, on the side of the ink."""
+    thumb = np.asarray(picture.reduce(math.ceil(max(picture.size) / GROUND_SIDE)))
+    window = max(3, int(BRIDGE * max(thumb.shape)) | 1)
+    dark = _ink_is_dark(thumb)
+    bridge = ndimage.grey_closing if dark else ndimage.grey_opening
+    bridged = Image.fromarray(bridge(thumb, (window, window)))
+    ground = bridged.resize(picture.size, Image.Resampling.BILINEAR)
+    pair = (ground, picture) if dark else (picture, ground)
+    return ImageChops.subtract(*pair)  # negative differences become 0
+
+
+def _ink_is_dark(thumb: Grey) -> bool:
+    """Whether most of a picture and of its rim is in the lighter half, a slope of light removed."""
+    level = thumb - thumb.mean()
+    for lines in (level, level.T):
+        ramp = np.arange(len(lines)) - (len(lines) - 1) / 2
+        slope = ramp @ lines.mean(1) / max(1, ramp @ ramp)
+        lines -= (slope * ramp)[:, None]
+    light = level > (level.min() + level.max()) / 2
+    rim = np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])
+    return bool(light.mean() + rim.mean() / 3 > 2 / 3)  # a frame all round must not outvote paper
+
+
+def _otsu(counts: NDArray[np.int64]) -> int:
+    below, mass = counts.cumsum(), (counts * np.arange(256.0)).cumsum()
+    shares = np.maximum(below * (below[-1] - below), 1)
+    return int(np.argmax((mass * below[-1] - mass[-1] * below) ** 2 / shares))
+
+
+def _median(counts: NDArray[Any]) -> int:
+    return int(np.searchsorted(counts.cumsum(), counts.sum() / 2))
+
+
+def _pieces(mask: NDArray[np.bool_], strong: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The connected pieces of a mask that can be a digit's: no specks, rules or frames."""
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    pixels = np.bincount(labels[strong], minlength=count + 1)
+    pixels[0] = 0
+    large = np.flatnonzero(pixels > SPECK * pixels.max())
+    if len(large) > 1:
+        boxes = ndimage.find_objects(labels)
+        shown = [(i, boxes[i - 1]) for i in large]
+        frames = [i for i, box in shown if _is_frame(labels[box] == i, box, mask.shape)]
+        least = DIGIT_SIDE * max(mask.shape)
+        if any(max(labels[box].shape) >= least for i, box in shown if i not in frames):
+            pixels[frames] = 0
+    return (pixels > SPECK * pixels.max())[labels]
+
+
+def _is_frame(piece: NDArray[np.bool_], box: tuple[slice, slice], shape: tuple[int, ...]) -> bool:
+    """Whether a piece runs from edge to edge, keeps to one edge, or is a hollow rectangle."""
+    hollow = piece.copy()
+    for axis, (side, length) in enumerate(zip(box, shape, strict=True)):
+        at_start, at_end, margin = side.start == 0, side.stop == length, MARGIN * length
+        if at_start and at_end:
+            return True
+        if (at_start and side.stop <= margin) or (at_end and side.start >= length - margin):
+            return True
+        rim = math.ceil(MARGIN * piece.shape[axis])
+        hollow = np.delete(hollow, np.r_[:rim, -rim:0], axis)
+    return min(piece.shape) > max(shape) / 2 and not hollow.any()

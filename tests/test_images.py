@@ -1,0 +1,320 @@
+import io
+import os
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from mnist.images import ImageError, centre, normalise
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def seven(size=(280, 280), ink=0, ground=255, width=20, box=(80, 50, 200, 230), mode="L"):
+    image = Image.new(mode, size, ground)
+    left, top, right, bottom = box
+    corners = [(left, top), (right, top), (left + (right - left) // 3, bottom)]
+    ImageDraw.Draw(image).line(corners, fill=ink, width=width, joint="curve")
+    return image
+
+
+def recipe_digits():
+    shapes = [
+        lambda pen: pen.ellipse((60, 20, 140, 180), outline=255, width=22),
+        lambda pen: pen.line((100, 10, 90, 190), fill=255, width=26),
+        lambda pen: pen.line((50, 20, 150, 20, 80, 180), fill=255, width=20),
+        lambda pen: pen.arc((40, 40, 160, 160), 30, 330, fill=255, width=24),
+    ]
+    for shape in shapes:
+        image = Image.new("L", (200, 200))
+        shape(ImageDraw.Draw(image))
+        yield centre(np.asarray(image))
+
+
+def mass_centre(digit):
+    y, x = np.indices(digit.shape)
+    return (digit * y).sum() / digit.sum(), (digit * x).sum() / digit.sum()
+
+
+def extent(digit):
+    y, x = np.nonzero(digit)
+    return y.max() - y.min() + 1, x.max() - x.min() + 1
+
+
+def likeness(a, b):
+    """Correlation of two pictures, at best within a pixel's shift: 1 for the same."""
+    shifted = [np.roll(a, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    return max(np.corrcoef(each.ravel(), b.ravel())[0, 1] for each in shifted)
+
+
+REFERENCE = normalise(encode(seven()))[0]
+
+
+def assert_reads_as_the_seven(data, least=0.95):
+    digit = normalise(data)
+    assert digit.shape == (1, 28, 28)
+    assert digit.dtype == np.uint8
+    assert likeness(digit[0], REFERENCE) > least
+
+
+def refused(data, **options):
+    with pytest.raises(ImageError) as caught:
+        normalise(data, **options)
+    return caught.value
+
+
+def test_a_drawing_gets_a_longest_side_of_20_and_its_mass_in_the_middle():
+    for box in [(80, 50, 200, 230), (5, 5, 60, 40), (150, 180, 270, 260)]:
+        digit = normalise(encode(seven(box=box, width=9)))[0]
+        assert max(extent(digit)) == 20
+        assert np.allclose(mass_centre(digit), 14, atol=0.51)
+        assert digit.max() == 255
+        assert digit[0].max() == digit[:, 0].max() == 0
+
+
+def test_the_aspect_is_kept():
+    height, width = extent(normalise(encode(seven(box=(100, 40, 160, 240), width=12)))[0])
+    assert height == 20
+    assert width == pytest.approx(20 * 72 / 212, abs=1.5)
+
+
+def test_another_size_scales_the_recipe():
+    digit = normalise(encode(seven()), size=56)
+    assert digit.shape == (1, 56, 56)
+    assert max(extent(digit[0])) == 40
+    assert np.allclose(mass_centre(digit[0]), 28, atol=0.51)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
+def test_a_picture_that_follows_the_recipe_passes_through_bit_for_bit(mode):
+    for digit in recipe_digits():
+        assert np.array_equal(normalise(encode(Image.fromarray(digit).convert(mode)))[0], digit)
+
+
+def test_the_recipe_passes_through_in_every_polarity_and_as_bare_strokes():
+    for digit in recipe_digits():
+        assert np.array_equal(normalise(encode(Image.fromarray(255 - digit)))[0], digit)
+        for colour in (0, 255):
+            strokes = Image.new("RGBA", (28, 28), (colour,) * 3)
+            strokes.putalpha(Image.fromarray(digit))
+            assert np.array_equal(normalise(encode(strokes))[0], digit)
+
+
+def test_centring_twice_changes_nothing():
+    for digit in recipe_digits():
+        assert np.array_equal(centre(digit), digit)
+
+
+def test_a_shifted_digit_is_brought_back_unscaled():
+    for digit in recipe_digits():
+        shifted = np.roll(digit, (-2, -2), (0, 1))
+        assert np.array_equal(centre(shifted), digit)
+
+
+@pytest.mark.skipif("MNIST_DATA_DIR" not in os.environ, reason="MNIST_DATA_DIR is not set")
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_real_mnist_images_pass_through_bit_for_bit(mode):
+    path = Path(os.environ["MNIST_DATA_DIR"]) / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    if not path.exists():
+        pytest.skip(f"{path} does not exist")
+    digits = np.fromfile(path, np.uint8, count=300 * 784, offset=16).reshape(-1, 28, 28)
+    for digit in digits:
+        assert np.array_equal(centre(digit), digit)
+        assert np.array_equal(normalise(encode(Image.fromarray(digit).convert(mode)))[0], digit)
+
+
+@pytest.mark.parametrize(("ink", "ground"), [(255, 0), (40, 110), (200, 120), (180, 220)])
+def test_polarity_and_contrast_do_not_matter(ink, ground):
+    assert_reads_as_the_seven(encode(seven(ink=ink, ground=ground)), least=0.99)
+
+
+@pytest.mark.parametrize("ink", [(0, 0, 0, 255), (255, 255, 255, 255), (200, 30, 30, 255)])
+def test_strokes_on_a_transparent_canvas_are_ink(ink):
+    assert_reads_as_the_seven(encode(seven(mode="RGBA", ink=ink, ground=(0, 0, 0, 0))), least=0.99)
+
+
+def test_a_card_with_transparent_corners_keeps_its_own_ground():
+    card = seven(mode="RGBA", ink="white", ground="black")
+    shape = Image.new("L", card.size)
+    ImageDraw.Draw(shape).rounded_rectangle((0, 0, 279, 279), 60, fill=255)
+    card.putalpha(shape)
+    assert_reads_as_the_seven(encode(card), least=0.99)
+
+
+FORMATS = [
+    ("PNG", "1"), ("PNG", "P"), ("PNG", "LA"), ("JPEG", "L"), ("JPEG", "RGB"), ("JPEG", "CMYK"),
+    ("GIF", "P"), ("BMP", "RGB"), ("WEBP", "RGB"), ("TIFF", "CMYK"), ("TIFF", "F"), ("PPM", "RGB"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "mode"), FORMATS)
+def test_every_common_format_and_mode_reads_the_same(kind, mode):
+    assert_reads_as_the_seven(encode(seven().convert(mode), kind), least=0.98)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_upper_eight(kind):
+    for digit in recipe_digits():
+        deep = Image.fromarray(digit.astype(np.uint16) * 257)
+        assert np.array_equal(normalise(encode(deep, kind))[0], digit)
+
+
+def test_the_first_frame_of_an_animation_counts():
+    other = Image.new("L", (280, 280), 255)
+    ImageDraw.Draw(other).ellipse((80, 50, 200, 230), fill=0)
+    assert_reads_as_the_seven(encode(seven(), "GIF", save_all=True, append_images=[other]))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_camera_s_rotation_is_undone(kind):
+    for orientation, transpose in [
+        (2, Image.Transpose.FLIP_LEFT_RIGHT),
+        (3, Image.Transpose.ROTATE_180),
+        (6, Image.Transpose.ROTATE_90),
+        (8, Image.Transpose.ROTATE_270),
+    ]:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert_reads_as_the_seven(encode(seven().transpose(transpose), kind, exif=exif))
+
+
+def uneven_photo(ink, ground, seed=0):
+    """A drawing lit from a corner, with a soft shadow and the grain of a sensor."""
+    drawing = seven((600, 600), ink, ground, 40, (180, 120, 420, 480))
+    y, x = np.mgrid[-1:1:600j, -1:1:600j]
+    light = 0.75 + 0.2 * x - 0.1 * y - 0.15 / (1 + np.exp(-12 * (y - 0.4)))
+    grain = np.random.default_rng(seed).normal(0, 6, light.shape)
+    photo = np.asarray(drawing.filter(ImageFilter.GaussianBlur(1.5))) * light + grain
+    return Image.fromarray(photo.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("ink", "ground"), [(60, 230), (230, 60)])
+def test_a_photo_under_uneven_light_is_read_as_ink_on_black(ink, ground):
+    data = encode(uneven_photo(ink, ground), "JPEG", quality=80)
+    assert_reads_as_the_seven(data, least=0.9)
+    assert normalise(data)[0][:, [0, 1, -2, -1]].max() == 0
+
+
+def test_a_large_photo_with_a_small_digit_is_read():
+    photo = seven((4000, 3000), 40, 210, 60, (2600, 400, 2920, 880), "RGB")
+    assert_reads_as_the_seven(encode(photo, "JPEG"), least=0.9)
+
+
+def test_a_hair_thin_line_survives_the_reduction():
+    stroke = normalise(encode(seven((1000, 1000), width=4, box=(200, 100, 700, 900))))[0]
+    assert max(extent(stroke)) == 20
+    assert np.count_nonzero(stroke > 127) > 1.4 * np.count_nonzero((stroke > 127).any(1))
+
+
+def test_specks_are_not_ink():
+    drawing = seven()
+    pen = ImageDraw.Draw(drawing)
+    for x, y in [(8, 9), (260, 20), (30, 250), (250, 262), (20, 140)]:
+        pen.ellipse((x, y, x + 5, y + 5), fill=0)
+    assert_reads_as_the_seven(encode(drawing), least=0.99)
+
+
+def test_the_loose_bar_of_a_five_is_ink():
+    drawing = Image.new("L", (280, 280), 255)
+    pen = ImageDraw.Draw(drawing)
+    pen.line((100, 60, 100, 130, 170, 150, 160, 210, 90, 220), fill=0, width=14)
+    without = normalise(encode(drawing))[0]
+    pen.line((125, 55, 190, 50), fill=0, width=14)
+    assert extent(normalise(encode(drawing))[0])[1] > extent(without)[1]
+
+
+RULES = {
+    "lines above and below": lambda pen: [
+        pen.line((0, y, 279, y), fill=90, width=3) for y in (25, 255)
+    ],
+    "a frame at the edge": lambda pen: pen.rectangle((0, 0, 279, 279), outline=0, width=8),
+    "a drawn box": lambda pen: pen.rectangle((20, 12, 262, 268), outline=0, width=5),
+    "a neighbour's edge": lambda pen: pen.rectangle((262, 60, 279, 200), fill=0),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_and_frames_are_not_ink(rule):
+    drawing = seven()
+    RULES[rule](ImageDraw.Draw(drawing))
+    assert_reads_as_the_seven(encode(drawing), least=0.98)
+
+
+def test_a_digit_that_fills_its_picture_is_no_frame():
+    drawing = seven((60, 80), width=9, box=(0, 3, 59, 79))
+    assert max(extent(normalise(encode(drawing))[0])) == 20
+
+
+def test_what_is_no_picture_is_refused():
+    whole = encode(seven())
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    for data in (b"", b"hello", whole[: len(whole) // 2], whole[:40], eps):
+        error = refused(data)
+        assert error.code == "not_an_image"
+        assert f"{len(data):,} bytes" in str(error)
+
+
+def test_too_many_pixels_are_refused_with_both_figures_and_the_setting():
+    error = refused(encode(seven()), max_pixels=10_000)
+    assert error.code == "too_many_pixels"
+    for part in ("78,400", "10,000", "MAX_PIXELS"):
+        assert part in str(error)
+    assert normalise(encode(seven()), max_pixels=78_400).any()
+
+
+@pytest.mark.parametrize("side", [8_000, 12_000, 40_000])
+def test_a_bomb_is_refused_from_its_header(side):
+    header = b"P5 %d %d 255\n" % (side, side)
+    error = refused(header + bytes(100))
+    assert error.code == "too_many_pixels"
+    assert f"{side * side:,}" in str(error)
+
+
+def blanks():
+    noise = np.random.default_rng(1).normal(200, 4, (300, 300)).clip(0, 255).astype(np.uint8)
+    slope = np.tile(np.linspace(120, 220, 280).astype(np.uint8), (280, 1))
+    yield from (Image.new("L", (280, 280), level) for level in (0, 128, 255))
+    yield from (Image.new("L", (1, 1)), Image.new("RGBA", (28, 28)), Image.new("L", (5000, 1), 9))
+    yield from (Image.fromarray(noise), Image.fromarray(slope), seven(ink=240, ground=245))
+
+
+def test_a_picture_with_nothing_drawn_is_blank():
+    for image in blanks():
+        assert refused(encode(image)).code == "blank"
+    with pytest.raises(ImageError) as caught:
+        centre(np.zeros((28, 28), np.uint8))
+    assert caught.value.code == "blank"
+
+
+def test_damaged_bytes_raise_nothing_but_image_errors_and_warn_of_nothing():
+    dice = random.Random(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    small = seven((40, 40), width=4, box=(10, 8, 30, 34))
+    originals = [encode(small, kind, exif=exif) for kind in ("PNG", "JPEG", "TIFF", "WEBP")]
+    originals += [encode(small, kind) for kind in ("GIF", "BMP", "PPM")]
+    codes = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for original in originals:
+            for _ in range(100):
+                damaged = bytearray(original[: dice.choice([None, dice.randrange(len(original))])])
+                for _ in range(dice.randrange(5) if damaged else 0):
+                    damaged[dice.randrange(min(300, len(damaged)))] = dice.randrange(256)
+                try:
+                    assert normalise(bytes(damaged)).shape == (1, 28, 28)
+                except ImageError as error:
+                    codes.add(error.code)
+    assert "not_an_image" in codes
+
+
+def test_an_unknown_recipe_is_named():
+    with pytest.raises(ValueError, match="'sepia'"):
+        normalise(encode(seven()), recipe="sepia")
