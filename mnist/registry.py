@@ -1,0 +1,237 @@
+"""saved_models/: immutable model files and model_info.json. `python -m mnist.registry --help`."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from filelock import FileLock
+
+INFO = "model_info.json"
+NAME = re.compile(r"\d{8}-\d{6}(-\d+)?")
+
+Record = dict[str, Any]
+
+
+class RegistryError(RuntimeError):
+    """A registry, record or file that cannot be used; the message says which and what to do."""
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """All of model_info.json; an empty one (`current` None, no `models`) where there is none yet."""
+    try:
+        info = json.loads((folder / INFO).read_text("utf-8"))
+    except FileNotFoundError:
+        return {"schema": 1, "current": None, "models": {}}
+    except (OSError, ValueError) as error:
+        raise RegistryError(f"{folder / INFO} cannot be read: {error}") from error
+    if not isinstance(info, dict) or info.get("schema") != 1:
+        raise RegistryError(f"{folder / INFO} is not of schema 1; a newer version wrote it")
+    return info
+
+
+def record(folder: Path, name: str | None = None) -> tuple[str, Record]:
+    """The name and record of one model, the current one by default.
+
+    Raises RegistryError where there is none, or the name is not one of the registry's.
+    """
+    info = read(folder)
+    name = info["current"] if name is None else name
+    if name is None:
+        raise RegistryError(f"no current model in {folder}; `python run.py` saves one")
+    if not NAME.fullmatch(name) or name not in info["models"]:
+        raise RegistryError(f"no model {name!r} in {folder}; it has {', '.join(info['models'])}")
+    return name, info["models"][name]
+
+
+def file(folder: Path, name: str, kind: str = "weights") -> Path:
+    """The path of one of a model's files, after its checksum was compared with the record's.
+
+    Raises RegistryError where the file is missing or altered.
+    """
+    entry = record(folder, name)[1]["files"][kind]
+    path = folder / Path(entry["file"]).name
+    try:
+        with path.open("rb") as stream:
+            actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise RegistryError(f"{path}: {error.strerror}; model {name} cannot be used") from error
+    if actual != entry["sha256"]:
+        raise RegistryError(
+            f"{path} was altered: its SHA-256 is {actual}, the record says {entry['sha256']}; "
+            f"`python -m mnist.registry use` another model, or put the file back"
+        )
+    return path
+
+
+def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, promote: str) -> str:
+    """Keep a new model and return its name.
+
+    `files` maps a kind ("weights") to the file's ending (".pth") and content; `entry` is the
+    record without `created` and `files`; `promote` is "better", "always" or "never". Files come
+    first, the record last, each under its final name only when it is complete: a crash at any
+    moment leaves the registry as it was.
+    """
+    with _locked(folder):
+        info = read(folder)
+        now = datetime.now(UTC)
+        name = _new_name(folder, info, now)
+        entry = entry | {"created": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "files": {}}
+        for kind, (ending, content) in files.items():
+            _write(folder / f"{name}{ending}", content)
+            digest = hashlib.sha256(content).hexdigest()
+            entry["files"][kind] = {
+                "file": f"{name}{ending}",
+                "sha256": digest,
+                "bytes": len(content),
+            }
+        info["models"][name] = entry
+        current = info["models"].get(info["current"])
+        if promote == "always" or (promote == "better" and better(entry, current)):
+            info["current"] = name
+        _write_info(folder, info)
+    return name
+
+
+def better(new: Record, current: Record | None) -> bool:
+    """Whether `new` may become current in place of `current`, by its own merit.
+
+    It may where there is none, or for the same data and classes when it makes no larger share of
+    errors on the calibration split; but a --quick model never replaces one that is not.
+    """
+    if current is None:
+        return True
+    if new["quick"] and not current["quick"]:
+        return False
+    if any(new["dataset"][key] != current["dataset"][key] for key in ("name", "sha256", "classes")):
+        return False
+    share = [entry["metrics"]["calibration"] for entry in (new, current)]
+    return share[0]["errors"] / share[0]["n"] <= share[1]["errors"] / share[1]["n"]
+
+
+def use(folder: Path, name: str) -> None:
+    """Make `name` the current model, after its weights were verified."""
+    with _locked(folder):
+        file(folder, name)
+        _write_info(folder, read(folder) | {"current": name})
+
+
+def remove(folder: Path, name: str) -> None:
+    """Delete a model that is not the current one: its record first, then its files."""
+    with _locked(folder):
+        entry = record(folder, name)[1]
+        info = read(folder)
+        if name == info["current"]:
+            raise RegistryError(f"{name} is the current model; `use` another one first")
+        del info["models"][name]
+        _write_info(folder, info)
+        for part in entry["files"].values():
+            (folder / Path(part["file"]).name).unlink(missing_ok=True)
+
+
+def writable(folder: Path) -> None:
+    """Raises RegistryError now rather than after hours of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RegistryError(f"cannot write to {folder}: {error.strerror}; see --output") from error
+    read(folder)
+
+
+def _new_name(folder: Path, info: dict[str, Any], now: datetime) -> str:
+    base = now.strftime("%Y%m%d-%H%M%S")
+    name, n = base, 1
+    while name in info["models"] or any(folder.glob(f"{name}.*")):
+        n += 1
+        name = f"{base}-{n}"
+    return name
+
+
+def _locked(folder: Path) -> FileLock:
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".lock")
+
+
+def _write_info(folder: Path, info: dict[str, Any]) -> None:
+    _write(folder / INFO, json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of the content under the path, or nothing; on the disk when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+# --- python -m mnist.registry ----------------------------------------------------------------------
+
+
+@click.group()
+@click.option("--folder", type=click.Path(path_type=Path), default="saved_models")
+@click.pass_context
+def main(context: click.Context, folder: Path) -> None:
+    """List the saved models, choose the one that is served, verify and remove them."""
+    context.obj = folder
+
+
+@main.command("list")
+@click.pass_obj
+def _list(folder: Path) -> None:
+    """One line for each model; the current one has a star."""
+    info = read(folder)
+    for name, entry in info["models"].items():
+        test = entry["metrics"]["test"]
+        click.echo(
+            f"{'*' if name == info['current'] else ' '} {name}  {entry['dataset']['name']}  "
+            f"{entry['model']['name']}  {test['errors']} errors of {test['n']}"
+            + ("  quick" if entry["quick"] else "")
+        )
+
+
+@main.command("use")
+@click.argument("name")
+@click.pass_obj
+def _use(folder: Path, name: str) -> None:
+    """Make NAME the model that is served."""
+    use(folder, name)
+
+
+@main.command("verify")
+@click.pass_obj
+def _verify(folder: Path) -> None:
+    """Compare every file with its recorded checksum."""
+    for name, entry in read(folder)["models"].items():
+        for kind in entry["files"]:
+            file(folder, name, kind)
+        click.echo(f"{name} ok")
+
+
+@main.command("remove")
+@click.argument("name")
+@click.pass_obj
+def _remove(folder: Path, name: str) -> None:
+    """Delete NAME's files and record."""
+    remove(folder, name)
+
+
+if __name__ == "__main__":
+    try:
+        main(prog_name="python -m mnist.registry")
+    except RegistryError as error:
+        raise SystemExit(f"registry: {error}") from error

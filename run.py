@@ -1,0 +1,386 @@
+"""The main job: find the best hyperparameters, train the final model with them, save it.
+
+python run.py            # and `python run.py --help`
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":
+    # Until main() takes over there is nothing to lose: Ctrl-C just ends the imports.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Huge pages spare the page faults of the big gradients: 104 instead of 89 images/s at batch
+    # 33 on two cores (2026-11-21). torch reads this when it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import logging
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import optuna
+import torch
+
+from mnist import data, display, models, registry, search, training
+from mnist.display import Display, duration
+
+TARGET_S = 17 * 60.0  # what the default run plans with, so that it ends within 20 minutes
+QUICK_S = 30.0
+TRIALS, QUICK_TRIALS = 32, 6
+SPEED_BATCH = 64  # with which the machine is measured at the start
+
+
+def option(default: Any, text: str, **settings: Any) -> Any:
+    return field(default=default, metadata={"help": text, "show_default": True} | settings)
+
+
+class Duration(click.ParamType):
+    """Seconds, or a number with s, m or h: 90, 90s, 15m, 2h."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
+        if not found or not float(found[1]):
+            self.fail(f"{value!r} is not a time such as 90s, 15m or 2h", param, ctx)
+        return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+AT_LEAST_1 = click.IntRange(min=1)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command and, as they are, a part of the model's record."""
+
+    dataset: str = option("mnist", "Data set.", type=click.Choice(list(data.DATASETS)))
+    model: str = option("parallel", "Network.", type=click.Choice(list(models.NETWORKS)))
+    trials: int | None = option(
+        None, f"The study's total of finished trials. [default: {TRIALS}]", type=AT_LEAST_1
+    )
+    epochs: float | None = option(
+        None, "Most training a trial may see, in epochs. [default: fits the machine]", type=POSITIVE
+    )
+    final_epochs: float | None = option(
+        None, "The same for the final model. [default: fits the machine]", type=POSITIVE
+    )
+    timeout: float | None = option(
+        None, "Wall clock for the whole command, e.g. 15m; wins over --trials.", type=Duration()
+    )
+    train_samples: int | None = option(
+        None, "Train on a stratified subset of so many images.", type=AT_LEAST_1
+    )
+    storage: str = option("sqlite:///db.sqlite3", "Where the study is kept (Optuna's RDB storage).")
+    study: str | None = option(None, "The study's name. [default: DATASET-MODEL]")
+    seed: int = option(0, "Of search and training.", type=click.IntRange(0, 2**31 - 1))
+    device: str = option(
+        "auto", "Where to train.", type=click.Choice(["auto", "cpu", "cuda", "mps"])
+    )
+    data_dir: Path = option(
+        Path("data"),
+        "Folder of the data files, in torchvision's layout.",
+        envvar="MNIST_DATA_DIR",
+        type=click.Path(path_type=Path, file_okay=False),
+    )
+    output: Path = option(
+        Path("saved_models"), "The registry.", type=click.Path(path_type=Path, file_okay=False)
+    )
+    promote: str = option(
+        "better",
+        "Whether the new model becomes the current one.",
+        type=click.Choice(["better", "always", "never"]),
+    )
+    quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
+    json: bool = option(False, "The result as JSON on standard output.", is_flag=True)
+
+    @property
+    def study_name(self) -> str:
+        return self.study or f"{self.dataset}-{self.model}{'-quick' if self.quick else ''}"
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, without what is only about this command's output."""
+        values = asdict(self) | {"data_dir": str(self.data_dir), "output": str(self.output)}
+        return {key: value for key, value in values.items() if key != "json"}
+
+
+def main(options: Options) -> None:
+    """options -> data -> study -> final training -> one evaluation -> saved model."""
+    start = time.monotonic()
+    registry.writable(options.output)
+    device = training.device(options.device)
+    with search.lock(options.storage, options.study_name):
+        study = search.open_study(options.storage, options.study_name)
+        dataset = load(options).to(device)
+        plan = plan_for(options, study, dataset, device)
+        trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
+        with Display(trials, plan.search_s, plan.final_s) as screen:
+            if search.finished(study) < trials:
+                find(options, study, dataset, device, plan, trials, start, screen)
+            name = saved_model(options, study)
+            if name is None:
+                model = train_final(options, study, dataset, device, plan, start, screen)
+                screen.say("evaluating, once, and saving")
+                name = save(options, study, dataset, model)
+        show(options, study, name)
+
+
+def load(options: Options) -> data.Dataset:
+    dataset = data.load(options.dataset, options.data_dir, options.train_samples)
+    if options.quick:
+        dataset = replace(dataset, validation=dataset.validation.head(training.SUBSET))
+    return dataset
+
+
+def plan_for(
+    options: Options, study: optuna.Study, dataset: data.Dataset, device: torch.device
+) -> search.Plan:
+    """What trials and the final model may see: as the study has it, as asked for, or what fits."""
+    trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
+    kept = study.user_attrs.get("plan")
+    if kept:
+        plan = search.Plan(**kept)
+    else:
+        throwaway = network(options, dataset, device)
+        speed = training.speed(throwaway, dataset, batch_size=SPEED_BATCH)
+        total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
+        plan = search.plan(dataset, trials, speed, total_s)
+    if options.epochs:
+        plan = replace(plan, trial_samples=round(options.epochs * len(dataset.train)))
+    search.agree(study, search.fingerprint(dataset, options.model, plan.trial_samples))
+    study.set_user_attr("plan", asdict(plan))
+    return plan
+
+
+def network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
+    """A new network for the data."""
+    return models.build(options.model, dataset.channels, dataset.size, len(dataset.classes)).to(
+        device
+    )
+
+
+def find(
+    options: Options,
+    study: optuna.Study,
+    dataset: data.Dataset,
+    device: torch.device,
+    plan: search.Plan,
+    trials: int,
+    start: float,
+    screen: Display,
+) -> None:
+    """Search until the budget is reached, or until half of --timeout is over."""
+    screen.say(
+        f"study {study.study_name}: {search.finished(study)} of {trials} trials finished, each sees "
+        f"at most {plan.trial_samples:,} images; expected: {duration(plan.search_s)} for the search, "
+        f"{duration(plan.final_s)} for the final model"
+    )
+    for trial in study.get_trials(deepcopy=False, states=search.FINISHED):
+        screen.earlier(trial.number, trial.state, trial.value)
+    updates = search.search(
+        study,
+        dataset,
+        options.model,
+        trials=trials,
+        trial_samples=plan.trial_samples,
+        seed=options.seed,
+        device=device,
+        deadline=start + (options.timeout or float("inf")) / 2,
+    )
+    with contextlib.closing(updates):
+        for update in updates:
+            screen.trial(update)
+    if search.finished(study) < trials:
+        if search.best_trial(study) is None:
+            raise search.Unfinished(f"--timeout {options.timeout:.0f} s: no trial was completed")
+        screen.say(f"--timeout: the budget of {trials} trials was not reached")
+
+
+def saved_model(options: Options, study: optuna.Study) -> str | None:
+    """The name of the model that was saved from the study's best trial, if there is one."""
+    best = search.best_trial(study)
+    for name, record in registry.read(options.output)["models"].items():
+        same = best and record["study"]["id"] == study.user_attrs["id"]
+        if same and record["study"]["trial"] == best.number:
+            asked = options.final_epochs
+            if asked is None or record["options"]["final_epochs"] == asked:
+                return name
+    return None
+
+
+def train_final(
+    options: Options,
+    study: optuna.Study,
+    dataset: data.Dataset,
+    device: torch.device,
+    plan: search.Plan,
+    start: float,
+    screen: Display,
+) -> torch.nn.Module:
+    """Train on training and validation data with the best trial's hyperparameters.
+
+    Where that diverges, the trial is set aside and the next best is taken.
+    """
+    while best := search.best_trial(study):
+        torch.manual_seed(search.seed_of(options.seed))
+        model = network(options, dataset, device)
+        samples = final_samples(options, study, dataset, plan, best, start, model)
+        screen.say(f"final model: trial {best.number}, {best.params}, {samples:,} images")
+        torch.manual_seed(search.seed_of(options.seed))
+        model = network(options, dataset, device)
+        run = training.fit(
+            model,
+            dataset,
+            dataset.train + dataset.validation,
+            **best.params,
+            samples=samples,
+            seed=search.seed_of(options.seed),
+        )
+        try:
+            for progress in run:
+                screen.final(progress)
+                if options.timeout and time.monotonic() > start + options.timeout:
+                    raise search.Unfinished("--timeout: the final training was not finished")
+        except training.Diverged as error:
+            search.set_aside(study, best, str(error))
+            screen.say(f"trial {best.number} is set aside: {error}")
+            continue
+        return model
+    raise search.Unfinished("every complete trial diverged in the final training")
+
+
+def final_samples(
+    options: Options,
+    study: optuna.Study,
+    dataset: data.Dataset,
+    plan: search.Plan,
+    best: optuna.trial.FrozenTrial,
+    start: float,
+    throwaway: torch.nn.Module,
+) -> int:
+    """Images the final model sees: as asked for, as begun before, or what the time left allows."""
+    epoch = len(dataset.train) + len(dataset.validation)
+    if options.final_epochs:
+        return round(options.final_epochs * epoch)
+    kept = study.user_attrs.get("final_samples", {})
+    if str(best.number) not in kept:
+        total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
+        left_s = total_s - (time.monotonic() - start)
+        seconds = min(max(left_s, 0.6 * plan.final_s), 1.1 * plan.final_s)
+        speed = training.speed(throwaway, dataset, **best.params)
+        most = search.MOST_FINAL_EPOCHS * epoch
+        kept[str(best.number)] = round(min(seconds * speed, most))
+        study.set_user_attr("final_samples", kept)
+    return kept[str(best.number)]
+
+
+def save(
+    options: Options, study: optuna.Study, dataset: data.Dataset, model: torch.nn.Module
+) -> str:
+    """Measure the finished model, open the test split this one time, save; returns the name."""
+    best = search.best_trial(study)
+    assert best is not None
+    calibration = training.predict(model, dataset, dataset.calibration.images)
+    test = dataset.open_test()
+    probabilities = training.predict(model, dataset, test.images)
+    scores = training.scores(probabilities, test.labels, dataset.classes)
+    errors = int((calibration.argmax(1) != dataset.calibration.labels.cpu()).sum())
+    record = {
+        "dataset": dataset.record(test),
+        "model": {"name": options.model, "parameters": models.parameters(model)},
+        "hyperparameters": best.params,
+        "study": {
+            "name": study.study_name,
+            "id": study.user_attrs["id"],
+            "trial": best.number,
+            "trials": search.finished(study),
+        },
+        "metrics": {
+            "validation": {"accuracy": best.value, "n": len(dataset.validation)},
+            "calibration": {"errors": errors, "n": len(calibration)},
+            "test": scores | {"served_errors": scores["errors"]},  # the .pth is what is served
+        },
+        "quick": options.quick,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "optuna")},
+        "options": options.record(),
+        "seed": options.seed,
+        "commit": commit(),
+    }
+    weights, predictions = io.BytesIO(), io.BytesIO()
+    torch.save({key: value.cpu() for key, value in model.state_dict().items()}, weights)
+    np.savez_compressed(predictions, probabilities=probabilities.numpy(), labels=test.labels)
+    files = {
+        "weights": (".pth", weights.getvalue()),
+        "predictions": (".test.npz", predictions.getvalue()),
+    }
+    return registry.save(options.output, files, record, options.promote)
+
+
+def commit() -> str | None:
+    """The commit of this code, where git knows it."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def show(options: Options, study: optuna.Study, name: str) -> None:
+    """Print the result, for a person or as JSON."""
+    result = search.summary(study) | registry.record(options.output, name)[1] | {"name": name}
+    if options.json:
+        click.echo(json.dumps(result))
+        return
+    current = registry.read(options.output)["current"] == name
+    display.result(result, str(options.output), options.storage, current)
+
+
+def command_line() -> click.Command:
+    parameters: list[click.Parameter] = [
+        click.Option([f"--{each.name.replace('_', '-')}"], default=each.default, **each.metadata)
+        for each in fields(Options)
+    ]
+    text = "Find the best hyperparameters, keep every trial, and save one verified model."
+    return click.Command(
+        "run.py", params=parameters, callback=lambda **values: main(Options(**values)), help=text
+    )
+
+
+def guarded() -> int:
+    """The whole command; every expected failure is one line on standard error and an exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        command_line().main(standalone_mode=False)
+        return 0
+    except click.ClickException as error:
+        return fail(error.format_message(), 2)
+    except (ValueError, data.DataError, registry.RegistryError, search.StudyError) as error:
+        return fail(str(error), 2)
+    except search.Unfinished as error:
+        return fail(f"{error}; the same command goes on from here", 1)
+    except (KeyboardInterrupt, click.Abort):
+        return fail("interrupted; what was finished is kept, the same command goes on", 130)
+
+
+def fail(message: str, code: int) -> int:
+    print(f"run.py: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(guarded())
