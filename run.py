@@ -115,6 +115,21 @@ class Options:
         return {key: value for key, value in values.items() if key != "json"}
 
 
+@dataclass(frozen=True)
+class Job:
+    """What one command works on, and what it shows."""
+
+    options: Options
+    study: optuna.Study
+    dataset: data.Dataset
+    device: torch.device
+    plan: search.Plan
+    trials: int
+    total_s: float
+    start: float
+    screen: Display
+
+
 def main(options: Options) -> None:
     """options -> data -> study -> final training -> one evaluation -> saved model."""
     start = time.monotonic()
@@ -123,16 +138,14 @@ def main(options: Options) -> None:
     with search.lock(options.storage, options.study_name):
         study = search.open_study(options.storage, options.study_name)
         dataset = load(options).to(device)
-        plan = plan_for(options, study, dataset, device)
         trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
-        with Display(trials, plan.search_s, plan.final_s) as screen:
+        total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
+        plan = fit_to_machine(options, study, dataset, device, trials, total_s)
+        with Display(trials, plan.trial_s, plan.final_s) as screen:
+            job = Job(options, study, dataset, device, plan, trials, total_s, start, screen)
             if search.finished(study) < trials:
-                find(options, study, dataset, device, plan, trials, start, screen)
-            name = saved_model(options, study)
-            if name is None:
-                model = train_final(options, study, dataset, device, plan, start, screen)
-                screen.say("evaluating, once, and saving")
-                name = save(options, study, dataset, model)
+                find(job)
+            name = saved_model(job) or save(job, train_final(job))
         show(options, study, name)
 
 
@@ -143,159 +156,133 @@ def load(options: Options) -> data.Dataset:
     return dataset
 
 
-def plan_for(
-    options: Options, study: optuna.Study, dataset: data.Dataset, device: torch.device
+def fit_to_machine(
+    options: Options,
+    study: optuna.Study,
+    dataset: data.Dataset,
+    device: torch.device,
+    trials: int,
+    total_s: float,
 ) -> search.Plan:
-    """What trials and the final model may see: as the study has it, as asked for, or what fits."""
-    trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
+    """How much trials and the final model may see: as the study has it, or what fits in total_s."""
     kept = study.user_attrs.get("plan")
-    if kept:
+    asked = round(options.epochs * len(dataset.train)) if options.epochs else None
+    if kept and asked in (None, kept["trial_samples"]):
         plan = search.Plan(**kept)
     else:
-        throwaway = network(options, dataset, device)
-        speed = training.speed(throwaway, dataset, batch_size=SPEED_BATCH)
-        total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
-        plan = search.plan(dataset, trials, speed, total_s)
-    if options.epochs:
-        plan = replace(plan, trial_samples=round(options.epochs * len(dataset.train)))
+        speed = training.speed(network(options, dataset, device), dataset, batch_size=SPEED_BATCH)
+        plan = search.plan(dataset, trials, speed, total_s, asked)
     search.agree(study, search.fingerprint(dataset, options.model, plan.trial_samples))
     study.set_user_attr("plan", asdict(plan))
+    if options.final_epochs:
+        samples = options.final_epochs * (len(dataset.train) + len(dataset.validation))
+        plan = replace(plan, final_s=samples / plan.images_per_s)
     return plan
 
 
 def network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
     """A new network for the data."""
-    return models.build(options.model, dataset.channels, dataset.size, len(dataset.classes)).to(
-        device
-    )
+    classes = len(dataset.classes)
+    return models.build(options.model, dataset.channels, dataset.size, classes).to(device)
 
 
-def find(
-    options: Options,
-    study: optuna.Study,
-    dataset: data.Dataset,
-    device: torch.device,
-    plan: search.Plan,
-    trials: int,
-    start: float,
-    screen: Display,
-) -> None:
+def find(job: Job) -> None:
     """Search until the budget is reached, or until half of --timeout is over."""
-    screen.say(
-        f"study {study.study_name}: {search.finished(study)} of {trials} trials finished, each sees "
-        f"at most {plan.trial_samples:,} images; expected: {duration(plan.search_s)} for the search, "
-        f"{duration(plan.final_s)} for the final model"
+    finished = search.finished(job.study)
+    job.screen.say(
+        f"study {job.study.study_name}: {finished} of {job.trials} trials finished; a trial sees "
+        f"at most {job.plan.trial_samples:,} images; expected: "
+        f"{duration((job.trials - finished) * job.plan.trial_s)} for the search, "
+        f"{duration(job.plan.final_s)} for the final model"
     )
-    for trial in study.get_trials(deepcopy=False, states=search.FINISHED):
-        screen.earlier(trial.number, trial.state, trial.value)
+    for trial in job.study.get_trials(deepcopy=False, states=search.FINISHED):
+        job.screen.earlier(trial.state, trial.number, trial.value)
     updates = search.search(
-        study,
-        dataset,
-        options.model,
-        trials=trials,
-        trial_samples=plan.trial_samples,
-        seed=options.seed,
-        device=device,
-        deadline=start + (options.timeout or float("inf")) / 2,
+        job.study,
+        job.dataset,
+        job.options.model,
+        trials=job.trials,
+        trial_samples=job.plan.trial_samples,
+        seed=job.options.seed,
+        device=job.device,
+        deadline=job.start + (job.options.timeout or float("inf")) / 2,
     )
     with contextlib.closing(updates):
         for update in updates:
-            screen.trial(update)
-    if search.finished(study) < trials:
-        if search.best_trial(study) is None:
-            raise search.Unfinished(f"--timeout {options.timeout:.0f} s: no trial was completed")
-        screen.say(f"--timeout: the budget of {trials} trials was not reached")
+            job.screen.trial(update)
+    if search.finished(job.study) < job.trials:
+        if search.best_trial(job.study) is None:
+            raise search.Unfinished("--timeout: no trial was completed")
+        job.screen.say(f"--timeout: the budget of {job.trials} trials was not reached")
 
 
-def saved_model(options: Options, study: optuna.Study) -> str | None:
+def saved_model(job: Job) -> str | None:
     """The name of the model that was saved from the study's best trial, if there is one."""
-    best = search.best_trial(study)
-    for name, record in registry.read(options.output)["models"].items():
-        same = best and record["study"]["id"] == study.user_attrs["id"]
-        if same and record["study"]["trial"] == best.number:
-            asked = options.final_epochs
-            if asked is None or record["options"]["final_epochs"] == asked:
-                return name
+    best, asked = search.best_trial(job.study), job.options.final_epochs
+    wanted = (job.study.user_attrs["id"], best.number if best else None)
+    for name, record in registry.read(job.options.output)["models"].items():
+        same = (record["study"]["id"], record["study"]["trial"]) == wanted
+        if same and asked in (None, record["options"]["final_epochs"]):
+            return name
     return None
 
 
-def train_final(
-    options: Options,
-    study: optuna.Study,
-    dataset: data.Dataset,
-    device: torch.device,
-    plan: search.Plan,
-    start: float,
-    screen: Display,
-) -> torch.nn.Module:
+def train_final(job: Job) -> torch.nn.Module:
     """Train on training and validation data with the best trial's hyperparameters.
 
     Where that diverges, the trial is set aside and the next best is taken.
     """
-    while best := search.best_trial(study):
-        torch.manual_seed(search.seed_of(options.seed))
-        model = network(options, dataset, device)
-        samples = final_samples(options, study, dataset, plan, best, start, model)
-        screen.say(f"final model: trial {best.number}, {best.params}, {samples:,} images")
-        torch.manual_seed(search.seed_of(options.seed))
-        model = network(options, dataset, device)
-        run = training.fit(
-            model,
-            dataset,
-            dataset.train + dataset.validation,
-            **best.params,
-            samples=samples,
-            seed=search.seed_of(options.seed),
-        )
+    seed = search.seed_of(job.options.seed)
+    while best := search.best_trial(job.study):
+        samples = final_samples(job, best)
+        job.screen.say(f"final model: trial {best.number}, {best.params}, {samples:,} images")
+        torch.manual_seed(seed)
+        model = network(job.options, job.dataset, job.device)
+        both = job.dataset.train + job.dataset.validation
+        run = training.fit(model, job.dataset, both, **best.params, samples=samples, seed=seed)
         try:
             for progress in run:
-                screen.final(progress)
-                if options.timeout and time.monotonic() > start + options.timeout:
+                job.screen.final(progress)
+                if time.monotonic() > job.start + (job.options.timeout or float("inf")):
                     raise search.Unfinished("--timeout: the final training was not finished")
         except training.Diverged as error:
-            search.set_aside(study, best, str(error))
-            screen.say(f"trial {best.number} is set aside: {error}")
+            search.set_aside(job.study, best, str(error))
+            job.screen.say(f"trial {best.number} is set aside: {error}")
             continue
         return model
     raise search.Unfinished("every complete trial diverged in the final training")
 
 
-def final_samples(
-    options: Options,
-    study: optuna.Study,
-    dataset: data.Dataset,
-    plan: search.Plan,
-    best: optuna.trial.FrozenTrial,
-    start: float,
-    throwaway: torch.nn.Module,
-) -> int:
+def final_samples(job: Job, best: optuna.trial.FrozenTrial) -> int:
     """Images the final model sees: as asked for, as begun before, or what the time left allows."""
-    epoch = len(dataset.train) + len(dataset.validation)
-    if options.final_epochs:
-        return round(options.final_epochs * epoch)
-    kept = study.user_attrs.get("final_samples", {})
+    epoch = len(job.dataset.train) + len(job.dataset.validation)
+    if job.options.final_epochs:
+        return round(job.options.final_epochs * epoch)
+    kept = job.study.user_attrs.get("final_samples", {})
     if str(best.number) not in kept:
-        total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
-        left_s = total_s - (time.monotonic() - start)
-        seconds = min(max(left_s, 0.6 * plan.final_s), 1.1 * plan.final_s)
-        speed = training.speed(throwaway, dataset, **best.params)
-        most = search.MOST_FINAL_EPOCHS * epoch
-        kept[str(best.number)] = round(min(seconds * speed, most))
-        study.set_user_attr("final_samples", kept)
+        left_s = job.total_s - (time.monotonic() - job.start)
+        seconds = min(max(left_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
+        throwaway = network(job.options, job.dataset, job.device)
+        speed = training.speed(throwaway, job.dataset, **best.params)
+        kept[str(best.number)] = round(min(seconds * speed, search.MOST_FINAL_EPOCHS * epoch))
+        job.study.set_user_attr("final_samples", kept)
     return kept[str(best.number)]
 
 
-def save(
-    options: Options, study: optuna.Study, dataset: data.Dataset, model: torch.nn.Module
-) -> str:
+def save(job: Job, model: torch.nn.Module) -> str:
     """Measure the finished model, open the test split this one time, save; returns the name."""
-    best = search.best_trial(study)
+    job.screen.say("evaluating, once, and saving")
+    options, study, dataset, best = (
+        job.options,
+        job.study,
+        job.dataset,
+        search.best_trial(job.study),
+    )
     assert best is not None
-    calibration = training.predict(model, dataset, dataset.calibration.images)
+    calibration = training.errors(model, dataset, dataset.calibration)
     test = dataset.open_test()
-    probabilities = training.predict(model, dataset, test.images)
+    probabilities = training.predict(model, dataset, test.images.to(job.device))
     scores = training.scores(probabilities, test.labels, dataset.classes)
-    errors = int((calibration.argmax(1) != dataset.calibration.labels.cpu()).sum())
     record = {
         "dataset": dataset.record(test),
         "model": {"name": options.model, "parameters": models.parameters(model)},
@@ -308,7 +295,7 @@ def save(
         },
         "metrics": {
             "validation": {"accuracy": best.value, "n": len(dataset.validation)},
-            "calibration": {"errors": errors, "n": len(calibration)},
+            "calibration": {"errors": calibration, "n": len(dataset.calibration)},
             "test": scores | {"served_errors": scores["errors"]},  # the .pth is what is served
         },
         "quick": options.quick,

@@ -166,7 +166,7 @@ def _read_digits(data_dir: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([pictures.centre(image)[None] for image in large]), labels[index]
 
 
-# --- MNIST: idx files in torchvision's layout ------------------------------------------------------
+# --- MNIST: idx files in torchvision's layout ----------------------------------------------------
 
 
 def _read_mnist(data_dir: Path, part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -20,20 +20,23 @@ class Display:
     """Shows a search and a final training on standard error; a context manager.
 
     On a terminal it is one live table; else a line every PLAIN_EVERY_S seconds and one for each
-    trial that ends.
+    trial that ends. `trial_s` and `final_s` are the seconds expected of a trial and of
+    the final training.
     """
 
-    def __init__(self, trials: int, search_s: float, final_s: float) -> None:
+    def __init__(self, trials: int, trial_s: float, final_s: float) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.live = (
             Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         )
         self.trials, self.final_s = trials, final_s
-        self.prior_s = search_s / trials
-        self.done = self.pruned = self.ended = 0
+        self.expected_s = trial_s
+        self.done = self.pruned = self.timed = 0
         self.best: tuple[float, int] | None = None
         self.rows: list[list[str]] = []
+        self.accuracy = ""  # that the running trial reported last
         self.start = self.last = time.monotonic()
+        self.final_start: float | None = None
 
     def __enter__(self) -> "Display":
         if self.live:
@@ -48,81 +51,69 @@ class Display:
         """One line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def earlier(self, number: int, state: TrialState, value: float | None) -> None:
+    def earlier(self, state: TrialState, number: int, value: float | None) -> None:
         """Count a trial that an earlier run finished."""
-        self._count(number, state, value)
-        self.ended = 0  # its time was not measured here
-
-    def trial(self, update: Update) -> None:
-        """Show an update of the search."""
-        if update.state is None and update.progress is not None:
-            progress = update.progress
-            if progress.accuracy is not None:
-                self._seen = f"{progress.accuracy:.2%}"
-            if progress.samples and self._running != update.number:
-                self._running, self._seen = update.number, ""
-            share = progress.samples / progress.total
-            self._show([*_words(update), f"{share:4.0%}", self._seen])
-            return
-        state, value = update.state or TrialState.FAIL, update.value
-        self._count(update.number, state, value)
-        self._running = -1
-        shown = "" if value is None else f"{value:.2%}"
-        row = [*_words(update), state.name.lower(), f"{shown} {update.seconds:.0f} s".strip()]
-        self.rows = [*self.rows, row][-ROWS:]
-        self._show(None, ended=row)
-
-    def final(self, progress: Progress) -> None:
-        """Show the final training."""
-        left = max(0.0, self.final_s * (1 - progress.samples / progress.total))
-        if progress.samples < progress.total / 50:
-            self.final_start = time.monotonic()
-        share = progress.samples / progress.total
-        row = ["final", "", "", "", f"{share:4.0%}", f"loss {progress.loss:.4f}"]
-        self._show(row, left_s=left)
-
-    _running, _seen, final_start = -1, "", 0.0
-
-    def _count(self, number: int, state: TrialState, value: float | None) -> None:
-        self.ended += 1
-        self.done += state in (TrialState.COMPLETE, TrialState.PRUNED)
+        self.done += 1
         self.pruned += state == TrialState.PRUNED
         if state == TrialState.COMPLETE and value is not None:
             self.best = max(self.best or (0.0, 0), (value, -number))
 
-    def _summary(self, left_s: float | None) -> str:
-        if left_s is None:
-            spent = time.monotonic() - self.start
-            each = (spent + 5 * self.prior_s) / (self.ended + 5)  # the plan counts as five trials
-            left_s = each * max(0, self.trials - self.done) + self.final_s
+    def trial(self, update: Update) -> None:
+        """Show an update of the search."""
+        if update.progress:
+            progress = update.progress
+            if progress.accuracy is not None:
+                self.accuracy = f"{progress.accuracy:.2%}"
+            share = f"{progress.samples / progress.total:.0%}"
+            self._show([*_words(update), share, self.accuracy], self._search_left_s())
+        elif update.state:
+            self.accuracy = ""
+            self.timed += 1
+            if update.state != TrialState.FAIL:
+                self.earlier(update.state, update.number, update.value)
+            value = "" if update.value is None else f"{update.value:.2%}"
+            row = [*_words(update), update.state.name.lower(), value, f"{update.seconds:.0f} s"]
+            self.rows = [*self.rows, row][-ROWS:]
+            self._show(row, self._search_left_s(), ended=True)
+
+    def final(self, progress: Progress) -> None:
+        """Show the final training."""
+        now, share = time.monotonic(), progress.samples / progress.total
+        if self.final_start is None:
+            self.final_start = now
+        left_s = self.final_s if share < 0.05 else (now - self.final_start) * (1 / share - 1)
+        self._show(["final", "", "", "", f"{share:.0%}", f"loss {progress.loss:.3f}"], left_s)
+
+    def _search_left_s(self) -> float:
+        spent_s = time.monotonic() - self.start
+        each_s = (spent_s + 5 * self.expected_s) / (self.timed + 5)  # the plan weighs five trials
+        return each_s * max(0, self.trials - self.done) + self.final_s
+
+    def _show(self, row: list[str], left_s: float, ended: bool = False) -> None:
         best = f"best {self.best[0]:.2%} (trial {-self.best[1]})" if self.best else "no best yet"
-        return (
-            f"{self.done}/{self.trials} trials, {self.pruned} pruned, {best}, "
+        summary = (
+            f"{self.done} of {self.trials} trials, {self.pruned} pruned, {best}, "
             f"about {duration(left_s)} left"
         )
-
-    def _show(
-        self, running: list[str] | None, ended: list[str] | None = None, left_s: float | None = None
-    ) -> None:
         if self.live:
-            table = Table("trial", "batch", "optimizer", "lr", "state", "accuracy", box=None)
-            for row in self.rows + ([running] if running else []):
-                table.add_row(*row, style=None if row is running else "dim")
-            bar = ProgressBar(total=self.trials, completed=self.done, width=50)
-            self.live.update(Group(table, bar, self._summary(left_s)), refresh=True)
+            names = ("trial", "batch", "optimizer", "lr", "state", "accuracy", "time")
+            table = Table(*names, box=None)
+            for each in self.rows if ended else [*self.rows, row]:
+                table.add_row(*each, style=None if each is row and not ended else "dim")
+            bar = ProgressBar(total=self.trials, completed=self.done, width=60)
+            self.live.update(Group(table, bar, summary), refresh=True)
         elif ended or time.monotonic() - self.last > PLAIN_EVERY_S:
             self.last = time.monotonic()
-            words = [word for word in (ended or running or []) if word]
-            self.say(f"trial {' '.join(words)} | {self._summary(left_s)}")
+            self.say(f"trial {' '.join(word for word in row if word)} | {summary}")
 
 
 def _words(update: Update) -> list[str]:
-    params: dict[str, Any] = update.params
+    params = update.params
     return [
         str(update.number),
-        str(params.get("batch_size")),
-        str(params.get("optimizer")),
-        f"{params.get('lr', 0):.2g}",
+        str(params["batch_size"]),
+        params["optimizer"],
+        f"{params['lr']:.2g}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A saved record -> a function from pictures' arrays to probabilities; torch is imported only then."""
+"""A saved record -> a function from images to probabilities; torch is imported only then."""
 
 from collections.abc import Callable
 from pathlib import Path

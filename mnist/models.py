@@ -13,7 +13,8 @@ def _start(layer: nn.Module) -> None:
     """
     if isinstance(layer, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 class Parallel(nn.Module):
@@ -48,7 +49,18 @@ class Parallel(nn.Module):
         return self.output(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"parallel": Parallel}
+class Linear(nn.Module):
+    """One layer, the least that learns: a yardstick, and quick enough for trying things out."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(channels * size * size, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.output(images.flatten(1))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"parallel": Parallel, "linear": Linear}
 
 
 def build(name: str, channels: int, size: int, classes: int) -> nn.Module:

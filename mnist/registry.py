@@ -24,7 +24,7 @@ class RegistryError(RuntimeError):
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """All of model_info.json; an empty one (`current` None, no `models`) where there is none yet."""
+    """All of model_info.json; one without models where there is none yet."""
     try:
         info = json.loads((folder / INFO).read_text("utf-8"))
     except FileNotFoundError:
@@ -179,7 +179,7 @@ def _write(path: Path, content: bytes) -> None:
         os.close(directory)
 
 
-# --- python -m mnist.registry ----------------------------------------------------------------------
+# --- python -m mnist.registry --------------------------------------------------------------------
 
 
 @click.group()

@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ REDUCTION = 3  # about one trial in so many survives a rung
 FAILURES = 5  # failed trials in a row that end a search
 IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
 SEARCH_SHARE = 0.48  # of the time; the rest is the final model's
-TRIAL_COST = 0.4  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
+TRIAL_COST = (
+    0.35  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
+)
 LEAST_SAMPLES = 1000  # under which a trial shows nothing
 MOST_FINAL_EPOCHS = 10
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -123,8 +125,8 @@ def agree(study: optuna.Study, wanted: dict[str, Any]) -> None:
     ]
     if different:
         raise StudyError(
-            f"study {study.study_name} cannot be continued by this command ({'; '.join(different)});"
-            f" start another one with --study {study.study_name}-2"
+            f"study {study.study_name} cannot be continued by this command "
+            f"({'; '.join(different)}); start another one with --study {study.study_name}-2"
         )
 
 
@@ -181,7 +183,7 @@ def search(
     seed: int,
     device: torch.device,
     deadline: float = float("inf"),
-) -> Iterator[Update]:
+) -> Generator[Update]:
     """Go on until `trials` trials are finished; yields what happens.
 
     Each trial trains on at most `trial_samples` images of the training split and is judged on the
@@ -269,31 +271,40 @@ def importance(study: optuna.Study) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a time is spent: images that a trial and the final model may see, seconds expected."""
+    """How a time is spent: the most images a trial sees, seconds expected for each trial and for
+    the final model, and the training images a second that this rests on."""
 
     trial_samples: int
-    search_s: float
+    trial_s: float
     final_s: float
+    images_per_s: float
 
 
-def plan(dataset: Dataset, trials: int, images_per_s: float, total_s: float) -> Plan:
-    """Spend about `total_s` on a machine that trains `images_per_s`: half the search, half the end.
+def plan(
+    dataset: Dataset,
+    trials: int,
+    images_per_s: float,
+    total_s: float,
+    trial_samples: int | None = None,
+) -> Plan:
+    """Spend about `total_s` on a machine that trains `images_per_s`, half of it on the search.
 
-    A search costs, by the rungs above, TRIAL_COST of a full trial for each trial, and forward
-    passes, a third of a training step each, over the validation images. A faster machine gets
-    longer trials, up to a pass over the training split; then it is simply done sooner.
+    By the rungs above a trial costs TRIAL_COST of its most images on average, and forward passes,
+    a third of a training step each, over validation images. A faster machine gets longer trials,
+    up to a pass over the training split; then it is simply done sooner.
     """
-    share_complete = 1 / REDUCTION ** len(RUNGS) + 0.1  # the first few are always promoted
-    checks = training.SUBSET * (1 + 1 / REDUCTION) + len(dataset.validation) * share_complete
-    room = total_s * SEARCH_SHARE * images_per_s / trials - checks / 3
-    samples = int(min(max(room / TRIAL_COST, LEAST_SAMPLES), len(dataset.train)))
-    search_s = trials * (samples * TRIAL_COST + checks / 3) / images_per_s
+    complete = 1 / REDUCTION ** len(RUNGS)
+    checks = training.SUBSET * (1 + 1 / REDUCTION) + len(dataset.validation) * complete
+    if trial_samples is None:
+        room = total_s * SEARCH_SHARE * images_per_s / trials - checks / 3
+        trial_samples = int(min(max(room / TRIAL_COST, LEAST_SAMPLES), len(dataset.train)))
+    trial_s = (trial_samples * TRIAL_COST + checks / 3) / images_per_s
     most_s = MOST_FINAL_EPOCHS * (len(dataset.train) + len(dataset.validation)) / images_per_s
-    return Plan(samples, search_s, min(total_s * (1 - SEARCH_SHARE), most_s))
+    return Plan(trial_samples, trial_s, min(total_s * (1 - SEARCH_SHARE), most_s), images_per_s)
 
 
 def summary(study: optuna.Study) -> dict[str, Any]:
-    """How the study went, as JSON values: counts by state, the best trial, the first, importance."""
+    """How the study went, as JSON values: counts by state, best and first trial, importance."""
     trials = study.get_trials(deepcopy=False)
     counts = {
         state.name.lower(): sum(trial.state == state for trial in trials)

@@ -1,0 +1,1 @@
+"""The server; imports only mnist.images, mnist.inference and mnist.registry."""

@@ -1,0 +1,176 @@
+"""The routes. `uvicorn serve.app:app`"""
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from mnist import images, registry
+from serve.engine import Engine
+from serve.settings import Settings
+
+IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
+UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                }
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+class Refused(Exception):
+    """A request that gets an error answer: its status, code and message."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.state.engine = Engine(Settings())
+    await app.state.engine.start()
+    yield
+    app.state.engine.stop()
+
+
+app = FastAPI(title="Small-image classifier", lifespan=lifespan)
+
+
+@app.get("/health")
+async def health() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "ok"}
+
+
+@app.get("/ready", response_model=None)
+async def ready(request: Request) -> dict[str, str] | JSONResponse:
+    """A model is loaded and has answered once."""
+    engine: Engine = request.app.state.engine
+    if engine.current is None:
+        return JSONResponse({"status": "unavailable", "reason": engine.reason}, 503)
+    return {"status": "ready", "model": engine.current.name, "engine": "torch"}
+
+
+@app.get("/models")
+def models(request: Request) -> dict[str, Any]:
+    """Every saved model in brief."""
+    info = registry.read(request.app.state.engine.settings.models)
+    brief = [
+        {
+            "name": name,
+            "dataset": record["dataset"]["name"],
+            "network": record["model"]["name"],
+            "test_accuracy": record["metrics"]["test"]["accuracy"],
+            "created": record["created"],
+        }
+        for name, record in info["models"].items()
+    ]
+    return {"current": info["current"], "models": brief}
+
+
+@app.get("/models/{name}")
+def model(name: str, request: Request) -> dict[str, Any]:
+    """All that is recorded of one model."""
+    return _known(request.app.state.engine, name)
+
+
+@app.post("/predict", openapi_extra=UPLOAD)
+async def predict(
+    request: Request,
+    model: str | None = None,
+    top: Annotated[int, Query(ge=1)] = 3,
+    view: bool = False,
+) -> dict[str, Any]:
+    """Classify a raw picture, sent as the multipart field `file` or as the body itself."""
+    engine: Engine = request.app.state.engine
+    data, filename = await _picture(request, engine.settings.max_upload_bytes)
+    if model is not None:
+        _known(engine, model)
+    try:
+        return await engine.answer(data, filename, model, top, view)
+    except images.ImageError as error:
+        raise Refused(IMAGE_STATUS[error.code], error.code, str(error)) from error
+    except registry.RegistryError as error:
+        raise Refused(503, "no_model", str(error)) from error
+
+
+def _known(engine: Engine, name: str) -> dict[str, Any]:
+    try:
+        return registry.record(engine.settings.models, name)[1]
+    except registry.RegistryError as error:
+        raise Refused(404, "unknown_model", str(error)) from error
+
+
+async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
+    """The picture's bytes and its file's name, read into memory only, at most `limit` bytes."""
+
+    async def bounded() -> AsyncGenerator[bytes]:
+        size = int(request.headers.get("content-length") or 0)
+        refused = Refused(413, "too_large", f"the upload is over {limit} bytes (MAX_UPLOAD_BYTES)")
+        if size > limit:
+            raise refused
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise refused
+            yield chunk
+
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        data, filename = b"".join([chunk async for chunk in bounded()]), None
+    else:
+        parser = MultiPartParser(request.headers, bounded(), max_files=1)
+        parser.spool_max_size = limit  # below it, Starlette keeps a file in memory
+        try:
+            file = (await parser.parse()).get("file")
+        except (MultiPartException, KeyError) as error:
+            raise Refused(400, "bad_request", f"the form cannot be read: {error}") from error
+        data, filename = b"", None
+        if isinstance(file, UploadFile):
+            data, filename = await file.read(), file.filename
+            await file.close()
+    if not data:
+        raise Refused(422, "missing_file", "no picture was sent; send it as `file` or as the body")
+    return data, filename
+
+
+def _error(request: Request, status: int, code: str, message: str) -> JSONResponse:
+    request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
+    body = {"error": {"code": code, "message": message, "request_id": request_id}}
+    return JSONResponse(body, status, {"X-Request-ID": request_id})
+
+
+@app.exception_handler(Refused)
+def _refused(request: Request, error: Refused) -> JSONResponse:
+    return _error(request, error.status, error.code, str(error))
+
+
+@app.exception_handler(RequestValidationError)
+def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first.get('input')!r}"
+    return _error(request, 400, "bad_request", message)
+
+
+@app.exception_handler(HTTPException)
+def _http(request: Request, error: HTTPException) -> JSONResponse:
+    code = "not_found" if error.status_code == 404 else "bad_request"
+    return _error(request, error.status_code, code, str(error.detail))

@@ -1,0 +1,228 @@
+"""serve/: the routes of the contract, their answers and their refusals."""
+
+import asyncio
+import base64
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from mnist import data, images, inference, registry
+from serve.app import app
+from serve.engine import Engine
+from serve.settings import Settings
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def client(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    monkeypatch.setenv("MODELS", str(saved))
+    monkeypatch.setenv("MAX_UPLOAD_BYTES", "200000")
+    monkeypatch.setenv("MAX_PIXELS", "1000000")
+    with TestClient(app) as client:
+        yield client
+
+
+def png(picture: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def picture(digits: data.Dataset) -> bytes:
+    return png(digits.validation.images[0, 0].numpy())
+
+
+def refused(response: object, status: int, code: str) -> str:
+    assert response.status_code == status  # type: ignore[attr-defined]
+    error = response.json()["error"]  # type: ignore[attr-defined]
+    assert error["code"] == code
+    assert error["request_id"] == response.headers["x-request-id"]  # type: ignore[attr-defined]
+    return error["message"]
+
+
+def test_the_server_lives_and_is_ready(client: TestClient, saved: Path) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    name, _ = registry.record(saved)
+    assert client.get("/ready").json() == {"status": "ready", "model": name, "engine": "torch"}
+
+
+def test_a_training_image_posted_as_png_gets_the_probabilities_python_gives(
+    client: TestClient, digits: data.Dataset, saved: Path
+) -> None:
+    classify = inference.load(saved)
+    for i in range(20):
+        image = digits.validation.images[i].numpy()
+        body = png(image[0])
+        assert np.array_equal(images.normalise(body), image)
+        answer = client.post("/predict", files={"file": ("digit.png", body)}).json()
+        expected = classify(image[None])[0]
+        assert list(answer["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_real_image_posted_as_png_is_read_bit_for_bit(mnist: data.Dataset) -> None:
+    for image in mnist.validation.images[:500].numpy():
+        assert np.array_equal(images.normalise(png(image[0])), image)
+
+
+def test_an_answer_has_the_contract_s_fields(
+    client: TestClient, picture: bytes, saved: Path
+) -> None:
+    answer = client.post("/predict", files={"file": ("3.png", picture)}).json()
+    name, record = registry.record(saved)
+    shares = answer["probabilities"]
+    assert list(shares) == list("0123456789")
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert answer["prediction"] == max(shares, key=lambda digit: shares[digit])
+    assert answer["probability"] == max(shares.values())
+    ranked = sorted(shares.items(), key=lambda pair: -pair[1])
+    assert answer["top"] == [list(pair) for pair in ranked[:3]]
+    assert (answer["filename"], answer["uncertain"]) == ("3.png", False)
+    assert (answer["model"], answer["study"]) == (name, "digits-linear-quick")
+    assert answer["trial"] == record["study"]["trial"]
+
+
+def test_body_top_view_and_model_do_what_they_say(
+    client: TestClient, picture: bytes, saved: Path
+) -> None:
+    name, _ = registry.record(saved)
+    for kind in ("image/png", "application/octet-stream"):
+        answer = client.post(
+            f"/predict?top=1&view=true&model={name}",
+            content=picture,
+            headers={"content-type": kind},
+        ).json()
+        assert len(answer["top"]) == 1
+        assert answer["filename"] is None
+        scheme, encoded = answer["view"].split(",")
+        assert scheme == "data:image/png;base64"
+        view = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+        assert np.array_equal(view, images.normalise(picture)[0])
+
+
+def test_what_cannot_be_answered_is_refused_with_its_own_status(
+    client: TestClient, picture: bytes
+) -> None:
+    def post(body: bytes, query: str = "") -> object:
+        return client.post(f"/predict{query}", files={"file": ("x.png", body)})
+
+    large = png(np.random.default_rng(0).integers(0, 256, (500, 500), np.uint8))
+    refused(post(b"hello"), 415, "not_an_image")
+    refused(post(picture[: len(picture) // 2]), 415, "not_an_image")
+    refused(post(png(np.zeros((28, 28), np.uint8))), 422, "blank")
+    assert "MAX_UPLOAD_BYTES" in refused(post(large), 413, "too_large")
+    wide = png(np.zeros((1001, 1000), np.uint8))
+    assert "MAX_PIXELS" in refused(post(wide), 413, "too_many_pixels")
+    refused(post(b""), 422, "missing_file")
+    refused(client.post("/predict"), 422, "missing_file")
+    refused(client.post("/predict", files={"other": b"x"}), 422, "missing_file")
+    refused(post(picture, "?model=../x"), 404, "unknown_model")
+    assert "top" in refused(post(picture, "?top=0"), 400, "bad_request")
+    broken = {"content-type": "multipart/form-data"}
+    refused(client.post("/predict", content=b"x", headers=broken), 400, "bad_request")
+    refused(client.get("/models/../x"), 404, "not_found")
+    refused(client.get("/models/nothing"), 404, "unknown_model")
+    refused(client.get("/predict"), 405, "bad_request")
+
+
+def test_a_chunked_upload_is_stopped_at_the_limit(client: TestClient) -> None:
+    sent = []
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(100):
+            sent.append(10_000)
+            yield bytes(10_000)
+
+    refused(client.post("/predict", content=chunks()), 413, "too_large")
+
+
+def test_models_are_listed_and_shown(client: TestClient, saved: Path) -> None:
+    name, record = registry.record(saved)
+    answer = client.get("/models").json()
+    assert answer["current"] == name
+    assert answer["models"] == [
+        {
+            "name": name,
+            "dataset": "digits",
+            "network": "linear",
+            "test_accuracy": record["metrics"]["test"]["accuracy"],
+            "created": record["created"],
+        }
+    ]
+    assert client.get(f"/models/{name}").json() == record
+
+
+@pytest.mark.parametrize("harm", ["none", "altered", "missing"])
+def test_without_a_usable_model_the_server_lives_but_is_not_ready(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: bytes, harm: str
+) -> None:
+    folder = tmp_path / "registry"
+    if harm != "none":
+        shutil.copytree(saved, folder)
+        weights = folder / f"{registry.record(folder)[0]}.pth"
+        weights.unlink() if harm == "missing" else weights.write_bytes(b"x")
+    monkeypatch.setenv("MODELS", str(folder))
+    with TestClient(app) as client:
+        assert client.get("/health").status_code == 200
+        answer = client.get("/ready")
+        assert answer.status_code == 503
+        assert answer.json()["status"] == "unavailable"
+        expected = {"none": "no current model", "altered": "was altered", "missing": "No such file"}
+        assert expected[harm] in answer.json()["reason"]
+        refused(client.post("/predict", content=picture), 503, "no_model")
+
+
+def test_inference_never_holds_up_the_event_loop(
+    saved: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+    real = images.normalise
+
+    def slow(*args: object, **kwargs: object) -> object:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.3)
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(images, "normalise", slow)
+
+    async def scenario() -> int:
+        engine = Engine(Settings(models=saved))
+        await engine.start()
+        answering = asyncio.create_task(engine.answer(picture, None, None, 3, False))
+        beats = 0
+        while not answering.done():
+            await asyncio.sleep(0.01)
+            beats += 1
+        engine.stop()
+        return beats
+
+    assert asyncio.run(scenario()) >= 10
+    assert all(name.startswith("inference") for name in threads)
+
+
+def test_a_setting_out_of_range_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_PIXELS", "0")
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        Settings()
+
+
+def test_importing_the_server_imports_no_training_library() -> None:
+    code = (
+        "import serve.app, sys; "
+        "print([m for m in ('torch', 'torchvision', 'optuna', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ
+    )
+    assert done.stdout == "[]\n", done.stderr

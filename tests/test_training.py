@@ -1,0 +1,160 @@
+"""mnist.training and mnist.models: a run, its progress, its evaluation."""
+
+import math
+
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+
+from mnist import models, training
+from mnist.data import Dataset, Split
+
+
+def build(digits: Dataset, name: str = "linear", seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return models.build(name, digits.channels, digits.size, len(digits.classes))
+
+
+def fit(model: nn.Module, digits: Dataset, **settings: object) -> list[training.Progress]:
+    settings = {"samples": 2_000, "lr": 0.01} | settings
+    return list(training.fit(model, digits, digits.train, digits.validation, **settings))  # type: ignore[arg-type]
+
+
+def test_the_parallel_network_is_the_one_in_the_table() -> None:
+    model = models.build("parallel", 1, 28, 10)
+    shapes = {}
+    for name, layer in model.named_children():
+        layer.register_forward_hook(
+            lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])})
+        )
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert shapes == {
+        "conv1": (32, 28, 28),
+        "conv2_1": (64, 14, 14),
+        "conv2_2": (64, 14, 14),
+        "conv3_1": (512, 7, 7),
+        "conv3_2": (512, 7, 7),
+        "fc1": (1000,),
+        "fc2": (500,),
+        "output": (10,),
+    }
+    assert models.parameters(model) == 28_287_054
+
+
+def test_both_parallel_branches_are_used() -> None:
+    model = models.build("parallel", 1, 28, 10)
+    model(torch.rand(1, 1, 28, 28)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_an_unknown_network_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown network 'paralel'; known: parallel"):
+        models.build("paralel", 1, 28, 10)
+
+
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+def test_one_batch_is_learned_by_heart(digits: Dataset, optimizer: str) -> None:
+    few = digits.train.head(32)
+    model = build(digits)
+    lr = {"Adam": 0.01, "RMSprop": 0.003, "SGD": 0.1}[optimizer]
+    run = training.fit(
+        model, digits, few, few, samples=32 * 100, lr=lr, optimizer=optimizer, augmented=False
+    )
+    assert list(run)[-1].errors == 0
+
+
+def test_same_seed_same_weights(digits: Dataset) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        model = build(digits)
+        fit(model, digits, seed=seed)
+        return model.state_dict()["output.weight"]
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_progress_is_reported_where_asked_and_on_the_whole_at_the_end(digits: Dataset) -> None:
+    reports = [p for p in fit(build(digits), digits, validate_at=[500, 1000]) if p.n]
+    assert [500 <= reports[0].samples < 550, 1000 <= reports[1].samples < 1050] == [True, True]
+    assert reports[-1].samples == reports[-1].total
+    assert reports[-1].n == len(digits.validation)
+    assert reports[-1].accuracy == 1 - reports[-1].errors / reports[-1].n  # type: ignore[operator]
+    assert len(reports) == 3
+
+
+def test_validation_in_mid_run_does_not_change_the_run(digits: Dataset) -> None:
+    often, never = build(digits), build(digits)
+    fit(often, digits, validate_at=range(100, 2000, 100))
+    fit(never, digits)
+    assert torch.equal(often.state_dict()["output.weight"], never.state_dict()["output.weight"])
+
+
+def test_every_sample_is_seen_once_in_a_pass() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.cat(list(training.batches(10, 4, 5, generator)))
+    assert seen[:10].sort().values.tolist() == list(range(10))
+    assert seen[10:].sort().values.tolist() == list(range(10))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    factors = [training.learning_rate(i / 100) for i in range(101)]
+    assert factors[0] == factors[-1] == 0
+    assert max(factors) == 1
+    assert factors.index(1) == round(100 * training.WARM_UP)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(digits: Dataset) -> None:
+    with pytest.raises(training.Diverged, match=r"the loss is nan after .* a lower lr may help"):
+        fit(build(digits), digits, lr=math.nan)
+
+
+def test_standardised_training_images_have_mean_0_and_deviation_1(digits: Dataset) -> None:
+    inputs = training.standardise(digits.train.images, digits)
+    assert inputs.dtype == torch.float32
+    assert float(inputs.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(inputs.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_augmentation_moves_the_ink_a_little_and_keeps_the_paper_empty(digits: Dataset) -> None:
+    images = digits.train.images[:200].float() / 255
+    moved = training.augment(images, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape
+    assert float(moved.min()) >= 0
+    assert not torch.equal(moved, images)
+    for before, after in zip(images[:, 0].numpy(), moved[:, 0].numpy(), strict=True):
+        shift = [
+            abs(a - b)
+            for a, b in zip(
+                ndimage.center_of_mass(before), ndimage.center_of_mass(after), strict=True
+            )
+        ]
+        assert max(shift) < training.SHIFT + 1
+
+
+def test_scores_agree_with_counts_made_by_hand() -> None:
+    # Three of class a (one read as b), two of class b (both right): n 5, 1 error.
+    probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.1, 0.9], [0.3, 0.7]])
+    scores = training.scores(probabilities, torch.tensor([0, 0, 0, 1, 1]), ["a", "b"])
+    assert (scores["errors"], scores["n"], scores["accuracy"]) == (1, 5, 0.8)
+    assert scores["per_class"]["a"] == {"precision": 1.0, "recall": 0.6667, "f1": 0.8}
+    assert scores["per_class"]["b"] == {"precision": 0.6667, "recall": 1.0, "f1": 0.8}
+    # Wilson (1927): centre (p + z²/2n) / (1 + z²/n), z = 1.959964
+    z2, p, n = 1.959964**2, 0.8, 5
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    assert scores["interval95"] == pytest.approx([centre - half, centre + half], abs=1e-4)
+
+
+def test_errors_count_the_last_smaller_batch_right(digits: Dataset) -> None:
+    model = build(digits)
+    split = Split(digits.train.images[:251], digits.train.labels[:251])
+    logits = model(training.standardise(split.images, digits))
+    assert training.errors(model, digits, split) == int((logits.argmax(1) != split.labels).sum())
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has mps")
+    with pytest.raises(ValueError, match="device 'mps' is not on this machine"):
+        training.device("mps")
