@@ -35,7 +35,7 @@ RUNGS = (1 / 6, 1 / 2)  # shares of a trial's images after which it is compared 
 REDUCTION = 3  # about one trial in so many survives a rung
 FAILURES = 5  # failed trials in a row that end a search
 IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
-SEARCH_SHARE = 0.48  # of the time; the rest is the final model's
+SEARCH_SHARE = 0.35  # of the time; the rest is the final model's
 TRIAL_COST = (
     0.35  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
 )
@@ -140,15 +140,19 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
     Without the trials that were set aside.
     """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    complete = [trial for trial in complete if "set_aside" not in trial.user_attrs]
+    aside = study.user_attrs.get("set_aside", {})
+    complete = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if str(trial.number) not in aside
+    ]
     return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
 
 
 def set_aside(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
-    """Pass over a complete trial from now on; the reason stays with it."""
-    # Optuna's API changes no finished trial; its storage's does.
-    study._storage.set_trial_user_attr(trial._trial_id, "set_aside", reason)
+    """Pass over a complete trial from now on; the reason stays with the study."""
+    aside = study.user_attrs.get("set_aside", {})
+    study.set_user_attr("set_aside", aside | {str(trial.number): reason})
 
 
 def seed_of(seed: int, *numbers: int) -> int:
@@ -287,7 +291,7 @@ def plan(
     total_s: float,
     trial_samples: int | None = None,
 ) -> Plan:
-    """Spend about `total_s` on a machine that trains `images_per_s`, half of it on the search.
+    """Spend about `total_s`, SEARCH_SHARE of it on the search, at `images_per_s` in training.
 
     By the rungs above a trial costs TRIAL_COST of its most images on average, and forward passes,
     a third of a training step each, over validation images. A faster machine gets longer trials,

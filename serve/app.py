@@ -140,13 +140,13 @@ async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
         parser = MultiPartParser(request.headers, bounded(), max_files=1)
         parser.spool_max_size = limit  # below it, Starlette keeps a file in memory
         try:
-            file = (await parser.parse()).get("file")
+            form = await parser.parse()
         except (MultiPartException, KeyError) as error:
             raise Refused(400, "bad_request", f"the form cannot be read: {error}") from error
-        data, filename = b"", None
+        file, data, filename = form.get("file"), b"", None
         if isinstance(file, UploadFile):
             data, filename = await file.read(), file.filename
-            await file.close()
+        await form.close()
     if not data:
         raise Refused(422, "missing_file", "no picture was sent; send it as `file` or as the body")
     return data, filename

@@ -5,15 +5,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import optuna
 import pytest
 
 from mnist import data
+from run import guarded
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ["--dataset", "digits", "--model", "linear", "--quick"]
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class Done(NamedTuple):
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Done]
 
 
 @pytest.fixture(scope="session")
@@ -33,12 +47,15 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> data.Dataset:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Command:
-    """`python run.py …` in an empty folder."""
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """`python run.py …` in an empty folder; in this process, which saves its imports."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "run.py"), *options]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    def run(*options: str) -> Done:
+        capsys.readouterr()
+        return Done(guarded(list(options)), *capsys.readouterr())
 
     return run
 

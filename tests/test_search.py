@@ -12,8 +12,6 @@ from optuna.trial import TrialState
 from mnist import search, training
 from mnist.data import Dataset
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
 
 @pytest.fixture
 def study(tmp_path: Path) -> optuna.Study:
@@ -213,14 +211,14 @@ def test_importance_is_withheld_below_ten_complete_trials(study: optuna.Study) -
 
 
 def test_a_plan_spends_the_time_it_is_given(digits: Dataset) -> None:
-    def planned(speed: float, total_s: float = 1000) -> search.Plan:
-        return search.plan(digits, 32, speed, total_s)
+    def planned(speed: float) -> search.Plan:
+        return search.plan(digits, 4, speed, total_s=150)
 
-    slow, fast = planned(20), planned(1_000_000)
-    assert 32 * slow.trial_s + slow.final_s == pytest.approx(1000, rel=0.01)
+    slow, fast = planned(50), planned(1_000_000)
+    assert 4 * slow.trial_s + slow.final_s == pytest.approx(150, rel=0.01)
     assert fast.trial_samples == len(digits.train)
-    assert 32 * fast.trial_s + fast.final_s < 10
-    assert planned(30).trial_samples > slow.trial_samples
+    assert 4 * fast.trial_s + fast.final_s < 1
+    assert planned(51).trial_samples > slow.trial_samples
 
 
 def test_a_seed_follows_from_the_study_s_seed_and_the_trial_s_number() -> None:
