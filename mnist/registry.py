@@ -79,6 +79,8 @@ def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, pr
     moment leaves the registry as it was.
     """
     with _locked(folder):
+        for left in folder.glob(".*.tmp"):  # by a process that was killed while saving
+            left.unlink()
         info = read(folder)
         now = datetime.now(UTC)
         name = _new_name(folder, info, now)

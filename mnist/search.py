@@ -35,12 +35,13 @@ RUNGS = (1 / 6, 1 / 2)  # shares of a trial's images after which it is compared 
 REDUCTION = 3  # about one trial in so many survives a rung
 FAILURES = 5  # failed trials in a row that end a search
 IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
-SEARCH_SHARE = 0.35  # of the time; the rest is the final model's
+SEARCH_SHARE = 0.33  # of the time; the rest is the final model's
 TRIAL_COST = (
     0.35  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
 )
 LEAST_SAMPLES = 1000  # under which a trial shows nothing
 MOST_FINAL_EPOCHS = 10
+STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError)  # a full disk, a lost server
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -70,14 +71,14 @@ def open_study(storage: str, name: str) -> optuna.Study:
         study = optuna.create_study(
             storage=storage, study_name=name, direction="maximize", load_if_exists=True
         )
-    except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+        if "id" not in study.user_attrs:
+            study.set_user_attr("id", uuid4().hex)
+    except (*STORAGE_ERRORS, ImportError, ValueError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise StudyError(
             f"--storage {storage!r} cannot be opened: {reason}; "
             "a URL such as sqlite:///db.sqlite3 is wanted"
         ) from error
-    if "id" not in study.user_attrs:
-        study.set_user_attr("id", uuid4().hex)
     return study
 
 

@@ -1,0 +1,68 @@
+"""The README's commands, code and answer are what there is."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image, ImageDraw
+
+from run import command_line
+from serve.app import app
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_run_s_commands_parse() -> None:
+    commands = re.findall(r"python (run\.py[^\n#`]*)", README)
+    assert len(commands) >= 3
+    for command in commands:
+        name, *options = shlex.split(command)
+        command_line().make_context(name, options)
+
+
+def test_modules_and_files_it_names_exist() -> None:
+    for module in re.findall(r"python -m ([\w.]+)", README):
+        assert importlib.util.find_spec(module), module
+    for name in re.findall(r"-r ([\w.-]+\.txt)", README):
+        assert (ROOT / name).exists(), name
+    tree = README.split("## What is where")[1].split("##")[0]
+    for name in re.findall(r"^    (\S+)", tree, re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_its_five_lines_of_python_run(tmp_path: Path) -> None:
+    code = README.split("```python\n")[1].split("```")[0]
+    # scikit-learn's digits and the smallest network instead: seconds, and no files
+    quick = code.replace('load("mnist")', 'load("digits")').replace('"parallel"', '"linear"')
+    assert quick.count("digits") == quick.count("linear") == 1
+    picture = Image.new("L", (100, 100), 255)
+    ImageDraw.Draw(picture).line([(30, 20), (70, 20), (45, 80)], fill=0, width=8)
+    picture.save(tmp_path / "3.png")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", quick],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "errors of 64" in done.stdout
+
+
+def test_its_answer_is_what_the_server_gives(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = json.loads(re.findall(r"^    (\{\"filename\".*\})$", README, re.MULTILINE)[0])
+    monkeypatch.setenv("MODELS", str(saved))
+    picture = Image.new("L", (100, 100), 255)
+    ImageDraw.Draw(picture).line([(30, 20), (70, 20), (45, 80)], fill=0, width=8)
+    picture.save(saved.parent / "7.png")
+    with TestClient(app) as client, (saved.parent / "7.png").open("rb") as file:
+        given = client.post("/predict", files={"file": file}).json()
+    assert list(answer) == list(given)
+    assert {type(value) for value in answer.values()} == {type(value) for value in given.values()}
