@@ -20,6 +20,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist import models, training
@@ -76,10 +77,18 @@ def open_study(storage: str, name: str) -> optuna.Study:
     except (*STORAGE_ERRORS, ImportError, ValueError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise StudyError(
-            f"--storage {storage!r} cannot be opened: {reason}; "
+            f"--storage {without_password(storage)!r} cannot be opened: {reason}; "
             "a URL such as sqlite:///db.sqlite3 is wanted"
         ) from error
     return study
+
+
+def without_password(storage: str) -> str:
+    """The storage's URL as it may be shown and recorded."""
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return storage
 
 
 def lock(storage: str, name: str) -> FileLock:
@@ -87,10 +96,11 @@ def lock(storage: str, name: str) -> FileLock:
 
     Raises StudyError where another process holds it.
     """
-    key = hashlib.sha256(f"{storage} {name}".encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir())
+    place, folder = storage, Path(tempfile.gettempdir())
     if storage.startswith("sqlite:///") and ":memory:" not in storage:
-        folder = Path(storage.removeprefix("sqlite:///")).resolve().parent
+        database = Path(storage.removeprefix("sqlite:///")).resolve()
+        place, folder = str(database), database.parent
+    key = hashlib.sha256(f"{place} {name}".encode()).hexdigest()[:16]
     held = FileLock(folder / f".study-{key}.lock")
     try:
         held.acquire(timeout=0)

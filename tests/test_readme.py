@@ -12,7 +12,6 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 
-from run import command_line
 from serve.app import app
 from tests.conftest import ROOT
 
@@ -24,7 +23,7 @@ def test_run_s_commands_parse() -> None:
     assert len(commands) >= 3
     for command in commands:
         name, *options = shlex.split(command)
-        command_line().make_context(name, options)
+        command(lambda options: None).make_context(name, options)
 
 
 def test_modules_and_files_it_names_exist() -> None:

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from mnist import search, training
 from mnist.data import Dataset
+from mnist.options import Options
 
 
 @pytest.fixture
@@ -177,7 +178,17 @@ def test_one_process_at_a_time_works_on_a_study(tmp_path: Path) -> None:
     with search.lock(storage, "study"):
         with pytest.raises(search.StudyError, match="another process is working on study study"):
             search.lock(storage, "study")
+        with pytest.raises(search.StudyError, match="another process"):
+            search.lock(f"sqlite:///{tmp_path}/../{tmp_path.name}/db.sqlite3", "study")
         search.lock(storage, "other").release()
+
+
+def test_a_password_is_neither_shown_nor_recorded() -> None:
+    storage = "postgresql://me:secret@127.0.0.1:9/x"
+    with pytest.raises(search.StudyError) as caught:
+        search.open_study(storage, "study")
+    assert "secret" not in str(caught.value)
+    assert "secret" not in str(Options(storage=storage).record())
 
 
 def test_the_best_trial_is_the_best_complete_one_that_was_not_set_aside(

@@ -1,0 +1,103 @@
+"""The options of run.py: each is written once, and is command line, record and default at once."""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mnist import data, models, search
+
+TRIALS, QUICK_TRIALS = 32, 6
+
+
+def option(default: Any, text: str, **settings: Any) -> Any:
+    return field(default=default, metadata={"help": text, "show_default": True} | settings)
+
+
+class Duration(click.ParamType):
+    """Seconds, or a number with s, m or h: 90, 90s, 15m, 2h."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
+        if not found or not float(found[1]):
+            self.fail(f"{value!r} is not a time such as 90s, 15m or 2h", param, ctx)
+        return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+AT_LEAST_1 = click.IntRange(min=1)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command and, as they are, a part of the model's record."""
+
+    dataset: str = option("mnist", "Data set.", type=click.Choice(list(data.DATASETS)))
+    model: str = option("parallel", "Network.", type=click.Choice(list(models.NETWORKS)))
+    trials: int | None = option(
+        None, f"The study's total of finished trials. [default: {TRIALS}]", type=AT_LEAST_1
+    )
+    epochs: float | None = option(
+        None, "Most training a trial may see, in epochs. [default: fits the machine]", type=POSITIVE
+    )
+    final_epochs: float | None = option(
+        None, "The same for the final model. [default: fits the machine]", type=POSITIVE
+    )
+    timeout: float | None = option(
+        None, "Wall clock for the whole command, e.g. 15m; wins over --trials.", type=Duration()
+    )
+    train_samples: int | None = option(
+        None, "Train on a stratified subset of so many images.", type=AT_LEAST_1
+    )
+    storage: str = option("sqlite:///db.sqlite3", "Where the study is kept (Optuna's RDB storage).")
+    study: str | None = option(None, "The study's name. [default: DATASET-MODEL]")
+    seed: int = option(0, "Of search and training.", type=click.IntRange(0, 2**31 - 1))
+    device: str = option(
+        "auto", "Where to train.", type=click.Choice(["auto", "cpu", "cuda", "mps"])
+    )
+    data_dir: Path = option(
+        Path("data"),
+        "Folder of the data files, in torchvision's layout.",
+        envvar="MNIST_DATA_DIR",
+        type=click.Path(path_type=Path, file_okay=False),
+    )
+    output: Path = option(
+        Path("saved_models"), "The registry.", type=click.Path(path_type=Path, file_okay=False)
+    )
+    promote: str = option(
+        "better",
+        "Whether the new model becomes the current one.",
+        type=click.Choice(["better", "always", "never"]),
+    )
+    quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
+    json: bool = option(False, "The result as JSON on standard output.", is_flag=True)
+
+    @property
+    def study_name(self) -> str:
+        return self.study or f"{self.dataset}-{self.model}{'-quick' if self.quick else ''}"
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, without what is only about this command's output."""
+        values = asdict(self) | {
+            "data_dir": str(self.data_dir),
+            "output": str(self.output),
+            "storage": search.without_password(self.storage),
+        }
+        return {key: value for key, value in values.items() if key != "json"}
+
+
+def command(main: Callable[[Options], None]) -> click.Command:
+    """The command line of run.py, which calls `main` with its Options."""
+    parameters: list[click.Parameter] = [
+        click.Option([f"--{each.name.replace('_', '-')}"], default=each.default, **each.metadata)
+        for each in fields(Options)
+    ]
+    text = "Find the best hyperparameters, keep every trial, and save one verified model."
+    return click.Command(
+        "run.py", params=parameters, callback=lambda **values: main(Options(**values)), help=text
+    )
