@@ -188,6 +188,24 @@ def test_a_timeout_keeps_what_finished_and_says_so(run: Command, tmp_path: Path)
     registry.record(tmp_path / "saved_models")
 
 
+def test_a_full_disk_ends_with_one_line_and_loses_nothing(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.os, "fsync", full)
+        done = run(*DIGITS, "--trials", "2")
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert registry.read(tmp_path / "saved_models")["models"] == {}
+    assert run(*DIGITS, "--trials", "2").returncode == 0
+    assert len(states(tmp_path)) == 2
+    assert not list((tmp_path / "saved_models").glob(".*.tmp"))
+
+
 def test_a_study_of_other_trials_is_not_continued(run: Command) -> None:
     run(*DIGITS, "--trials", "1", "--study", "mine")
     done = run(*DIGITS, "--trials", "2", "--study", "mine", "--epochs", "0.5")
