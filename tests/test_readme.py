@@ -12,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 
+from mnist.options import command
 from serve.app import app
 from tests.conftest import ROOT
 
@@ -21,8 +22,8 @@ README = (ROOT / "README.md").read_text()
 def test_run_s_commands_parse() -> None:
     commands = re.findall(r"python (run\.py[^\n#`]*)", README)
     assert len(commands) >= 3
-    for command in commands:
-        name, *options = shlex.split(command)
+    for line in commands:
+        name, *options = shlex.split(line)
         command(lambda options: None).make_context(name, options)
 
 
