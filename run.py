@@ -161,7 +161,11 @@ def train_final(job: Job) -> torch.nn.Module:
     seed = search.seed_of(job.options.seed)
     while best := search.best_trial(job.study):
         samples = final_samples(job, best)
-        job.screen.say(f"final model: trial {best.number}, {best.params}, {samples:,} images")
+        words = ", ".join(
+            f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in best.params.items()
+        )
+        job.screen.say(f"final model: as trial {best.number} ({words}), {samples:,} images")
         torch.manual_seed(seed)
         model = network(job.options, job.dataset, job.device)
         both = job.dataset.train + job.dataset.validation

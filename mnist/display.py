@@ -101,7 +101,7 @@ class Display:
             for each in self.rows if ended else [*self.rows, row]:
                 table.add_row(*each, style=None if each is row and not ended else "dim")
             bar = ProgressBar(total=self.trials, completed=self.done, width=60)
-            self.live.update(Group(table, bar, summary), refresh=True)
+            self.live.update(Group(table, summary, bar), refresh=True)
         elif ended or time.monotonic() - self.last > PLAIN_EVERY_S:
             self.last = time.monotonic()
             self.say(f"trial {' '.join(word for word in row if word)} | {summary}")
