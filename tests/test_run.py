@@ -227,7 +227,7 @@ def test_a_short_real_search_beats_97_per_cent(
     folder = Path(os.environ.get("MNIST_DATA_DIR", "data")).resolve()
     done = run(
         *("--data-dir", str(folder), "--json"),
-        *("--quick", "--trials", "2", "--epochs", "0.02", "--final-epochs", "0.2"),
+        *("--quick", "--trials", "2", "--epochs", "0.02", "--final-epochs", "0.16"),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
