@@ -39,6 +39,7 @@ TARGET_S = 16.5 * 60  # what the default run plans with: it ends within 20 minut
 # machine slows down by a fifth meanwhile
 QUICK_S = 30.0
 SPEED_BATCH = 64  # with which the machine is measured at the start
+TINY_LR = 1e-8  # with which it is measured later: no step of it diverges
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def main(options: Options) -> None:
     device = training.device(options.device)
     with search.lock(options.storage, options.study_name):
         study = search.open_study(options.storage, options.study_name)
+        search.release(study)
         dataset = load(options).to(device)
         trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
         total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
@@ -70,7 +72,7 @@ def main(options: Options) -> None:
         with Display(trials, plan.trial_s, plan.final_s) as screen:
             job = Job(options, study, dataset, device, plan, trials, total_s, start, screen)
             if search.finished(study) < trials:
-                find(job)
+                find_safely(job)
             name = saved_model(job) or save(job, train_final(job))
         show(options, study, name)
 
@@ -98,8 +100,9 @@ def fit_to_machine(
     else:
         speed = training.speed(network(options, dataset, device), dataset, batch_size=SPEED_BATCH)
         plan = search.plan(dataset, trials, speed, total_s, asked)
+    if not kept:  # before the fingerprint: a kill in between must not leave one without its plan
+        study.set_user_attr("plan", asdict(plan))
     search.agree(study, search.fingerprint(dataset, options.model, plan.trial_samples))
-    study.set_user_attr("plan", asdict(plan))
     if options.final_epochs:
         samples = options.final_epochs * (len(dataset.train) + len(dataset.validation))
         plan = replace(plan, final_s=samples / plan.images_per_s)
@@ -110,6 +113,16 @@ def network(options: Options, dataset: data.Dataset, device: torch.device) -> to
     """A new network for the data."""
     classes = len(dataset.classes)
     return models.build(options.model, dataset.channels, dataset.size, classes).to(device)
+
+
+def find_safely(job: Job) -> None:
+    """find(), with nothing left RUNNING even if an interrupt came in the middle of a statement."""
+    try:
+        find(job)
+    except KeyboardInterrupt:
+        # Over a new connection: the interrupt may have broken the old one.
+        search.release(search.open_study(job.options.storage, job.options.study_name))
+        raise
 
 
 def find(job: Job) -> None:
@@ -146,7 +159,7 @@ def saved_model(job: Job) -> str | None:
     """The name of the model that was saved from the study's best trial, if there is one."""
     best, asked = search.best_trial(job.study), job.options.final_epochs
     wanted = (job.study.user_attrs["id"], best.number if best else None)
-    for name, record in registry.read(job.options.output)["models"].items():
+    for name, record in reversed(registry.read(job.options.output)["models"].items()):
         same = (record["study"]["id"], record["study"]["trial"]) == wanted
         if same and asked in (None, record["options"]["final_epochs"]):
             return name
@@ -173,14 +186,15 @@ def train_final(job: Job) -> torch.nn.Module:
         try:
             for progress in run:
                 job.screen.final(progress)
-                if time.monotonic() > job.start + (job.options.timeout or float("inf")):
+                late = time.monotonic() > job.start + (job.options.timeout or float("inf"))
+                if late and progress.samples < progress.total:
                     raise search.Unfinished("--timeout: the final training was not finished")
         except training.Diverged as error:
             search.set_aside(job.study, best, str(error))
             job.screen.say(f"trial {best.number} is set aside: {error}")
             continue
         return model
-    raise search.Unfinished("every complete trial diverged in the final training")
+    raise search.Unfinished("no complete trial is left to make the final model from")
 
 
 def final_samples(job: Job, best: optuna.trial.FrozenTrial) -> int:
@@ -189,14 +203,20 @@ def final_samples(job: Job, best: optuna.trial.FrozenTrial) -> int:
     if job.options.final_epochs:
         return round(job.options.final_epochs * epoch)
     kept = job.study.user_attrs.get("final_samples", {})
-    if str(best.number) not in kept:
-        left_s = job.total_s - (time.monotonic() - job.start)
-        seconds = min(max(left_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
+    if str(best.number) not in kept or job.options.timeout:
         throwaway = network(job.options, job.dataset, job.device)
-        measured = training.speed(throwaway, job.dataset, **best.params)
+        measured = training.speed(throwaway, job.dataset, **best.params | {"lr": TINY_LR})
+        left_s = job.total_s - (time.monotonic() - job.start)
+        if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
+            seconds = min(0.7 * left_s, job.plan.final_s)
+        else:
+            seconds = min(max(left_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
         speed = min(measured, job.plan.images_per_s)  # a machine is rarely alone for long
-        kept[str(best.number)] = round(min(seconds * speed, search.MOST_FINAL_EPOCHS * epoch))
-        job.study.set_user_attr("final_samples", kept)
+        kept[str(best.number)] = max(
+            1, round(min(seconds * speed, search.MOST_FINAL_EPOCHS * epoch))
+        )
+        if not job.options.timeout:
+            job.study.set_user_attr("final_samples", kept)
     return kept[str(best.number)]
 
 
@@ -268,7 +288,8 @@ def commit() -> str | None:
 
 
 def show(options: Options, study: optuna.Study, name: str) -> None:
-    """Print the result, for a person or as JSON."""
+    """Print the result, for a person or as JSON; its weights are verified first."""
+    registry.file(options.output, name)
     result = search.summary(study) | registry.record(options.output, name)[1] | {"name": name}
     if options.json:
         click.echo(json.dumps(result))
@@ -290,7 +311,7 @@ def guarded(arguments: list[str]) -> int:
     except search.Unfinished as error:
         return fail(f"{error}; the same command goes on from here", 1)
     except (OSError, *search.STORAGE_ERRORS) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return fail(f"{reason}; what was finished is kept, the same command goes on from here", 1)
     except (KeyboardInterrupt, click.Abort):
         return fail("interrupted; what was finished is kept, the same command goes on", 130)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -96,14 +97,16 @@ class Dataset:
         return {key: getattr(self, key) for key in keys} | {"splits": sizes | {"test": len(test)}}
 
 
-def load(name: str, data_dir: Path = Path("data"), train_samples: int | None = None) -> Dataset:
+def load(name: str, data_dir: Path | None = None, train_samples: int | None = None) -> Dataset:
     """The data set called `name`, one of DATASETS; its files are fetched if they are not there.
 
+    They are looked for under `data_dir`, by default MNIST_DATA_DIR from the environment, or data.
     `train_samples` cuts the training split down to that many, stratified. Raises ValueError for
     an unknown name or a number out of range, DataError where the files cannot be had.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    data_dir = data_dir or Path(os.environ.get("MNIST_DATA_DIR", "data"))
     read, classes = DATASETS[name]
     images, labels = read(data_dir, "train")
     train, rest = _cut(np.arange(len(labels)), labels, VALIDATION + CALIBRATION)
@@ -173,7 +176,9 @@ def _read_mnist(data_dir: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     raw = data_dir / "MNIST" / "raw"
     prefix = "train" if part == "train" else "t10k"
     names = [name for name in SHA256 if name.startswith(prefix)]
-    wrong = {name: reason for name in names if (reason := _fault(raw / name))}
+    # Before training, also the test files: a fault that shows at the end would cost all of it.
+    needed = SHA256 if part == "train" else names
+    wrong = {name: reason for name in needed if (reason := _fault(raw / name))}
     if wrong:
         _fetch(raw, wrong)
     pixels = np.fromfile(raw / names[0], np.uint8, offset=16).reshape(-1, 1, 28, 28)

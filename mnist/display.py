@@ -124,7 +124,7 @@ def duration(seconds: float) -> str:
 
 def result(outcome: dict[str, Any], folder: str, storage: str, current: bool) -> None:
     """Print the result of a study: search.summary() joined with the saved model's record."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     counts, test = outcome["trials"], outcome["metrics"]["test"]
     n = counts["complete"]
     console.print(

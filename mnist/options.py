@@ -30,7 +30,7 @@ class Duration(click.ParamType):
 
 
 AT_LEAST_1 = click.IntRange(min=1)
-POSITIVE = click.FloatRange(min=0, min_open=True)
+POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The study: its search space, sampler, pruner, objective, and how it goes on after a stop."""
 
+import contextlib
 import hashlib
 import tempfile
 import time
@@ -127,6 +128,10 @@ def agree(study: optuna.Study, wanted: dict[str, Any]) -> None:
     """Keep the fingerprint of a new study; raise StudyError if an old one's differs."""
     kept = study.user_attrs.get("fingerprint")
     if kept is None:
+        if study.get_trials(deepcopy=False):
+            raise StudyError(
+                f"study {study.study_name} was not made by this command; name another with --study"
+            )
         study.set_user_attr("fingerprint", wanted)
         return
     different = [
@@ -208,7 +213,7 @@ def search(
     release(study)
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(FIRST)
-    rungs = [max(1, round(share * trial_samples)) for share in RUNGS]
+    rungs = [max(1, int(RUNGS[0] * trial_samples)) * REDUCTION**i for i in range(len(RUNGS))]
     study.pruner = optuna.pruners.SuccessiveHalvingPruner(rungs[0], REDUCTION)
     failures = 0
     try:
@@ -227,7 +232,8 @@ def search(
                 reason = study.trials[trial.number].user_attrs["fail_reason"]
                 raise Unfinished(f"{FAILURES} trials in a row failed, the last because {reason}")
     finally:
-        release(study)
+        with contextlib.suppress(*STORAGE_ERRORS):  # nor does a broken connection hide why it ended
+            release(study)
 
 
 def _run(

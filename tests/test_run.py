@@ -114,7 +114,7 @@ def test_a_run_stopped_in_mid_trial_loses_no_finished_trial(
     if sig == signal.SIGKILL:
         assert code == -sig
     else:
-        assert code == 130
+        assert code == 130, errors
         assert "Traceback" not in errors
         assert errors.endswith(
             "run.py: interrupted; what was finished is kept, the same command goes on\n"
