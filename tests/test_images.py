@@ -1,8 +1,6 @@
 import io
-import os
 import random
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,14 +116,9 @@ def test_a_shifted_digit_is_brought_back_unscaled():
         assert np.array_equal(centre(shifted), digit)
 
 
-@pytest.mark.skipif("MNIST_DATA_DIR" not in os.environ, reason="MNIST_DATA_DIR is not set")
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_real_mnist_images_pass_through_bit_for_bit(mode):
-    path = Path(os.environ["MNIST_DATA_DIR"]) / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    if not path.exists():
-        pytest.skip(f"{path} does not exist")
-    digits = np.fromfile(path, np.uint8, count=300 * 784, offset=16).reshape(-1, 28, 28)
-    for digit in digits:
+def test_real_mnist_images_pass_through_bit_for_bit(mode, mnist):
+    for digit in mnist.validation.images[:300, 0].numpy():
         assert np.array_equal(centre(digit), digit)
         assert np.array_equal(normalise(encode(Image.fromarray(digit).convert(mode)))[0], digit)
 
