@@ -92,14 +92,15 @@ def without_password(storage: str) -> str:
         return storage
 
 
-def lock(storage: str, name: str) -> FileLock:
-    """The lock that one process at a time holds on a study; it goes with the process.
+@contextlib.contextmanager
+def lock(storage: str, name: str) -> Iterator[None]:
+    """Held by one process at a time on a study; the operating system frees it with the process.
 
+    It is a file beside SQLite's; for a database server it holds off this machine's processes only.
     Raises StudyError where another process holds it.
     """
     place, folder = storage, Path(tempfile.gettempdir())
-    if storage.startswith("sqlite:///") and ":memory:" not in storage:
-        database = Path(storage.removeprefix("sqlite:///")).resolve()
+    if (database := _sqlite_file(storage)) is not None:
         place, folder = str(database), database.parent
     key = hashlib.sha256(f"{place} {name}".encode()).hexdigest()[:16]
     held = FileLock(folder / f".study-{key}.lock")
@@ -109,7 +110,20 @@ def lock(storage: str, name: str) -> FileLock:
         raise StudyError(f"another process is working on study {name}; wait for it") from error
     except OSError as error:
         raise StudyError(f"cannot write to {folder}: {error.strerror}; see --storage") from error
-    return held
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _sqlite_file(storage: str) -> Path | None:
+    """The database's file, where the storage is one."""
+    try:
+        url = make_url(storage)
+    except SQLAlchemyError:
+        return None
+    file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)).resolve() if file else None
 
 
 def fingerprint(dataset: Dataset, network: str, trial_samples: int) -> dict[str, Any]:
@@ -176,21 +190,12 @@ def seed_of(seed: int, *numbers: int) -> int:
     return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0] >> 1)
 
 
-def release(study: optuna.Study) -> int:
-    """Take over what a process that is gone left RUNNING; returns how many trials that was.
-
-    Each is marked FAIL, and its parameters are queued again, once, before that: a stop in between
-    loses nothing. To be called by the holder of the study's lock only.
+def release(study: optuna.Study) -> None:
+    """Put back into the queue what a process that is gone left RUNNING; its number, parameters
+    and seed stay, so that it gives what it would have given. For the holder of the lock only.
     """
-    trials = study.get_trials(deepcopy=False)
-    queued = {trial.user_attrs.get("again") for trial in trials}
-    left = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    for trial in left:
-        params = trial.system_attrs.get("fixed_params", {}) | trial.params
-        if params and trial.number not in queued:
-            study.enqueue_trial(params, user_attrs={"again": trial.number})
-        study.tell(trial.number, state=TrialState.FAIL)
-    return len(left)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
 def search(
@@ -220,7 +225,9 @@ def search(
         while finished(study) < trials:
             # A sampler seeded by the trial's number: a study that was stopped and continued asks
             # for the same trials as one that was not.
-            number = len(study.get_trials(deepcopy=False))
+            past = study.get_trials(deepcopy=False)
+            waiting = (trial.number for trial in past if trial.state == TrialState.WAITING)
+            number = next(waiting, len(past))
             study.sampler = optuna.samplers.TPESampler(seed=seed_of(seed, number))
             trial = study.ask(SPACE)
             for update in _run(study, trial, dataset, network, rungs, trial_samples, seed, device):
@@ -271,9 +278,10 @@ def _run(
             if progress.samples < progress.total and trial.should_prune():
                 state = TrialState.PRUNED
                 break
-    except training.Diverged as error:
+    except (training.Diverged, RuntimeError, MemoryError) as error:  # torch's own: out of memory
         state, value = TrialState.FAIL, None
-        trial.set_user_attr("fail_reason", str(error))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        trial.set_user_attr("fail_reason", lines[0])
     seconds = time.monotonic() - start
     trial.set_user_attr("seconds", round(seconds, 2))
     study.tell(trial, value if state == TrialState.COMPLETE else None, state)

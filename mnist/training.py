@@ -195,8 +195,8 @@ def speed(model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparamet
         samples=10 * batch_size,
         **hyperparameters,
     )
-    times = [time.perf_counter() for _ in run]
-    return batch_size / statistics.median(b - a for a, b in itertools.pairwise(times))
+    steps = [(progress.samples, time.perf_counter()) for progress in run]
+    return statistics.median((n - m) / (b - a) for (m, a), (n, b) in itertools.pairwise(steps))
 
 
 def scores(

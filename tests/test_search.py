@@ -24,6 +24,10 @@ def go(study: optuna.Study, digits: Dataset, trials: int, **settings: Any) -> li
     return list(search.search(study, digits, "linear", trials=trials, **settings))
 
 
+def outcome(study: optuna.Study) -> list[tuple[Any, ...]]:
+    return [(t.params, t.state, t.value, t.intermediate_values) for t in study.trials]
+
+
 def states(study: optuna.Study) -> list[TrialState]:
     return [trial.state for trial in study.trials]
 
@@ -63,10 +67,6 @@ def test_a_study_that_was_continued_equals_one_that_was_not(
     again = search.open_study("sqlite:///:memory:", "again")
     go(again, digits, 3)
     go(again, digits, 8)
-
-    def outcome(of: optuna.Study) -> list[tuple[Any, ...]]:
-        return [(t.params, t.state, t.value, t.intermediate_values) for t in of.trials]
-
     assert outcome(again) == outcome(study)
 
 
@@ -78,34 +78,33 @@ def test_another_seed_asks_for_other_trials(study: optuna.Study, digits: Dataset
     assert study.trials[1].params != other.trials[1].params
 
 
-def test_a_trial_left_running_is_failed_and_its_parameters_are_tried_again_once(
+def test_a_trial_left_running_is_run_again_under_its_number_as_if_never_stopped(
     study: optuna.Study, digits: Dataset
 ) -> None:
+    go(study, digits, 4)
+    again = search.open_study("sqlite:///:memory:", "again")
+    go(again, digits, 2)
+    updates = search.search(
+        again,
+        digits,
+        "linear",
+        trials=4,
+        trial_samples=600,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    next(update for update in updates if update.progress and update.progress.accuracy)
+    updates.close()
+    assert states(again)[2:] == [TrialState.WAITING]
+    go(again, digits, 4)
+    assert outcome(again) == outcome(study)
+
+
+def test_a_process_that_was_killed_leaves_nothing_running(study: optuna.Study) -> None:
     left = study.ask(search.SPACE)
-    go(study, digits, 2)
-    assert study.trials[left.number].state == TrialState.FAIL
-    assert TrialState.RUNNING not in states(study)
-    again = [t for t in study.trials if t.user_attrs.get("again") == left.number]
-    assert [t.params for t in again] == [left.params]
     search.release(study)
-    assert len(study.trials) == 3
-
-
-def test_a_stop_inside_release_loses_and_doubles_nothing(
-    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left = study.ask(search.SPACE)
-
-    def killed(*args: Any, **kwargs: Any) -> None:
-        raise SystemExit
-
-    monkeypatch.setattr(type(study), "tell", killed)
-    with pytest.raises(SystemExit):
-        search.release(study)
-    monkeypatch.undo()
-    search.release(study)
-    waiting = [t for t in study.trials if t.state == TrialState.WAITING]
-    assert [t.system_attrs["fixed_params"] for t in waiting] == [left.params]
+    assert states(study) == [TrialState.WAITING]
+    assert study.ask(search.SPACE).params == left.params
 
 
 def test_an_interrupt_in_mid_trial_keeps_what_finished_and_leaves_nothing_running(
@@ -144,6 +143,24 @@ def test_a_trial_that_diverges_is_failed_with_its_reason_and_five_end_the_search
     assert study.trials[0].user_attrs["fail_reason"] == "the loss is nan"
 
 
+def test_a_trial_that_runs_out_of_memory_is_failed_and_the_search_goes_on(
+    study: optuna.Study, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = training.fit, []
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        if len(calls) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nframe #0")
+        yield from real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "fit", fit)
+    go(study, digits, 3)
+    assert states(study)[1] == TrialState.FAIL
+    assert study.trials[1].user_attrs["fail_reason"] == "DefaultCPUAllocator: can't allocate memory"
+    assert search.finished(study) == 3
+
+
 def test_a_deadline_stops_in_mid_trial(study: optuna.Study, digits: Dataset) -> None:
     go(study, digits, 5, deadline=0.0)
     assert search.finished(study) == 0
@@ -173,14 +190,18 @@ def test_a_storage_that_cannot_be_opened_is_named(storage: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_one_process_at_a_time_works_on_a_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", ["sqlite", "sqlite+pysqlite"])
+def test_one_process_at_a_time_works_on_a_study(tmp_path: Path, driver: str) -> None:
     storage = f"sqlite:///{tmp_path}/db.sqlite3"
+    same = f"{driver}:///{tmp_path}/../{tmp_path.name}/db.sqlite3"
+    busy = pytest.raises(search.StudyError, match="another process is working on study study")
     with search.lock(storage, "study"):
-        with pytest.raises(search.StudyError, match="another process is working on study study"):
-            search.lock(storage, "study")
-        with pytest.raises(search.StudyError, match="another process"):
-            search.lock(f"sqlite:///{tmp_path}/../{tmp_path.name}/db.sqlite3", "study")
-        search.lock(storage, "other").release()
+        with busy, search.lock(same, "study"):
+            pass
+        with search.lock(storage, "other"):
+            pass
+    with search.lock(same, "study"):
+        pass
 
 
 def test_a_password_is_neither_shown_nor_recorded() -> None:
