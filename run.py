@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     """options -> data -> study -> final training -> one evaluation -> saved model."""
     start = time.monotonic()
     registry.writable(options.output)
-    device = training.device(options.device)
+    device = choose_device(options)
     with search.lock(options.storage, options.study_name):
         study = search.open_study(options.storage, options.study_name)
         search.release(study)
@@ -77,8 +77,18 @@ def main(options: Options) -> None:
         show(options, study, name)
 
 
+def choose_device(options: Options) -> torch.device:
+    try:
+        return training.device(options.device)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def load(options: Options) -> data.Dataset:
-    dataset = data.load(options.dataset, options.data_dir, options.train_samples)
+    try:
+        dataset = data.load(options.dataset, options.data_dir, options.train_samples)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     if options.quick:
         dataset = replace(dataset, validation=dataset.validation.head(training.SUBSET))
     return dataset
@@ -160,8 +170,8 @@ def saved_model(job: Job) -> str | None:
     best, asked = search.best_trial(job.study), job.options.final_epochs
     wanted = (job.study.user_attrs["id"], best.number if best else None)
     for name, record in reversed(registry.read(job.options.output)["models"].items()):
-        same = (record["study"]["id"], record["study"]["trial"]) == wanted
-        if same and asked in (None, record["options"]["final_epochs"]):
+        same = (record["study"].get("id"), record["study"].get("trial")) == wanted
+        if same and asked in (None, record.get("options", {}).get("final_epochs")):
             return name
     return None
 
@@ -306,15 +316,23 @@ def guarded(arguments: list[str]) -> int:
         return 0
     except click.ClickException as error:
         return fail(error.format_message(), 2)
-    except (ValueError, data.DataError, registry.RegistryError, search.StudyError) as error:
+    except (data.DataError, registry.RegistryError, search.StudyError) as error:
         return fail(str(error), 2)
     except search.Unfinished as error:
         return fail(f"{error}; the same command goes on from here", 1)
     except (OSError, *search.STORAGE_ERRORS) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return fail(f"{reason}; what was finished is kept, the same command goes on from here", 1)
+        return fail(
+            f"{reason(error)}; what was finished is kept, the same command goes on from here", 1
+        )
     except (KeyboardInterrupt, click.Abort):
         return fail("interrupted; what was finished is kept, the same command goes on", 130)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what is at the bottom of it: "database or disk is full"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fail(message: str, code: int) -> int:

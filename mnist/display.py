@@ -1,5 +1,6 @@
 """What a person sees of a run: a live table on a terminal, plain lines elsewhere."""
 
+import shlex
 import time
 from typing import Any
 
@@ -158,12 +159,14 @@ def result(outcome: dict[str, Any], folder: str, storage: str, current: bool) ->
     )
     name = outcome["name"]
     console.print(f"model: {folder}/{name}.pth" + (", current" if current else ""))
+    default = folder == "saved_models"
     if not current:
-        console.print(f"not current; to serve it: python -m mnist.registry use {name}")
+        where = "" if default else f"--folder {shlex.quote(folder)} "
+        console.print(f"not current; to serve it: python -m mnist.registry {where}use {name}")
     console.print("next:")
     for command in (
-        "uvicorn serve.app:app",
+        ("" if default else f"MODELS={shlex.quote(folder)} ") + "uvicorn serve.app:app",
         "curl -F file=@picture.png http://127.0.0.1:8000/predict",
-        f"optuna-dashboard {storage}",
+        f"optuna-dashboard {shlex.quote(storage)}",
     ):
         console.print(f"  {command}")

@@ -65,4 +65,7 @@ def test_its_answer_is_what_the_server_gives(saved: Path, monkeypatch: pytest.Mo
     with TestClient(app) as client, (saved.parent / "7.png").open("rb") as file:
         given = client.post("/predict", files={"file": file}).json()
     assert list(answer) == list(given)
+    assert list(answer["probabilities"]) == list(given["probabilities"])
+    assert (answer["filename"], answer["prediction"]) == ("7.png", "7")
+    assert answer["top"][0] == [answer["prediction"], answer["probability"]]
     assert {type(value) for value in answer.values()} == {type(value) for value in given.values()}

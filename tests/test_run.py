@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from mnist import data, registry
-from tests.conftest import DIGITS, ROOT, Command
+from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
 
 NAME = "digits-linear-quick"
 
@@ -145,7 +146,8 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
     registry.file(tmp_path / "saved_models", earlier)
     done = run(*options)
     assert done.returncode == 0, done.stderr
-    assert "trial 0" not in done.stderr.split("final model")[0]
+    assert "final model: " in done.stderr
+    assert not re.search(r"^trial \d", done.stderr, re.MULTILINE)
     assert len(states(tmp_path)) == 2
     models = registry.read(tmp_path / "saved_models")["models"]
     assert len(models) == 2
@@ -206,6 +208,37 @@ def test_a_full_disk_ends_with_one_line_and_loses_nothing(
     assert not list((tmp_path / "saved_models").glob(".*.tmp"))
 
 
+def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
+    run: Command, tmp_path: Path
+) -> None:
+    run(*DIGITS, "--trials", "2")
+    kept = [trial.value for trial in study(tmp_path).trials]
+
+    def small(connection: sqlite3.Connection, _: object) -> None:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", small)
+    try:
+        done = run(*DIGITS, "--trials", "60")
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", small)
+    assert done.returncode == 1
+    assert "database or disk is full; what was finished is kept" in done.stderr.splitlines()[-1]
+    assert [trial.value for trial in study(tmp_path).trials[:2]] == kept
+    more = str(len(states(tmp_path)) + 1)
+    assert run(*DIGITS, "--trials", more).returncode == 0
+    assert TrialState.RUNNING not in states(tmp_path)
+
+
+def test_the_next_commands_name_the_registry_and_the_storage_in_use(run: Command) -> None:
+    where = ["--output", "my models", "--storage", "sqlite:///mine.sqlite3", "--trials", "1"]
+    run(*DIGITS, *where)
+    done = run(*DIGITS, *where, "--promote", "never")
+    assert "MODELS='my models' uvicorn serve.app:app" in done.stdout
+    assert "optuna-dashboard sqlite:///mine.sqlite3" in done.stdout
+
+
 def test_a_study_of_other_trials_is_not_continued(run: Command) -> None:
     run(*DIGITS, "--trials", "1", "--study", "mine")
     done = run(*DIGITS, "--trials", "2", "--study", "mine", "--epochs", "0.5")
@@ -224,9 +257,8 @@ def test_help_names_every_option(run: Command) -> None:
 def test_a_short_real_search_beats_97_per_cent(
     run: Command, mnist: data.Dataset, tmp_path: Path
 ) -> None:
-    folder = Path(os.environ.get("MNIST_DATA_DIR", "data")).resolve()
     done = run(
-        *("--data-dir", str(folder), "--json"),
+        *("--data-dir", str(DATA_DIR), "--json"),
         *("--quick", "--trials", "2", "--epochs", "0.02", "--final-epochs", "0.16"),
     )
     assert done.returncode == 0, done.stderr
