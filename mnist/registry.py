@@ -18,35 +18,61 @@ NAME = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
 Record = dict[str, Any]
 
+# What readers rely on, with its JSON type; "*" is every key. Anything else may be there or not.
+_NUMBER: Any = int | float
+_FILE: Any = {"file": str, "sha256": str}
+_ERRORS: Any = {"errors": int, "n": int}
+_RECORD: Any = {
+    "created": str,
+    "dataset": {"name": str, "sha256": str, "classes": list, "recipe": str}
+    | {"size": int, "channels": int, "mean": _NUMBER, "std": _NUMBER},
+    "model": {"name": str},
+    "study": {"name": str, "trial": int},
+    "files": {"weights": _FILE, "*": _FILE},
+    "metrics": {"calibration": _ERRORS, "test": _ERRORS | {"accuracy": _NUMBER}},
+    "quick": bool,
+}
+
 
 class RegistryError(RuntimeError):
     """A registry, record or file that cannot be used; the message says which and what to do."""
 
 
+class UnknownModel(RegistryError):
+    """A name that is no model of the registry."""
+
+
 def read(folder: Path) -> dict[str, Any]:
-    """All of model_info.json; one without models where there is none yet."""
+    """All of model_info.json; one without models where there is none yet.
+
+    Raises RegistryError where it is no JSON or lacks what readers rely on.
+    """
     try:
         info = json.loads((folder / INFO).read_text("utf-8"))
     except FileNotFoundError:
         return {"schema": 1, "current": None, "models": {}}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RegistryError(f"{folder / INFO} cannot be read: {error}") from error
     if not isinstance(info, dict) or info.get("schema") != 1:
         raise RegistryError(f"{folder / INFO} is not of schema 1; a newer version wrote it")
+    _check(info, {"models": {"*": _RECORD}}, f"{folder / INFO}:")
+    if info.get("current", "") not in (None, *info["models"]):
+        raise RegistryError(f"{folder / INFO}: `current` names none of its models; correct it")
     return info
 
 
 def record(folder: Path, name: str | None = None) -> tuple[str, Record]:
     """The name and record of one model, the current one by default.
 
-    Raises RegistryError where there is none, or the name is not one of the registry's.
+    Raises RegistryError where there is none, UnknownModel where the name is not the registry's.
     """
     info = read(folder)
     name = info["current"] if name is None else name
     if name is None:
         raise RegistryError(f"no current model in {folder}; `python run.py` saves one")
     if not NAME.fullmatch(name) or name not in info["models"]:
-        raise RegistryError(f"no model {name!r} in {folder}; it has {', '.join(info['models'])}")
+        there = ", ".join(info["models"]) or "none"
+        raise UnknownModel(f"no model {name!r} in {folder}; it has {there}")
     return name, info["models"][name]
 
 
@@ -76,28 +102,26 @@ def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, pr
     `files` maps a kind ("weights") to the file's ending (".pth") and content; `entry` is the
     record without `created` and `files`; `promote` is "better", "always" or "never". Files come
     first, the record last, each under its final name only when it is complete: a crash at any
-    moment leaves the registry as it was.
+    moment leaves the registry as it was, and what it left in the folder goes with the next save.
     """
     with _locked(folder):
-        for left in folder.glob(".*.tmp"):  # by a process that was killed while saving
-            left.unlink()
         info = read(folder)
+        _clear(folder, info)
         now = datetime.now(UTC)
         name = _new_name(folder, info, now)
         entry = entry | {"created": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "files": {}}
+        (folder / f".{name}.tmp").touch()  # until _clear, its files may have no record
         for kind, (ending, content) in files.items():
-            _write(folder / f"{name}{ending}", content)
+            path = folder / f"{name}{ending}"
+            _write(path, content)
             digest = hashlib.sha256(content).hexdigest()
-            entry["files"][kind] = {
-                "file": f"{name}{ending}",
-                "sha256": digest,
-                "bytes": len(content),
-            }
+            entry["files"][kind] = {"file": path.name, "sha256": digest, "bytes": len(content)}
         info["models"][name] = entry
         current = info["models"].get(info["current"])
         if promote == "always" or (promote == "better" and better(entry, current)):
             info["current"] = name
         _write_info(folder, info)
+        _clear(folder, info)
     return name
 
 
@@ -113,8 +137,8 @@ def better(new: Record, current: Record | None) -> bool:
         return False
     if any(new["dataset"][key] != current["dataset"][key] for key in ("name", "sha256", "classes")):
         return False
-    share = [entry["metrics"]["calibration"] for entry in (new, current)]
-    return share[0]["errors"] / share[0]["n"] <= share[1]["errors"] / share[1]["n"]
+    a, b = (entry["metrics"]["calibration"] for entry in (new, current))
+    return a["errors"] * b["n"] <= b["errors"] * a["n"]
 
 
 def use(folder: Path, name: str) -> None:
@@ -132,9 +156,11 @@ def remove(folder: Path, name: str) -> None:
         if name == info["current"]:
             raise RegistryError(f"{name} is the current model; `use` another one first")
         del info["models"][name]
+        (folder / f".{name}.tmp").touch()  # until _clear, its files may have no record
         _write_info(folder, info)
         for part in entry["files"].values():
             (folder / Path(part["file"]).name).unlink(missing_ok=True)
+        _clear(folder, info)
 
 
 def writable(folder: Path) -> None:
@@ -146,6 +172,28 @@ def writable(folder: Path) -> None:
     except OSError as error:
         raise RegistryError(f"cannot write to {folder}: {error.strerror}; see --output") from error
     read(folder)
+
+
+def _check(found: Any, shape: Any, where: str) -> None:
+    """Raises RegistryError where a part of `shape` is missing in `found`, or of another type."""
+    if not isinstance(found, dict if isinstance(shape, dict) else shape):
+        raise RegistryError(f"{where} is missing or malformed; correct it, or put a copy back")
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            for part in found if key == "*" else [key]:
+                _check(found.get(part), inner, f"{where} {part}")
+
+
+def _clear(folder: Path, info: dict[str, Any]) -> None:
+    """Delete what half a save or removal left; not just any file without a record, for it may be
+    a person's, or the record may have been lost.
+    """
+    for left in folder.glob(".*.tmp"):
+        name = left.name[1:-4]
+        if NAME.fullmatch(name) and name not in info["models"]:
+            for orphan in folder.glob(f"{name}.*"):
+                orphan.unlink()
+        left.unlink()
 
 
 def _new_name(folder: Path, info: dict[str, Any], now: datetime) -> str:
@@ -237,3 +285,6 @@ if __name__ == "__main__":
         main(prog_name="python -m mnist.registry")
     except RegistryError as error:
         raise SystemExit(f"registry: {error}") from error
+    except OSError as error:
+        click.echo(f"registry: {error}", err=True)
+        raise SystemExit(2) from error

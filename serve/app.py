@@ -1,5 +1,6 @@
 """The routes. `uvicorn serve.app:app`"""
 
+import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from mnist import images, registry
 from serve.engine import Engine
@@ -89,7 +91,7 @@ def models(request: Request) -> dict[str, Any]:
 @app.get("/models/{name}")
 def model(name: str, request: Request) -> dict[str, Any]:
     """All that is recorded of one model."""
-    return _known(request.app.state.engine, name)
+    return registry.record(request.app.state.engine.settings.models, name)[1]
 
 
 @app.post("/predict", openapi_extra=UPLOAD)
@@ -102,30 +104,15 @@ async def predict(
     """Classify a raw picture, sent as the multipart field `file` or as the body itself."""
     engine: Engine = request.app.state.engine
     data, filename = await _picture(request, engine.settings.max_upload_bytes)
-    if model is not None:
-        _known(engine, model)
-    try:
-        return await engine.answer(data, filename, model, top, view)
-    except images.ImageError as error:
-        raise Refused(IMAGE_STATUS[error.code], error.code, str(error)) from error
-    except registry.RegistryError as error:
-        raise Refused(503, "no_model", str(error)) from error
-
-
-def _known(engine: Engine, name: str) -> dict[str, Any]:
-    try:
-        return registry.record(engine.settings.models, name)[1]
-    except registry.RegistryError as error:
-        raise Refused(404, "unknown_model", str(error)) from error
+    return await engine.answer(data, filename, model, top, view)
 
 
 async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
     """The picture's bytes and its file's name, read into memory only, at most `limit` bytes."""
 
     async def bounded() -> AsyncGenerator[bytes]:
-        size = int(request.headers.get("content-length") or 0)
         refused = Refused(413, "too_large", f"the upload is over {limit} bytes (MAX_UPLOAD_BYTES)")
-        if size > limit:
+        if _content_length(request) > limit:
             raise refused
         size = 0
         async for chunk in request.stream():
@@ -134,7 +121,8 @@ async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
                 raise refused
             yield chunk
 
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind = request.headers.get("content-type", "").lower()
+    if not kind.startswith("multipart/form-data"):
         data, filename = b"".join([chunk async for chunk in bounded()]), None
     else:
         parser = MultiPartParser(request.headers, bounded(), max_files=1)
@@ -152,6 +140,15 @@ async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
     return data, filename
 
 
+def _content_length(request: Request) -> int:
+    """What the header says, 0 without one; raises Refused where it says no number."""
+    length = request.headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", length):
+        message = f"Content-Length is {length[:20]!r}; it must be a number of bytes"
+        raise Refused(400, "bad_request", message)
+    return int(length)
+
+
 def _error(request: Request, status: int, code: str, message: str) -> JSONResponse:
     request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
     body = {"error": {"code": code, "message": message, "request_id": request_id}}
@@ -161,6 +158,34 @@ def _error(request: Request, status: int, code: str, message: str) -> JSONRespon
 @app.exception_handler(Refused)
 def _refused(request: Request, error: Refused) -> JSONResponse:
     return _error(request, error.status, error.code, str(error))
+
+
+@app.exception_handler(images.ImageError)
+def _no_picture(request: Request, error: images.ImageError) -> JSONResponse:
+    return _error(request, IMAGE_STATUS[error.code], error.code, str(error))
+
+
+@app.exception_handler(registry.RegistryError)
+def _no_model(request: Request, error: registry.RegistryError) -> JSONResponse:
+    return _error(request, 503, "no_model", str(error))
+
+
+@app.exception_handler(registry.UnknownModel)
+def _unknown_model(request: Request, error: registry.UnknownModel) -> JSONResponse:
+    return _error(request, 404, "unknown_model", str(error))
+
+
+@app.exception_handler(ClientDisconnect)
+def _gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+    return _error(request, 400, "bad_request", "the client left before the end of the upload")
+
+
+@app.exception_handler(Exception)
+def _internal(request: Request, error: Exception) -> JSONResponse:
+    """Starlette raises the error again after this answer, so that the server logs its traceback."""
+    response = _error(request, 500, "internal", "the server failed; its log says why")
+    error.add_note(f"request_id {response.headers['x-request-id']}")
+    return response
 
 
 @app.exception_handler(RequestValidationError)

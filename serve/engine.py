@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,6 +47,9 @@ class Engine:
             self.current = await self._run(self._first)
         except registry.RegistryError as error:
             self.reason = str(error)
+        except Exception as error:  # whatever it is, the server lives and says so
+            logging.getLogger(__name__).exception("the current model cannot be used")
+            self.reason = f"the current model cannot be used: {error!r}"
 
     def stop(self) -> None:
         self._thread.shutdown()
@@ -55,7 +59,8 @@ class Engine:
     ) -> dict[str, Any]:
         """CONTRACT's answer for one picture's bytes.
 
-        Raises images.ImageError for the picture, registry.RegistryError for the model.
+        Raises images.ImageError for the picture, registry.UnknownModel where `name` names none,
+        another registry.RegistryError where the model cannot answer.
         """
         return await self._run(self._answer, data, filename, name, top, view)
 
@@ -69,6 +74,10 @@ class Engine:
         model.classify(np.zeros((1, data["channels"], data["size"], data["size"]), np.uint8))
         return model
 
+    def _named(self, name: str) -> Model:
+        registry.record(self.settings.models, name)  # it may have been removed since it was loaded
+        return self._load(name)
+
     def _read(self, name: str) -> Model:
         classify = inference.load(self.settings.models, name, self.settings.threads)
         return Model(name, registry.record(self.settings.models, name)[1], classify)
@@ -76,7 +85,7 @@ class Engine:
     def _answer(
         self, data: bytes, filename: str | None, name: str | None, top: int, view: bool
     ) -> dict[str, Any]:
-        model = self._load(name) if name else self.current
+        model = self.current if name is None else self._named(name)
         if model is None:
             raise registry.RegistryError(self.reason)
         about, study = model.record["dataset"], model.record["study"]

@@ -2,26 +2,35 @@
 
 import asyncio
 import base64
+import http.client
 import io
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from mnist import data, images, inference, registry
+import serve.app
+from mnist import data, images, inference, models, registry, training
 from serve.app import app
 from serve.engine import Engine
 from serve.settings import Settings
 from tests.conftest import ROOT
+from tests.test_registry import entry
 
 
 @pytest.fixture
@@ -71,9 +80,34 @@ def test_a_training_image_posted_as_png_gets_the_probabilities_python_gives(
         assert list(answer["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_real_image_posted_as_png_is_read_bit_for_bit(mnist: data.Dataset) -> None:
+def view(answer: dict[str, Any]) -> np.ndarray:
+    scheme, encoded = answer["view"].split(",")
+    assert scheme == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+
+
+def test_real_images_posted_as_png_are_read_bit_for_bit_and_answered_as_in_python(
+    mnist: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for image in mnist.validation.images[:500].numpy():
         assert np.array_equal(images.normalise(png(image[0])), image)
+    torch.manual_seed(0)
+    model = models.build("parallel", mnist.channels, mnist.size, len(mnist.classes))
+    weights = io.BytesIO()
+    torch.save(model.state_dict(), weights)
+    about = {"dataset": mnist.record(mnist.validation), "model": {"name": "parallel"}}
+    files = {"weights": (".pth", weights.getvalue())}
+    registry.save(tmp_path, files, entry(**about), "always")
+    pictures = mnist.validation.images[:20]
+    expected = training.predict(model, mnist, pictures).numpy()
+    assert len(np.unique(expected.argmax(1))) > 1  # it tells pictures apart
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    with TestClient(app) as client:
+        for image, shares in zip(pictures.numpy(), expected, strict=True):
+            form = {"file": ("digit.png", png(image[0]))}
+            answer = client.post("/predict?view=true", files=form).json()
+            assert list(answer["probabilities"].values()) == pytest.approx(shares, abs=1e-5)
+            assert np.array_equal(view(answer), image[0])
 
 
 def test_an_answer_has_the_contract_s_fields(
@@ -105,10 +139,7 @@ def test_body_top_view_and_model_do_what_they_say(
         ).json()
         assert len(answer["top"]) == 1
         assert answer["filename"] is None
-        scheme, encoded = answer["view"].split(",")
-        assert scheme == "data:image/png;base64"
-        view = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
-        assert np.array_equal(view, images.normalise(picture)[0])
+        assert np.array_equal(view(answer), images.normalise(picture)[0])
 
 
 def test_what_cannot_be_answered_is_refused_with_its_own_status(
@@ -134,6 +165,17 @@ def test_what_cannot_be_answered_is_refused_with_its_own_status(
     refused(client.get("/models/../x"), 404, "not_found")
     refused(client.get("/models/nothing"), 404, "unknown_model")
     refused(client.get("/predict"), 405, "bad_request")
+    for length in ("many", "-1", "1" * 5000):
+        headers = {"content-length": length}
+        message = refused(client.post("/predict", headers=headers), 400, "bad_request")
+        assert "Content-Length" in message
+
+
+def test_the_form_s_type_is_read_in_any_case(client: TestClient, picture: bytes) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="3.png"\r\n\r\n'
+    headers = {"content-type": "Multipart/Form-Data; boundary=x"}
+    answer = client.post("/predict", content=head + picture + b"\r\n--x--", headers=headers)
+    assert answer.json()["filename"] == "3.png"
 
 
 def test_a_chunked_upload_is_stopped_at_the_limit(client: TestClient) -> None:
@@ -163,22 +205,72 @@ def test_models_are_listed_and_shown(client: TestClient, saved: Path) -> None:
     assert client.get(f"/models/{name}").json() == record
 
 
-@pytest.mark.parametrize("harm", ["none", "altered", "missing"])
+def test_a_corrupt_record_is_no_model_rather_than_an_unknown_one(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: bytes
+) -> None:
+    folder = tmp_path / "registry"
+    shutil.copytree(saved, folder)
+    name, _ = registry.record(folder)
+    monkeypatch.setenv("MODELS", str(folder))
+    with TestClient(app) as client:
+        for content in ("{", '{"schema": 1, "current": null}'):
+            (folder / "model_info.json").write_text(content)
+            for route in ("/models", f"/models/{name}", "/models/nothing"):
+                assert "model_info.json" in refused(client.get(route), 503, "no_model")
+            for query in (f"?model={name}", "?model=nothing"):
+                refused(client.post(f"/predict{query}", content=picture), 503, "no_model")
+            assert client.post("/predict", content=picture).json()["model"] == name
+
+
+def test_a_removed_model_is_unknown_even_where_it_was_loaded(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: bytes
+) -> None:
+    folder = tmp_path / "registry"
+    shutil.copytree(saved, folder)
+    old, record = registry.record(folder)
+    weights = registry.file(folder, old).read_bytes()
+    registry.save(folder, {"weights": (".pth", weights)}, record, "always")
+    monkeypatch.setenv("MODELS", str(folder))
+    with TestClient(app) as client:
+        post = f"/predict?model={old}"
+        assert client.post(post, content=picture).json()["model"] == old
+        registry.remove(folder, old)
+        refused(client.post(post, content=picture), 404, "unknown_model")
+
+
+@pytest.mark.parametrize("harm", ["none", "altered", "missing", "shape", "network", "unforeseen"])
 def test_without_a_usable_model_the_server_lives_but_is_not_ready(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: bytes, harm: str
 ) -> None:
     folder = tmp_path / "registry"
     if harm != "none":
         shutil.copytree(saved, folder)
+        info = folder / "model_info.json"
         weights = folder / f"{registry.record(folder)[0]}.pth"
-        weights.unlink() if harm == "missing" else weights.write_bytes(b"x")
+    if harm == "missing":
+        weights.unlink()
+    elif harm == "altered":
+        weights.write_bytes(b"x")
+    elif harm == "shape":
+        info.write_text('{"schema": 1, "models": []}')
+    elif harm == "network":
+        info.write_text(info.read_text().replace('"name": "linear"', '"name": "parallel"'))
+    elif harm == "unforeseen":
+        monkeypatch.setattr(inference, "load", lambda *_: 1 / 0)
     monkeypatch.setenv("MODELS", str(folder))
     with TestClient(app) as client:
         assert client.get("/health").status_code == 200
         answer = client.get("/ready")
         assert answer.status_code == 503
         assert answer.json()["status"] == "unavailable"
-        expected = {"none": "no current model", "altered": "was altered", "missing": "No such file"}
+        expected = {
+            "none": "no current model",
+            "altered": "was altered",
+            "missing": "No such file",
+            "shape": "models is missing or malformed",
+            "network": "cannot be loaded",
+            "unforeseen": "ZeroDivisionError",
+        }
         assert expected[harm] in answer.json()["reason"]
         refused(client.post("/predict", content=picture), 503, "no_model")
 
@@ -209,6 +301,77 @@ def test_inference_never_holds_up_the_event_loop(
 
     assert asyncio.run(scenario()) >= 10
     assert all(name.startswith("inference") for name in threads)
+
+
+def test_a_model_s_record_is_not_read_on_the_event_loop(
+    client: TestClient, saved: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = registry.record(saved)
+    threads, real = [], registry.read
+
+    def noted(folder: Path) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return real(folder)
+
+    monkeypatch.setattr(registry, "read", noted)
+    assert client.post(f"/predict?model={name}", content=picture).status_code == 200
+    refused(client.post("/predict?model=nothing", content=picture), 404, "unknown_model")
+    assert threads
+    assert all(thread.startswith("inference") for thread in threads)
+
+
+@contextmanager
+def serving(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """The address of a real server; on leaving, it has finished all it began, and logged it."""
+    monkeypatch.setenv("MODELS", str(saved))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))  # so caplog gets the log
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_an_unforeseen_error_is_told_to_the_log_and_not_to_the_client(
+    saved: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("of the inside")
+
+    monkeypatch.setattr(images, "normalise", broken)
+    with serving(saved, monkeypatch) as address:
+        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection.request("POST", "/predict", picture, {"X-Request-ID": "mine"})
+        answer = connection.getresponse()
+        error = json.loads(answer.read())["error"]
+        connection.close()
+    assert (answer.status, answer.headers["X-Request-ID"]) == (500, "mine")
+    assert (error["code"], error["request_id"]) == ("internal", "mine")
+    assert "inside" not in error["message"]
+    assert "RuntimeError: of the inside\nrequest_id mine" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["image/png", "multipart/form-data; boundary=x"])
+def test_a_client_that_leaves_in_mid_upload_leaves_no_traceback(
+    saved: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, real = threading.Event(), serve.app._picture
+
+    async def noted(*args: Any) -> tuple[bytes, str | None]:
+        begun.set()
+        return await real(*args)
+
+    monkeypatch.setattr("serve.app._picture", noted)
+    lines = ("POST /predict HTTP/1.1", "Host: x", f"Content-Type: {kind}", "Content-Length: 1000")
+    with serving(saved, monkeypatch) as address, socket.create_connection(address) as connection:
+        connection.sendall("\r\n".join([*lines, "", "--x\r\n"]).encode())
+        assert begun.wait(10)
+    assert "Traceback" not in caplog.text
 
 
 def test_a_setting_out_of_range_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """mnist.registry and mnist.inference: what is saved stays whole, and is loaded only if it is."""
 
+import io
 import json
+import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +15,26 @@ import pytest
 import torch
 
 from mnist import inference, models, registry
+from tests.conftest import ROOT
+
+DATASET = {"name": "made-up", "sha256": "0", "classes": ["0", "1"], "recipe": "plain"} | {
+    "size": 28,
+    "channels": 1,
+    "mean": 0.1,
+    "std": 0.3,
+}
 
 
-def entry(errors: int = 10, **changes: Any) -> dict[str, Any]:
+def entry(errors: int = 10, n: int = 100, **changes: Any) -> dict[str, Any]:
+    """The least that registry.save takes."""
     return {
-        "dataset": {"name": "made-up", "sha256": "0", "classes": ["0", "1"]},
-        "metrics": {"calibration": {"errors": errors, "n": 100}},
+        "dataset": DATASET,
+        "model": {"name": "linear"},
+        "study": {"name": "made-up-linear", "trial": 0},
+        "metrics": {
+            "calibration": {"errors": errors, "n": n},
+            "test": {"errors": 1, "n": 100, "accuracy": 0.99},
+        },
         "quick": False,
     } | changes
 
@@ -57,9 +74,10 @@ def test_two_models_of_one_second_have_two_names(tmp_path: Path) -> None:
         (entry(errors=9), True),
         (entry(errors=11), False),
         (entry(errors=0, quick=True), False),
-        (entry(0, dataset={"name": "made-up", "sha256": "0", "classes": ["a", "b"]}), False),
-        (entry(0, dataset={"name": "other", "sha256": "1", "classes": ["0", "1"]}), False),
-        (entry(10, metrics={"calibration": {"errors": 15, "n": 200}}), True),  # 7.5 % against 10 %
+        (entry(0, dataset=DATASET | {"classes": ["a", "b"]}), False),
+        (entry(0, dataset=DATASET | {"name": "other", "sha256": "1"}), False),
+        (entry(errors=15, n=200), True),  # 7.5 % against 10 %
+        (entry(errors=21, n=200), False),  # 10.5 % against 10 %
     ],
 )
 def test_a_new_model_becomes_current_only_by_merit(
@@ -114,6 +132,75 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_registry_as_it_was(
     assert current(tmp_path) == new
 
 
+# Saves a model and is killed between its files and its record; or removes one, and is killed
+# between its record and its files.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from mnist import registry
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+folder, what = Path(sys.argv[1]), sys.argv[2]
+if what == "save":
+    registry._write_info = kill
+    entry = registry.record(folder)[1]
+    files = {"weights": (".pth", b"new"), "predictions": (".test.npz", b"new")}
+    registry.save(folder, files, entry, "always")
+Path.unlink = kill
+registry.remove(folder, what)
+"""
+
+
+def killed(folder: Path, what: str) -> None:
+    command = [sys.executable, "-c", KILLED, str(folder), what]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_kill_while_saving_leaves_the_previous_model_and_the_next_save_nothing_else(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "registry"
+    shutil.copytree(saved, folder)
+    others = {"20200101-000000.pth", "notes.txt"}  # a person's
+    for name in others:
+        (folder / name).write_text("mine")
+    before, previous = names(folder), current(folder)
+    killed(folder, "save")
+    left = names(folder) - before
+    assert {Path(name).suffix for name in left} == {".pth", ".npz", ".tmp"}
+    assert current(folder) == previous
+    assert inference.load(folder)(np.zeros((1, 1, 28, 28), np.uint8)).shape == (1, 10)
+    new = save(folder, entry())
+    assert names(folder) == before | {f"{new}.pth"}
+    assert list(registry.read(folder)["models"]) == [previous, new]
+
+
+def test_what_a_killed_removal_left_goes_with_the_next_save(tmp_path: Path) -> None:
+    old, new = save(tmp_path, entry()), save(tmp_path, entry())
+    killed(tmp_path, old)
+    assert list(registry.read(tmp_path)["models"]) == [new]
+    assert f"{old}.pth" in names(tmp_path)
+    newer = save(tmp_path, entry())
+    assert {name for name in names(tmp_path) if name.endswith(".pth")} == {
+        f"{new}.pth",
+        f"{newer}.pth",
+    }
+
+
+def test_a_model_without_its_record_is_not_taken_for_a_left_over(tmp_path: Path) -> None:
+    name = save(tmp_path, entry())
+    (tmp_path / "model_info.json").unlink()
+    save(tmp_path, entry())
+    assert (tmp_path / f"{name}.pth").exists()
+
+
 def test_an_altered_or_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     name = save(tmp_path, entry())
     path = tmp_path / f"{name}.pth"
@@ -151,6 +238,99 @@ def test_unreadable_info_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_info.json").write_text('{"schema": 2}')
     with pytest.raises(registry.RegistryError, match="a newer version wrote it"):
         registry.read(tmp_path)
+
+
+def without(*keys: str) -> Any:
+    """A change that takes away what these keys lead to, from a whole model_info.json."""
+
+    def change(info: Any) -> None:
+        for key in keys[:-1]:
+            info = info[key]
+        del info[keys[-1]]
+
+    return change
+
+
+def put(value: Any, *keys: str) -> Any:
+    """A change that puts `value` where these keys lead to."""
+
+    def change(info: Any) -> None:
+        for key in keys[:-1]:
+            info = info[key]
+        info[keys[-1]] = value
+
+    return change
+
+
+NAME = "20261121-120301"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (without("models"), "models"),
+        (without("current"), "current"),
+        (put("20200101-000000", "current"), "current"),
+        (put(["x"], "current"), "current"),
+        (put([], "models"), "models"),
+        (put(None, "models", NAME), NAME),
+        (without("models", NAME, "created"), f"{NAME} created"),
+        (without("models", NAME, "quick"), f"{NAME} quick"),
+        (without("models", NAME, "dataset"), f"{NAME} dataset"),
+        (without("models", NAME, "dataset", "mean"), f"{NAME} dataset mean"),
+        (put("28", "models", NAME, "dataset", "size"), f"{NAME} dataset size"),
+        (put("linear", "models", NAME, "model"), f"{NAME} model"),
+        (without("models", NAME, "study", "trial"), f"{NAME} study trial"),
+        (without("models", NAME, "files"), f"{NAME} files"),
+        (without("models", NAME, "files", "weights"), f"{NAME} files weights"),
+        (put({}, "models", NAME, "files", "onnx"), f"{NAME} files onnx file"),
+        (without("models", NAME, "metrics", "test"), f"{NAME} metrics test"),
+        (without("models", NAME, "metrics", "calibration", "n"), f"{NAME} metrics calibration n"),
+    ],
+)
+def test_info_of_another_shape_is_refused_in_a_line_that_says_where(
+    tmp_path: Path, change: Any, named: str
+) -> None:
+    files = {"weights": {"file": f"{NAME}.pth", "sha256": "0", "bytes": 1}}
+    whole = entry() | {"created": "2026-11-21T12:03:01Z", "files": files}
+    info = {"schema": 1, "current": NAME, "models": {NAME: whole}}
+    info = json.loads(json.dumps(info))
+    path = tmp_path / "model_info.json"
+    path.write_text(json.dumps(info | {"later": 1}))
+    assert registry.record(tmp_path)[0] == NAME  # what is not known is not minded
+    change(info)
+    path.write_text(json.dumps(info))
+    with pytest.raises(registry.RegistryError, match=named) as refused:
+        registry.read(tmp_path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ")
+    assert "correct it" in message
+    assert "\n" not in message
+
+
+def test_info_nested_beyond_reason_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_info.json").write_text("[" * 100_000)
+    with pytest.raises(registry.RegistryError, match="cannot be read"):
+        registry.read(tmp_path)
+
+
+def test_an_unknown_name_is_told_from_a_broken_registry(tmp_path: Path) -> None:
+    with pytest.raises(registry.UnknownModel, match="it has none"):
+        registry.record(tmp_path, NAME)
+    (tmp_path / "model_info.json").write_text("{")
+    with pytest.raises(registry.RegistryError) as broken:
+        registry.record(tmp_path, NAME)
+    assert not isinstance(broken.value, registry.UnknownModel)
+
+
+def test_the_command_says_in_a_line_that_a_folder_cannot_be_written(tmp_path: Path) -> None:
+    # A file in the folder's place fails alike, and for the superuser too.
+    (tmp_path / "file").touch()
+    line = ["-m", "mnist.registry", "--folder", str(tmp_path / "file"), "use", NAME]
+    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("registry: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_command_lists_uses_verifies_and_removes(saved: Path, tmp_path: Path) -> None:
@@ -210,6 +390,23 @@ def test_a_saved_record_has_the_contract_s_fields(saved: Path) -> None:
         "per_class",
     }
     assert record["quick"] is True
+
+
+@pytest.mark.parametrize("harm", ["no pickle", "another network", "unknown network", "code"])
+def test_weights_that_make_no_model_are_refused_in_a_line_with_its_name(
+    tmp_path: Path, harm: str
+) -> None:
+    stream = io.BytesIO()
+    torch.save(models.build("linear", 1, 28, 10).state_dict(), stream)
+    good = stream.getvalue()
+    weights = {"no pickle": b"weights", "code": pickle.dumps(print, 2)}.get(harm, good)
+    network = "nothing" if harm == "unknown network" else "linear"  # for two classes, not ten
+    name = registry.save(
+        tmp_path, {"weights": (".pth", weights)}, entry(model={"name": network}), "always"
+    )
+    with pytest.raises(registry.RegistryError, match=f"model {name} cannot be loaded: ") as refused:
+        inference.load(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_classifier_gives_what_the_weights_give(saved: Path) -> None:
