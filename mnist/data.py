@@ -91,19 +91,25 @@ class Dataset:
         names = ("train", "validation", "calibration")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def record(self, test: Split) -> dict[str, Any]:
-        """What model_info.json keeps of it."""
+    def record(self, test: int) -> dict[str, Any]:
+        """What model_info.json keeps of it; `test` is the number of test images."""
         keys = ("name", "sha256", "classes", "size", "channels", "recipe", "mean", "std")
         names = ("train", "validation", "calibration")
         sizes = {name: len(getattr(self, name)) for name in names}
-        return {key: getattr(self, key) for key in keys} | {"splits": sizes | {"test": len(test)}}
+        return {key: getattr(self, key) for key in keys} | {"splits": sizes | {"test": test}}
 
 
-def load(name: str, data_dir: Path | None = None, train_samples: int | None = None) -> Dataset:
+def load(
+    name: str,
+    data_dir: Path | None = None,
+    train_samples: int | None = None,
+    most_validation: int | None = None,
+) -> Dataset:
     """The data set called `name`, one of DATASETS; its files are fetched if they are not there.
 
     They are looked for under `data_dir`, by default MNIST_DATA_DIR from the environment, or data.
-    `train_samples` cuts the training split down to that many, stratified. Raises ValueError for
+    `train_samples` cuts the training split down to that many, stratified, `most_validation` the
+    validation split to at most so many. Raises ValueError for
     an unknown name or a number out of range, DataError where the files cannot be had.
     """
     if name not in DATASETS:
@@ -142,7 +148,7 @@ def load(name: str, data_dir: Path | None = None, train_samples: int | None = No
         mean=round(float(ink.mean()), 4),
         std=round(float(ink.std()), 4),
         train=split(train),
-        validation=split(validation),
+        validation=split(validation[:most_validation]),
         calibration=split(calibration),
         open_test=open_test,
     )

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from mnist.search import Update
+from mnist.study import FINISHED
 from mnist.training import Progress
 
 PLAIN_EVERY_S = 5.0
@@ -35,7 +36,9 @@ class Display:
         self.done = self.pruned = self.timed = 0
         self.best: tuple[float, int] | None = None
         self.rows: list[list[str]] = []
-        self.accuracy = ""  # that the running trial reported last
+        self.running: dict[int, list[str]] = {}
+        self.accuracy: dict[int, str] = {}  # that a running trial reported last
+        self.said = ""
         self.start = self.last = time.monotonic()
         self.final_start: float | None = None
 
@@ -61,21 +64,38 @@ class Display:
 
     def trial(self, update: Update) -> None:
         """Show an update of the search."""
-        if update.progress:
+        number, params = update.number, update.params
+        if number is None or params is None:
+            self._show(None, self._search_left_s())
+        elif update.progress:
             progress = update.progress
             if progress.accuracy is not None:
-                self.accuracy = f"{progress.accuracy:.2%}"
+                self.accuracy[number] = f"{progress.accuracy:.2%}"
             share = f"{progress.samples / progress.total:.0%}"
-            self._show([*_words(update), share, self.accuracy], self._search_left_s())
+            row = [*_words(number, params), share, self.accuracy.get(number, "")]
+            self.running[number] = row
+            self._show(row, self._search_left_s())
         elif update.state:
-            self.accuracy = ""
+            self.accuracy.pop(number, None)
+            self.running.pop(number, None)
             self.timed += 1
-            if update.state != TrialState.FAIL:
-                self.earlier(update.state, update.number, update.value)
+            if update.state in FINISHED:
+                self.earlier(update.state, number, update.value)
             value = "" if update.value is None else f"{update.value:.2%}"
-            row = [*_words(update), update.state.name.lower(), value, f"{update.seconds:.0f} s"]
+            state = update.state.name.lower()
+            row = [*_words(number, params), state, value, f"{update.seconds:.0f} s"]
             self.rows = [*self.rows, row][-ROWS:]
             self._show(row, self._search_left_s(), ended=True)
+
+    def confirmation(self, done: int, total: int) -> None:
+        """Show how many runs on fresh seeds are done."""
+        self._show(["confirming", "", "", "", f"{done} of {total}", ""], self.final_s)
+
+    def waiting(self, text: str) -> None:
+        """Say once what is being waited for."""
+        if text != self.said:
+            self.said = text
+            self.say(f"{text}; waiting for it")
 
     def final(self, progress: Progress) -> None:
         """Show the final training."""
@@ -90,7 +110,7 @@ class Display:
         each_s = (spent_s + 5 * self.expected_s) / (self.timed + 5)  # the plan weighs five trials
         return each_s * max(0, self.trials - self.done) + self.final_s
 
-    def _show(self, row: list[str], left_s: float, ended: bool = False) -> None:
+    def _show(self, row: list[str] | None, left_s: float, ended: bool = False) -> None:
         best = f"best {self.best[0]:.2%} (trial {-self.best[1]})" if self.best else "no best yet"
         summary = (
             f"{self.done} of {self.trials} trials, {self.pruned} pruned, {best}, "
@@ -99,23 +119,28 @@ class Display:
         if self.live:
             names = ("trial", "batch", "optimizer", "lr", "state", "accuracy", "time")
             table = Table(*names, box=None)
-            for each in self.rows if ended else [*self.rows, row]:
-                table.add_row(*each, style=None if each is row and not ended else "dim")
+            for each in self.rows:
+                table.add_row(*each, style="dim")
+            current = self.running.values() or ([row] if row and not ended else [])
+            for each in current:
+                table.add_row(*each)
             bar = ProgressBar(total=self.trials, completed=self.done, width=60)
             self.live.update(Group(table, summary, bar), refresh=True)
-        elif ended or time.monotonic() - self.last > PLAIN_EVERY_S:
+        elif row and (ended or time.monotonic() - self.last > PLAIN_EVERY_S):
             self.last = time.monotonic()
             self.say(f"trial {' '.join(word for word in row if word)} | {summary}")
 
 
-def _words(update: Update) -> list[str]:
-    params = update.params
-    return [
-        str(update.number),
-        str(params["batch_size"]),
-        params["optimizer"],
-        f"{params['lr']:.2g}",
-    ]
+def _words(number: int, params: dict[str, Any]) -> list[str]:
+    return [str(number), str(params["batch_size"]), params["optimizer"], f"{params['lr']:.2g}"]
+
+
+def words(params: dict[str, Any]) -> str:
+    """ "batch_size 33, optimizer Adam, lr 0.00039" """
+    return ", ".join(
+        f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in params.items()
+    )
 
 
 def duration(seconds: float) -> str:
@@ -123,8 +148,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def result(outcome: dict[str, Any], folder: str, storage: str, current: bool) -> None:
-    """Print the result of a study: search.summary() joined with the saved model's record."""
+def result(outcome: dict[str, Any], folder: str, storage: str, place: str) -> None:
+    """Print the result of a study: study.summary() joined with the saved model's record.
+
+    `place` says whether the model is "current" or just "saved" in the registry `folder`, or
+    "elsewhere": on the machine that finished the study.
+    """
     console = Console(highlight=False, soft_wrap=True, markup=False)
     counts, test = outcome["trials"], outcome["metrics"]["test"]
     n = counts["complete"]
@@ -152,15 +181,24 @@ def result(outcome: dict[str, Any], folder: str, storage: str, current: bool) ->
     else:
         words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         console.print(f"importance: {words} (n = {n} complete trials)")
+    confirmed = outcome["metrics"]["validation"]
+    if confirmed["std"] is not None:
+        console.print(
+            f"confirmed: {confirmed['mean']:.2%} ± {confirmed['std']:.2%} on fresh seeds "
+            f"(n = {confirmed['seeds']})"
+        )
     low, high = test["interval95"]
     console.print(
         f"test: {test['errors']} errors of {test['n']:,}, accuracy {test['accuracy']:.2%} "
         f"(95 % interval {low:.2%} to {high:.2%})"
     )
     name = outcome["name"]
-    console.print(f"model: {folder}/{name}.pth" + (", current" if current else ""))
+    if place == "elsewhere":
+        console.print(f"model: {name}, in the registry of the machine that finished the study")
+        return
+    console.print(f"model: {folder}/{name}.pth" + (", current" if place == "current" else ""))
     default = folder == "saved_models"
-    if not current:
+    if place != "current":
         where = "" if default else f"--folder {shlex.quote(folder)} "
         console.print(f"not current; to serve it: python -m mnist.registry {where}use {name}")
     console.print("next:")

@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from mnist import data, models, search
-
-TRIALS, QUICK_TRIALS = 32, 6
+from mnist import data, models
+from mnist import study as studies
 
 
 def option(default: Any, text: str, **settings: Any) -> Any:
@@ -29,6 +28,18 @@ class Duration(click.ParamType):
         return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+class Size(click.ParamType):
+    """Bytes, or a number with kB, MB or GB: 500MB, 2GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)B?", str(value))
+        if not found or not float(found[1]):
+            self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
+        return int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]])
+
+
 AT_LEAST_1 = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 
@@ -40,7 +51,7 @@ class Options:
     dataset: str = option("mnist", "Data set.", type=click.Choice(list(data.DATASETS)))
     model: str = option("parallel", "Network.", type=click.Choice(list(models.NETWORKS)))
     trials: int | None = option(
-        None, f"The study's total of finished trials. [default: {TRIALS}]", type=AT_LEAST_1
+        None, "The study's total of finished trials. [default: 32]", type=AT_LEAST_1
     )
     epochs: float | None = option(
         None, "Most training a trial may see, in epochs. [default: fits the machine]", type=POSITIVE
@@ -56,6 +67,20 @@ class Options:
     )
     storage: str = option("sqlite:///db.sqlite3", "Where the study is kept (Optuna's RDB storage).")
     study: str | None = option(None, "The study's name. [default: DATASET-MODEL]")
+    workers: int | None = option(
+        None, "Training processes. [default: 1 on a CPU, else one per GPU]", type=AT_LEAST_1
+    )
+    sampler: str = option(
+        "tpe", "How trials are chosen.", type=click.Choice(list(studies.SAMPLERS))
+    )
+    pruner: str = option(
+        "halving", "How trials are stopped early.", type=click.Choice(list(studies.PRUNERS))
+    )
+    confirm: int | None = option(
+        None,
+        "So many of the best trials are run again on fresh seeds. [default: 3, with --quick 1]",
+        type=click.IntRange(min=0),
+    )
     seed: int = option(0, "Of search and training.", type=click.IntRange(0, 2**31 - 1))
     device: str = option(
         "auto", "Where to train.", type=click.Choice(["auto", "cpu", "cuda", "mps"])
@@ -68,6 +93,14 @@ class Options:
     )
     output: Path = option(
         Path("saved_models"), "The registry.", type=click.Path(path_type=Path, file_okay=False)
+    )
+    artifacts: Path = option(
+        Path("artifacts"),
+        "Folder of checkpoints; where machines share it, one continues another's trial.",
+        type=click.Path(path_type=Path, file_okay=False),
+    )
+    disk_quota: int | None = option(
+        None, "Most that checkpoints may take on disk, e.g. 2GB. [default: no limit]", type=Size()
     )
     promote: str = option(
         "better",
@@ -86,7 +119,8 @@ class Options:
         values = asdict(self) | {
             "data_dir": str(self.data_dir),
             "output": str(self.output),
-            "storage": search.without_password(self.storage),
+            "artifacts": str(self.artifacts),
+            "storage": studies.without_password(self.storage),
         }
         return {key: value for key, value in values.items() if key != "json"}
 

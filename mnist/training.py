@@ -1,11 +1,12 @@
 """One training run, as a generator that yields progress; and the evaluation of a model."""
 
+import functools
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class Progress:
     """Where a run stands after `samples` of `total` training images.
 
     `loss` is the mean since the last Progress; `errors` of `n` validation images are wrong,
-    both None where nothing was validated.
+    both None where nothing was validated. `state()` is all that fit() needs to go on from here
+    (tensors and numbers); to be called before the next Progress is asked for.
     """
 
     samples: int
@@ -43,6 +45,7 @@ class Progress:
     loss: float
     errors: int | None = None
     n: int | None = None
+    state: Callable[[], dict[str, Any]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def accuracy(self) -> float | None:
@@ -99,16 +102,19 @@ def learning_rate(done: float) -> float:
     return min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
 
 
-def batches(
-    n: int, batch_size: int, steps: int, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
-    """`steps` index tensors (batch_size,) into n samples: shuffled passes, one after the other."""
-    rest = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(rest) < batch_size:
-            rest = torch.cat([rest, torch.randperm(n, generator=generator)])
-        yield rest[:batch_size]
-        rest = rest[batch_size:]
+class Order:
+    """The order in which n samples are seen: shuffled passes, one after the other."""
+
+    def __init__(self, n: int, generator: torch.Generator) -> None:
+        self.n, self.generator = n, generator
+        self.rest = torch.empty(0, dtype=torch.long)  # of the pass, or passes, begun
+
+    def take(self, k: int) -> torch.Tensor:
+        """The next k indices (k,) int64."""
+        while len(self.rest) < k:
+            self.rest = torch.cat([self.rest, torch.randperm(self.n, generator=self.generator)])
+        taken, self.rest = self.rest[:k], self.rest[k:]
+        return taken
 
 
 def fit(
@@ -124,6 +130,8 @@ def fit(
     validate_at: Sequence[int] = (),
     augmented: bool = True,
     seed: int = 0,
+    micro_batch: int | None = None,
+    resume: dict[str, Any] | None = None,
 ) -> Iterator[Progress]:
     """Train `model`, in place, on about `samples` images of `train`; both on one device.
 
@@ -131,27 +139,31 @@ def fit(
     rate warms up and then falls linearly to zero. Yields a Progress a hundred times a run; one that
     carries the errors on SUBSET fixed validation images as soon as each number of samples in
     `validate_at` is reached; and, at the end, one with the errors on all of `validation`.
-    Same seed, model and thread count: same weights on a CPU. Raises Diverged.
+    `micro_batch` images at most go through the network at once, in the same steps. `resume` is
+    the state() of an earlier Progress of the same run, which then goes on from there: same seed,
+    model and thread count give the same weights on a CPU, stopped or not. Raises Diverged.
     """
-    batch_size = min(batch_size, len(train.labels))
+    batch_size = min(batch_size, len(train))
     steps = max(1, round(samples / batch_size))
-    total, rungs = steps * batch_size, sorted(validate_at)
+    total = steps * batch_size
     generator = torch.Generator().manual_seed(seed)
+    order = Order(len(train), generator)
     stepper = make_optimizer(model, optimizer, lr)
+    first = _resume(resume, model, stepper, order) if resume else 0
+    rungs = [rung for rung in sorted(validate_at) if rung > first * batch_size]
     losses: list[torch.Tensor] = []
     model.train()
-    for step, index in enumerate(batches(len(train.labels), batch_size, steps, generator), 1):
+    for step in range(first + 1, steps + 1):
+        index = order.take(batch_size)
         images = train.images[index].float() / 255
         if augmented:
             images = augment(images, generator)
         for group in stepper.param_groups:
             group["lr"] = lr * learning_rate((step - 0.5) / steps)
-        logits = model((images - dataset.mean) / dataset.std)
-        loss = F.cross_entropy(logits, train.labels[index])
         stepper.zero_grad()
-        loss.backward()
+        inputs = (images - dataset.mean) / dataset.std
+        losses.append(_backward(model, inputs, train.labels[index], micro_batch or batch_size))
         stepper.step()
-        losses.append(loss.detach())
         seen = step * batch_size
         rung = bool(rungs) and seen >= rungs[0]
         if step < steps and not rung and step * 100 // steps == (step - 1) * 100 // steps:
@@ -160,13 +172,51 @@ def fit(
         losses.clear()
         if not math.isfinite(mean_loss):
             raise Diverged(f"the loss is {mean_loss} after {seen} samples; a lower lr may help")
+        state = functools.partial(_state, step, model, stepper, order)
         checked = validation if step == steps else validation and validation.head(SUBSET)
         if checked is None or not (rung or step == steps):
-            yield Progress(seen, total, mean_loss)
+            yield Progress(seen, total, mean_loss, state=state)
             continue
         rungs = [rung for rung in rungs if rung > seen]
-        yield Progress(seen, total, mean_loss, errors(model, dataset, checked), len(checked.labels))
+        wrong = errors(model, dataset, checked)
+        yield Progress(seen, total, mean_loss, wrong, len(checked), state)
         model.train()
+
+
+def _backward(
+    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, micro_batch: int
+) -> torch.Tensor:
+    """Gradients of the mean loss over the batch, a part at a time; returns that loss."""
+    total = torch.zeros((), device=inputs.device)
+    for images, wanted in zip(inputs.split(micro_batch), labels.split(micro_batch), strict=True):
+        loss = F.cross_entropy(model(images), wanted) * (len(wanted) / len(labels))
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _state(
+    step: int, model: nn.Module, stepper: torch.optim.Optimizer, order: Order
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": stepper.state_dict(),
+        "rest": order.rest.clone(),
+        "order": order.generator.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+
+
+def _resume(
+    state: dict[str, Any], model: nn.Module, stepper: torch.optim.Optimizer, order: Order
+) -> int:
+    model.load_state_dict(state["model"])
+    stepper.load_state_dict(state["optimizer"])
+    order.rest = state["rest"]
+    order.generator.set_state(state["order"])
+    torch.set_rng_state(state["torch"])
+    return state["step"]
 
 
 @torch.no_grad()

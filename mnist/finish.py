@@ -1,0 +1,276 @@
+"""The end of a study: confirm the best trials, train the final model, evaluate once, save."""
+
+import hashlib
+import importlib.metadata
+import io
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+
+from mnist import data, models, registry, search, training
+from mnist import study as studies
+from mnist.display import Display, words
+from mnist.members import Member
+from mnist.options import Options
+from mnist.workers import Ended, Pool, Report, Run, keep, restore
+
+TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
+WAIT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one command works on."""
+
+    options: Options
+    member: Member
+    dataset: data.Dataset
+    device: torch.device
+    plan: search.Plan
+    trials: int
+    confirmed: int  # so many of the best trials are confirmed on fresh seeds
+    total_s: float
+    start: float
+
+    @property
+    def study(self) -> optuna.Study:
+        return self.member.study
+
+    @property
+    def id(self) -> str:
+        return self.study.user_attrs["id"]
+
+    @property
+    def folder(self) -> Path:
+        """For the checkpoints of this study; gone when it is finished."""
+        return self.options.artifacts / f"{self.study.study_name}-{self.id[:8]}"
+
+    def in_time(self, otherwise: str) -> None:
+        """Raises search.Unfinished once --timeout is over."""
+        if self.options.timeout and time.monotonic() > self.start + self.options.timeout:
+            raise search.Unfinished(f"--timeout: {otherwise}")
+
+    def network(self) -> torch.nn.Module:
+        """A new network for the data."""
+        about = self.dataset
+        model = models.build(self.options.model, about.channels, about.size, len(about.classes))
+        return model.to(self.device)
+
+
+def result(job: Job) -> dict[str, Any] | None:
+    """Name and record of the model that was saved from the study's winner, if there is one.
+
+    It may be in the registry of another machine: then the study itself has its record.
+    """
+    best, asked = studies.winner(job.study, job.confirmed), job.options.final_epochs
+    if best is None:
+        return None
+    here = registry.read(job.options.output)["models"]
+    elsewhere = job.study.user_attrs.get("result", {})
+    for name, record in [*reversed(here.items()), *elsewhere.items()]:
+        about = record["study"]
+        same = (about.get("id"), about.get("trial")) == (job.id, best.number)
+        if same and asked in (None, record.get("options", {}).get("final_epochs")):
+            return record | {"name": name}
+    return None
+
+
+def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
+    """The study's result(), made by exactly one of the members that work on it."""
+    while not job.member.finisher():
+        screen.waiting("another process finishes the study")
+        time.sleep(WAIT_S)
+        job.in_time("another process has not finished the study yet")
+        job.member.look()
+        if found := result(job):
+            return found
+    confirm(job, pool, screen)
+    if found := result(job):
+        return found
+    best, weights = train(job, pool, screen)
+    screen.say("evaluating, once, and saving")
+    name, record = save(job, best, weights)
+    job.member.update(lambda study: study.set_user_attr("result", {name: record}))
+    shutil.rmtree(job.folder, ignore_errors=True)
+    return record | {"name": name}
+
+
+def confirm(job: Job, pool: Pool, screen: Display) -> None:
+    """Have the best trials confirmed."""
+
+    def run_of(number: int, params: dict[str, Any], i: int) -> Run:
+        seed = studies.seed_of(job.options.seed, number, i, 1)
+        path = job.folder / f"confirm-{number}-{i}.pt"
+        return Run(job.options.model, params, job.plan.trial_samples, seed, checkpoint=path)
+
+    for done, total in search.confirm(job.member, pool, run_of, job.confirmed):
+        screen.confirmation(done, total)
+        job.in_time("the best trials are not confirmed yet")
+
+
+def train(job: Job, pool: Pool, screen: Display) -> tuple[FrozenTrial, dict[str, torch.Tensor]]:
+    """The winner, and weights trained like it on training and validation images.
+
+    Where that training fails, the trial is set aside and the next best is taken.
+    """
+    while best := studies.winner(job.study, job.confirmed):
+        run = final_run(job, best)
+        weights = restore(run.weights)  # of a process that was killed after the training
+        if weights is not None:
+            return best, weights
+        screen.say(
+            f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
+        )
+        ended = carry_out(job, pool, screen, run)
+        if ended.failure == "died":
+            raise search.Unfinished(f"the final training failed: {ended.reason}")
+        if ended.failure:
+            set_aside(job, best.number, f"{ended.failure}: {ended.reason}")
+            screen.say(f"trial {best.number} is set aside: {ended.reason}")
+            confirm(job, pool, screen)
+    raise search.Unfinished("no complete trial is left to make the final model from")
+
+
+def set_aside(job: Job, number: int, reason: str) -> None:
+    job.member.update(lambda study: studies.set_aside(study, number, reason))
+
+
+def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> Ended:
+    """Have one worker train the final model."""
+    for _, message in search.carry_out(pool, {"final": run}):
+        if isinstance(message, Report):
+            screen.final(message.progress)
+        elif message is not None:
+            return message
+        else:
+            job.in_time("the final training is not finished yet")
+    raise AssertionError("a run ends with an Ended")
+
+
+def final_run(job: Job, best: FrozenTrial) -> Run:
+    """By all cores, as there is nothing else to do."""
+    samples = final_samples(job, best)
+    stem = job.folder / f"final-{best.number}-{samples}"
+    return Run(
+        job.options.model,
+        best.params,
+        samples,
+        studies.seed_of(job.options.seed),
+        final=True,
+        threads=job.member.threads * (job.options.workers or 1),
+        checkpoint=stem.with_suffix(".pt"),
+        weights=stem.with_suffix(".weights.pt"),
+    )
+
+
+def final_samples(job: Job, best: FrozenTrial) -> int:
+    """Images the final model sees: as asked for, as begun before, or what the time left allows."""
+    epoch = len(job.dataset.train) + len(job.dataset.validation)
+    if job.options.final_epochs:
+        return round(job.options.final_epochs * epoch)
+    kept = job.study.user_attrs.get("final_samples", {})
+    if str(best.number) not in kept or job.options.timeout:
+        measured = training.speed(job.network(), job.dataset, **best.params | {"lr": TINY_LR})
+        left_s = job.total_s - (time.monotonic() - job.start)
+        if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
+            seconds = min(0.7 * left_s, job.plan.final_s)
+        else:
+            seconds = min(max(left_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
+        speed = min(measured, job.plan.images_per_s)  # a machine is rarely alone for long
+        most = search.MOST_FINAL_EPOCHS * epoch
+        kept[str(best.number)] = max(1, round(min(seconds * speed, most)))
+        if not job.options.timeout:
+            job.member.update(lambda study: study.set_user_attr("final_samples", kept))
+    return kept[str(best.number)]
+
+
+def save(
+    job: Job, best: FrozenTrial, weights: dict[str, torch.Tensor]
+) -> tuple[str, dict[str, Any]]:
+    """Measure the finished model, open the test split this one time, save; name and record."""
+    options, dataset = job.options, job.dataset
+    model = job.network()
+    model.load_state_dict(weights)
+    errors = training.errors(model, dataset, dataset.calibration)
+    state, predictions = io.BytesIO(), io.BytesIO()
+    torch.save(weights, state)
+    digest = hashlib.sha256(state.getvalue()).hexdigest()
+    probabilities, labels = evaluate(job, model, job.folder / f"test-{digest[:16]}.pt")
+    scores = training.scores(probabilities, labels, dataset.classes)
+    record = {
+        "dataset": dataset.record(len(labels)),
+        "model": {"name": options.model, "parameters": models.parameters(model)},
+        "hyperparameters": best.params,
+        "study": {
+            "name": job.study.study_name,
+            "id": job.id,
+            "trial": best.number,
+            "trials": studies.finished(job.study),
+        },
+        "metrics": {
+            "validation": validation(job, best),
+            "calibration": {"errors": errors, "n": len(dataset.calibration)},
+            "test": scores | {"served_errors": scores["errors"]},  # the .pth is what is served
+        },
+        "quick": options.quick,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "optuna")},
+        "options": options.record(),
+        "seed": options.seed,
+        "commit": commit(),
+    }
+    np.savez_compressed(predictions, probabilities=probabilities.numpy(), labels=labels)
+    files = {
+        "weights": (".pth", state.getvalue()),
+        "predictions": (".test.npz", predictions.getvalue()),
+    }
+    name = registry.save(options.output, files, record, options.promote)
+    return registry.record(options.output, name)
+
+
+def evaluate(job: Job, model: torch.nn.Module, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities (N, classes) and labels (N,) on the test split, which is opened here only.
+
+    They are kept at `path` until the model is saved: who takes over from a process that was killed
+    in between does not evaluate again.
+    """
+    kept = restore(path)
+    if kept is None:
+        test = job.dataset.open_test()
+        probabilities = training.predict(model, job.dataset, test.images.to(job.device))
+        kept = {"probabilities": probabilities, "labels": test.labels}
+        keep(kept, path)
+    return kept["probabilities"], kept["labels"]
+
+
+def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:
+    """The winner's errors as a trial, and its accuracy on fresh seeds."""
+    assert best.value is not None
+    n = len(job.dataset.validation)
+    values = studies.confirmations(job.study, best.number) or [best.value]
+    return {
+        "errors": round((1 - best.value) * n),
+        "n": n,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": len(values),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this code, where git knows it."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

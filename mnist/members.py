@@ -1,0 +1,328 @@
+"""Who works on a study: each command is a member. Turns, leases, the exact budget, the finisher."""
+
+import contextlib
+import hashlib
+import logging
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import optuna
+import tenacity
+from filelock import FileLock, Timeout
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from mnist import study as studies
+
+BEAT_S = 10.0
+GRACE_S = 60.0  # a member on another machine that was silent for so long is taken for dead
+RETRY_S = 180.0  # how long a lost database is asked again
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Lost(RuntimeError):
+    """The trial is no longer this member's: it was silent for too long, and another one took it."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that one member runs; `owner` is the member's id when it took it."""
+
+    number: int
+    trial_id: int
+    params: dict[str, Any]
+    owner: str
+    threads: int  # those that it began with: others would give other roundings
+    attrs: dict[str, Any]
+
+
+class Member:
+    """One command's part in a study, from `with` to its end.
+
+    Every change of a trial is made in a turn, which one process at a time has, and only where the
+    trial is still this member's. While it lives, a member holds a file lock that the operating
+    system frees with the process, and a thread counts up its `beat` in the study. Others on this
+    machine (`host`) look at the lock, so that slowness never counts as death; others elsewhere
+    look at the beat, by their own clock and only while they reach the database themselves. What a
+    dead member left RUNNING becomes WAITING: it is asked for first, keeps its number, parameters
+    and checkpoint.
+    """
+
+    def __init__(self, storage: str, name: str, threads: int) -> None:
+        """`threads` are those of one training process. Raises StudyError."""
+        file = studies.sqlite_file(storage)
+        folder = file.parent if file else Path(tempfile.gettempdir())
+        key = hashlib.sha256(f"{file or storage} {name}".encode()).hexdigest()[:12]
+        self._folder, self._prefix = folder, f".study-{key}"
+        self._remote = file is None
+        try:
+            self._engine = create_engine(storage, **studies.engine_kwargs(storage))
+            self._turns = turns(self._engine, folder / f"{self._prefix}.lock")
+            with self._turns():
+                self.study = studies.open_study(storage, name)
+            self._host = host(folder)
+        except (OSError, ImportError, *studies.STORAGE_ERRORS) as error:
+            raise studies.unusable(storage, str(error.__cause__ or error)) from error
+        self._trials = self.study._storage
+        self.threads = threads
+        self._silent: dict[str, tuple[int, float]] = {}  # id -> beat, seconds without a new one
+        self._looked = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="beat", daemon=True)
+        self._join()
+
+    def _join(self) -> None:
+        self.id = uuid4().hex[:12]
+        self._alive = FileLock(self._folder / f"{self._prefix}-{self.id}.lock")
+        self._alive.acquire(timeout=0)
+
+    def __enter__(self) -> "Member":
+        self.look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave; what this member still ran waits for whoever asks next."""
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(*studies.STORAGE_ERRORS), self._turns():
+            members = self._members()
+            members.pop(self.id, None)
+            self.study.set_user_attr("members", members)
+            self._free(members)
+        self._leave()
+        self._trials.remove_session()
+        for engine in (self._engine, self._trials._backend.engine):  # type: ignore[attr-defined]
+            engine.dispose()
+
+    def _leave(self) -> None:
+        self._alive.release()
+        Path(self._alive.lock_file).unlink(missing_ok=True)
+
+    # --- trials
+
+    def ask(self, trials: int, seed: int, sampler: str = "tpe") -> Claim | None:
+        """The next trial to run; None where finished and running ones already make `trials`."""
+
+        def attempt() -> Claim | None:
+            with self._turns():
+                past = self.study.get_trials(deepcopy=False)
+                taken = (*studies.FINISHED, TrialState.RUNNING)
+                if sum(trial.state in taken for trial in past) >= trials:
+                    return None
+                trial = studies.ask(self.study, seed, sampler)
+                attrs = trial.user_attrs
+                threads = attrs.get("run", {}).get("threads", self.threads)
+                trial.set_user_attr("run", {"by": self.id, "threads": threads})
+                return Claim(trial.number, trial._trial_id, trial.params, self.id, threads, attrs)
+
+        return self._steadily(attempt)
+
+    def report(self, claim: Claim, samples: int, accuracy: float) -> bool:
+        """Record an accuracy in mid-trial; whether the trial is to be pruned. Raises Lost."""
+
+        def attempt() -> bool:
+            with self._turns():
+                self._mine(claim)
+                self._trials.set_trial_intermediate_value(claim.trial_id, samples, accuracy)
+                return self.study.pruner.prune(self.study, self._trials.get_trial(claim.trial_id))
+
+        return self._steadily(attempt)
+
+    def tell(
+        self, claim: Claim, state: TrialState, value: float | None = None, **attrs: Any
+    ) -> float | None:
+        """End a trial; returns its value, for a pruned one the last reported. Raises Lost."""
+
+        def attempt() -> float | None:
+            with self._turns():
+                trial = self._mine(claim, state)
+                for key, content in attrs.items():
+                    self._trials.set_trial_user_attr(claim.trial_id, key, content)
+                if not trial.state.is_finished():
+                    trial = self.study.tell(claim.number, value, state)
+                return trial.value
+
+        return self._steadily(attempt)
+
+    def give_back(self, claim: Claim, **attrs: Any) -> None:
+        """Let the trial wait for whoever asks next. Raises Lost."""
+
+        def attempt() -> None:
+            with self._turns():
+                self._mine(claim, TrialState.WAITING)
+                for key, content in attrs.items():
+                    self._trials.set_trial_user_attr(claim.trial_id, key, content)
+                self._trials.set_trial_state_values(claim.trial_id, TrialState.WAITING)
+
+        self._steadily(attempt)
+
+    def _mine(self, claim: Claim, then: TrialState | None = None) -> FrozenTrial:
+        """The trial, if it is still this claim's; `then`: or already is what it should become."""
+        trial = self._trials.get_trial(claim.trial_id)
+        if trial.user_attrs.get("run", {}).get("by") != claim.owner or trial.state not in (
+            TrialState.RUNNING,
+            then,
+        ):
+            raise Lost(f"trial {claim.number} was taken over")
+        return trial
+
+    # --- the study
+
+    def update(self, change: Callable[[optuna.Study], T]) -> T:
+        """Read and change the study's attributes while no other member does."""
+
+        def attempt() -> T:
+            with self._turns():
+                return change(self.study)
+
+        return self._steadily(attempt)
+
+    def finisher(self) -> bool:
+        """Whether this member is the one that finishes the study, or is it from now on."""
+
+        def attempt(study: optuna.Study) -> bool:
+            holder = study.user_attrs.get("finisher")
+            if holder in self._members() and holder != self.id:
+                return False
+            if holder != self.id:
+                study.set_user_attr("finisher", self.id)
+            return True
+
+        return self.update(attempt)
+
+    # --- who lives
+
+    def look(self) -> None:
+        """Show that this member lives, find those that do not, and free what they left RUNNING."""
+        with self._turns():
+            now = time.monotonic()
+            passed, self._looked = min(now - self._looked, 2 * BEAT_S), now
+            members = self._members()
+            if self.id in self._silent and self.id not in members:  # it was taken for dead
+                self._leave()
+                self._join()
+            beat = members.get(self.id, {"beat": 0})["beat"] + 1
+            lock = Path(self._alive.lock_file).name
+            members[self.id] = {"host": self._host, "lock": lock, "beat": beat}
+            self._silent[self.id] = (beat, 0.0)
+            others = [name for name in members if name != self.id]
+            for name in others:
+                if self._dead(name, members[name], passed):
+                    del members[name]
+            self.study.set_user_attr("members", members)
+            self._free(members)
+
+    def _dead(self, name: str, about: dict[str, Any], passed: float) -> bool:
+        if about["host"] == self._host:
+            return _freed(self._folder / about["lock"])
+        beat, silent = self._silent.get(name, (None, 0.0))
+        silent = silent + passed if beat == about["beat"] else 0.0
+        self._silent[name] = (about["beat"], silent)
+        return silent > GRACE_S
+
+    def _free(self, members: dict[str, Any]) -> None:
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.user_attrs.get("run", {}).get("by") not in members:
+                self._trials.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+    def _members(self) -> dict[str, Any]:
+        return self.study.user_attrs.get("members", {})
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            try:
+                self.look()
+            except studies.STORAGE_ERRORS as error:
+                log.debug("no beat: %s", error)
+
+    def _steadily(self, attempt: Callable[[], T]) -> T:
+        """Try for RETRY_S where a database server was lost; a full disk is no such case."""
+
+        def lost(error: BaseException) -> bool:
+            while error is not None and not isinstance(error, OperationalError | InterfaceError):
+                error = error.__cause__  # type: ignore[assignment]
+            return self._remote and error is not None
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lost),
+            wait=tenacity.wait_random_exponential(max=BEAT_S),
+            stop=tenacity.stop_after_delay(RETRY_S),
+            reraise=True,
+        )(attempt)
+
+
+def host(folder: Path) -> str:
+    """This machine, for locks in `folder`: containers that share a name do not share the folder."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    place = folder.stat()
+    parts = (socket.gethostname(), boot.read_text() if boot.exists() else "", place.st_ino)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def _freed(path: Path) -> bool:
+    """Whether nobody holds the lock, which is deleted then."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    path.unlink(missing_ok=True)
+    return True
+
+
+def turns(engine: Engine, file: Path) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What one process at a time can enter: the file's lock, or on PostgreSQL an advisory lock."""
+    if engine.dialect.name != "postgresql":
+
+        @contextlib.contextmanager
+        def turn() -> Iterator[None]:
+            with FileLock(file), uninterrupted():  # a new one each time: it holds off threads too
+                yield
+
+        return turn
+    key = int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:8], "big", signed=True)
+
+    @contextlib.contextmanager
+    def advised() -> Iterator[None]:
+        with engine.begin() as connection:
+            # Where a process stalls in its turn, the server frees its lock.
+            for setting in ("idle_in_transaction_session_timeout", "lock_timeout"):
+                connection.execute(text(f"SET LOCAL {setting} = {int(GRACE_S / 2 * 1000)}"))
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+            with uninterrupted():
+                yield
+
+    return advised
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block: in mid-statement they break connections."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = {
+        sign: signal.signal(sign, lambda number, _: caught.append(number))
+        for sign in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+        if caught:
+            signal.raise_signal(caught[0])

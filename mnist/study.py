@@ -1,0 +1,261 @@
+"""The study and its record: space, sampler, pruner, fingerprint, best trial, summary."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from mnist import training
+from mnist.data import Dataset
+
+SPACE: dict[str, BaseDistribution] = {
+    "batch_size": IntDistribution(32, 256, log=True),
+    "optimizer": CategoricalDistribution(training.OPTIMIZERS),
+    "lr": FloatDistribution(1e-5, 1e-1, log=True),
+}
+FIRST = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
+RUNGS = (1 / 6, 1 / 2)  # shares of a trial's images after which it is compared and may be pruned
+REDUCTION = 3  # about one trial in so many survives a rung
+IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
+CONFIRM_SEEDS = 2  # fresh ones, on which each of the best trials is confirmed
+BUSY_S = 60  # how long SQLite waits for another process's statement
+STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError)  # a full disk, a lost server
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class StudyError(RuntimeError):
+    """A study that cannot be opened or continued with this command."""
+
+
+def open_study(storage: str, name: str) -> optuna.Study:
+    """Create or continue a study. Raises StudyError where the storage cannot be used."""
+    try:
+        database = optuna.storages.RDBStorage(storage, engine_kwargs(storage))
+        study = optuna.create_study(
+            storage=database, study_name=name, direction="maximize", load_if_exists=True
+        )
+        if "id" not in study.user_attrs:
+            study.set_user_attr("id", uuid4().hex)
+    except (*STORAGE_ERRORS, ImportError, ValueError) as error:
+        raise unusable(storage, str(getattr(error, "orig", None) or error)) from error
+    return study
+
+
+def without_password(storage: str) -> str:
+    """The storage's URL as it may be shown and recorded."""
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return storage
+
+
+def engine_kwargs(storage: str) -> dict[str, Any]:
+    """What SQLAlchemy's engine needs for that kind of database; raises StudyError for no URL."""
+    try:
+        kind = make_url(storage).get_backend_name()
+    except SQLAlchemyError as error:
+        raise unusable(storage, str(error)) from error
+    if kind == "sqlite":
+        return {"connect_args": {"timeout": BUSY_S}}
+    return {"pool_pre_ping": True, "pool_recycle": 600}
+
+
+def unusable(storage: str, reason: str) -> StudyError:
+    """The error for a storage that cannot be opened, in one line."""
+    return StudyError(
+        f"--storage {without_password(storage)!r} cannot be opened: "
+        f"{reason.strip().splitlines()[0]}; a URL such as sqlite:///db.sqlite3 is wanted"
+    )
+
+
+def sqlite_file(storage: str) -> Path | None:
+    """The database's file, where the storage is one."""
+    try:
+        url = make_url(storage)
+    except SQLAlchemyError:
+        return None
+    file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)).resolve() if file else None
+
+
+def fingerprint(dataset: Dataset, network: str, trial_samples: int) -> dict[str, Any]:
+    """What must be the same for two trials to be compared."""
+    return {
+        "data": dataset.sha256[:16],
+        "split": dataset.cut[:16],
+        "validation images": len(dataset.validation),
+        "network": network,
+        "space": {key: str(value) for key, value in SPACE.items()},
+        "images a trial": trial_samples,
+    }
+
+
+def agree(study: optuna.Study, wanted: dict[str, Any]) -> None:
+    """Keep the fingerprint of a new study; raise StudyError if an old one's differs."""
+    kept = study.user_attrs.get("fingerprint")
+    if kept is None:
+        if study.get_trials(deepcopy=False):
+            raise StudyError(
+                f"study {study.study_name} was not made by this command; name another with --study"
+            )
+        study.set_user_attr("fingerprint", wanted)
+        return
+    different = [
+        f"{key} is {value}, there {kept.get(key)}"
+        for key, value in wanted.items()
+        if kept.get(key) != value
+    ]
+    if different:
+        raise StudyError(
+            f"study {study.study_name} cannot be continued by this command "
+            f"({'; '.join(different)}); start another one with --study {study.study_name}-2"
+        )
+
+
+def rungs(trial_samples: int) -> list[int]:
+    """Numbers of images after which a trial of so many is compared, and may be pruned."""
+    return [max(1, int(RUNGS[0] * trial_samples)) * REDUCTION**i for i in range(len(RUNGS))]
+
+
+def pruner(trial_samples: int) -> optuna.pruners.BasePruner:
+    """Successive halving (Li et al. 2020, arXiv 1810.05934) in images seen, whatever the batch."""
+    return optuna.pruners.SuccessiveHalvingPruner(rungs(trial_samples)[0], REDUCTION)
+
+
+SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+}
+PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
+    "halving": pruner,
+    "median": lambda trial_samples: optuna.pruners.MedianPruner(),
+    "none": lambda trial_samples: optuna.pruners.NopPruner(),
+}
+
+
+def ask(study: optuna.Study, seed: int, sampler: str = "tpe") -> optuna.Trial:
+    """The trial that waits longest, or a new one; it is RUNNING then.
+
+    The sampler is seeded by the trial's number: a study that was stopped and continued asks for
+    the same trials as one that was not.
+    """
+    past = study.get_trials(deepcopy=False)
+    if not past:
+        study.enqueue_trial(FIRST)
+    waiting = (trial.number for trial in past if trial.state == TrialState.WAITING)
+    study.sampler = SAMPLERS[sampler](seed_of(seed, next(waiting, len(past))))
+    return study.ask(SPACE)
+
+
+def finished(study: optuna.Study) -> int:
+    """Trials that are COMPLETE or PRUNED: what --trials counts."""
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def best_trials(study: optuna.Study, k: int) -> list[FrozenTrial]:
+    """The k complete trials with the best validation accuracy, the earlier of equals first.
+
+    Without the trials that were set aside.
+    """
+    aside = study.user_attrs.get("set_aside", {})
+    complete = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if str(trial.number) not in aside
+    ]
+    return sorted(complete, key=lambda trial: (-_value(trial), trial.number))[:k]
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value
+
+
+def set_aside(study: optuna.Study, number: int, reason: str) -> None:
+    """Pass over a complete trial from now on; the reason stays with the study."""
+    aside = study.user_attrs.get("set_aside", {})
+    study.set_user_attr("set_aside", aside | {str(number): reason})
+
+
+def confirmations(study: optuna.Study, number: int) -> list[float]:
+    """Validation accuracies of the trial's hyperparameters on fresh seeds, as far as they are in.
+
+    The best of many trials is the luckiest too; these have no part in its choice.
+    """
+    return list(study.user_attrs.get("confirmations", {}).get(str(number), {}).values())
+
+
+def confirm(study: optuna.Study, number: int, seed: int, accuracy: float) -> None:
+    """Keep the accuracy of one run on a fresh seed; it does not count as a trial."""
+    kept = study.user_attrs.get("confirmations", {})
+    own = kept.get(str(number), {}) | {str(seed): accuracy}
+    study.set_user_attr("confirmations", kept | {str(number): own})
+
+
+def winner(study: optuna.Study, k: int) -> FrozenTrial | None:
+    """Of the k best trials the one with the best mean on fresh seeds; with k = 0 the best trial.
+
+    None where there is no complete trial, or the confirmations are not all in.
+    """
+    best = best_trials(study, max(1, k))
+    if k and any(len(confirmations(study, trial.number)) < CONFIRM_SEEDS for trial in best):
+        return None
+
+    def mean(trial: FrozenTrial) -> float:
+        values: Sequence[float] = confirmations(study, trial.number) if k else [_value(trial)]
+        return sum(values) / len(values)
+
+    return max(best, key=mean, default=None)  # the first of equals is the better trial
+
+
+def seed_of(seed: int, *numbers: int) -> int:
+    """A seed (31 bits) that follows from the study's and a trial's number, say."""
+    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0] >> 1)
+
+
+def importance(study: optuna.Study) -> dict[str, float] | None:
+    """Each hyperparameter's share (0..1) of what moves the accuracy, by PED-ANOVA.
+
+    None below IMPORTANCE_FROM complete trials.
+    """
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < IMPORTANCE_FROM:
+        return None
+    return optuna.importance.get_param_importances(study)
+
+
+def summary(study: optuna.Study, k: int) -> dict[str, Any]:
+    """How the study went, as JSON values: counts by state, winner and first trial, importance."""
+    trials = study.get_trials(deepcopy=False)
+    counts = {
+        state.name.lower(): sum(trial.state == state for trial in trials)
+        for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    }
+    return {
+        "trials": counts,
+        "best": _brief(winner(study, k)),
+        "first": _brief(next((t for t in trials if t.state in FINISHED), None)),
+        "importance": importance(study),
+    }
+
+
+def _brief(trial: FrozenTrial | None) -> dict[str, Any] | None:
+    if trial is None:
+        return None
+    return {
+        "number": trial.number,
+        "params": trial.params,
+        "state": trial.state.name.lower(),
+        "accuracy": trial.value,
+    }

@@ -1,0 +1,290 @@
+"""Training processes: each carries out one run after the other, with reports and checkpoints."""
+
+import contextlib
+import io
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing import connection as pipes
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnist import models, training
+from mnist.data import Dataset
+
+DEATHS = 3  # of a run's process without a new checkpoint in between, then it has failed
+CHECKPOINT_S = 30.0  # at most one checkpoint in so many seconds; `parallel` with Adam takes 340 MB
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one worker trains: a trial, a confirmation, or the final model."""
+
+    network: str
+    params: dict[str, Any]
+    samples: int
+    seed: int
+    rungs: tuple[int, ...] = ()
+    final: bool = False  # on training and validation images together
+    threads: int | None = None
+    micro_batch: int | None = None
+    checkpoint: Path | None = None
+    weights: Path | None = None  # where the trained state dict is wanted
+    deaths: int = 0  # of its processes, one after the other, since the checkpoint of time `mark`
+    mark: int = 0
+
+    def again(self, ended: "Ended") -> "Run | None":
+        """The same run as it may be tried again, where that can help."""
+        if ended.failure == "memory" and self.micro_batch is None:
+            return replace(self, micro_batch=max(1, self.params["batch_size"] // 4))
+        if ended.failure != "died":
+            return None
+        path = self.checkpoint
+        mark = path.stat().st_mtime_ns if path and path.exists() else 0
+        deaths = 1 if mark != self.mark else self.deaths + 1
+        return replace(self, deaths=deaths, mark=mark) if deaths < DEATHS else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a run stands; the worker waits for the answer (True: stop) if it has an accuracy."""
+
+    progress: training.Progress
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run is over: `accuracy` after all of it, or why it failed."""
+
+    accuracy: float | None = None
+    stopped: bool = False
+    failure: str | None = None  # nan, memory, disk, error, died
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a worker gets its data, and where it trains."""
+
+    load: Callable[[], Dataset]
+    device: str
+    threads: int
+    quota: int | None = None  # bytes of its checkpoints, while one replaces another
+    checkpoint_s: float = CHECKPOINT_S
+
+
+class Worker:
+    """One training process, seen from the command that started it."""
+
+    def __init__(self, context: Any, setup: Setup) -> None:
+        self.pipe, end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(end, setup), daemon=True)
+        self.process.start()
+        end.close()
+        self.busy = False
+
+    def start(self, run: Run) -> None:
+        self.busy = True
+        with contextlib.suppress(OSError):  # it died: then that is its next message
+            self.pipe.send(run)
+
+    def answer(self, stop: bool) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send(stop)
+
+    def receive(self) -> Report | Ended:
+        try:
+            message = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            message = Ended(failure="died", reason=_death(self.process.exitcode))
+        if isinstance(message, Ended):
+            self.busy = False
+        return message
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _death(code: int | None) -> str:
+    name = signal.Signals(-code).name if code and code < 0 else f"exit status {code}"
+    return f"its process ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+class Pool:
+    """`n` workers; one that died is replaced. A context manager that leaves no process behind."""
+
+    def __init__(self, n: int, setup: Setup) -> None:
+        self._context = _forkserver(setup.threads)
+        self.setups = [replace(setup, device=_place(setup.device, i)) for i in range(n)]
+        self.workers: list[Worker] = []
+
+    def __enter__(self) -> "Pool":
+        self.workers = [Worker(self._context, setup) for setup in self.setups]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+        for worker in self.workers:
+            worker.kill()
+
+    def idle(self) -> list[Worker]:
+        return [worker for worker in self.workers if not worker.busy]
+
+    def messages(self, timeout: float) -> Iterator[tuple[Worker, Report | Ended]]:
+        """What the busy workers say within `timeout` seconds."""
+        busy = {worker.pipe: worker for worker in self.workers if worker.busy}
+        for pipe in pipes.wait(list(busy), timeout) if busy else []:
+            worker = busy[pipe]
+            message = worker.receive()
+            if isinstance(message, Ended) and message.failure == "died":
+                self.replace(worker)
+            yield worker, message
+
+    def replace(self, worker: Worker) -> None:
+        """A new process in the place of this one, whatever it does."""
+        worker.kill()
+        place = self.workers.index(worker)
+        self.workers[place] = Worker(self._context, self.setups[place])
+
+
+def _forkserver(threads: int) -> Any:
+    """Where workers are forked: a process that has imported torch but never used it.
+
+    So they start quickly, and safely, where a fork of this process would take over its threads'
+    locks. It is started once, by the first pool.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mnist.workers", "torch._dynamo"])  # which optimizers want
+    root, before = str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
+    try:  # Python 3.11 does not hand sys.path on, and passes over what it cannot import
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _place(device: str, i: int) -> str:
+    return f"cuda:{i % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+# --- in the worker's process
+
+
+def _serve(pipe: Any, setup: Setup) -> None:
+    """Run after run, until the command that started this process is gone."""
+    for sign in (signal.SIGINT, signal.SIGTERM):  # the command decides, and then kills
+        signal.signal(sign, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(setup.threads)
+    dataset = setup.load().to(torch.device(setup.device))
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            run = pipe.recv()
+            pipe.send(attempt(run, dataset, setup, pipe))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    pipes.wait([parent.sentinel])
+    os._exit(1)
+
+
+def attempt(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
+    """One run, with every failure that belongs to it told apart."""
+    try:
+        return train(run, dataset, setup, pipe)
+    except training.Diverged as error:
+        return Ended(failure="nan", reason=str(error))
+    except OSError as error:
+        return Ended(failure="disk", reason=str(error))
+    except Exception as error:  # noqa: BLE001 - a network of the user's own may raise anything
+        line = (str(error).strip().splitlines() or [""])[0]
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in line
+        kind = "memory" if memory else "error"
+        return Ended(failure=kind, reason=f"{type(error).__name__}: {line}")
+
+
+def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
+    """Train from the checkpoint, if there is one; report, and keep checkpoints on the way."""
+    torch.set_num_threads(run.threads or setup.threads)
+    torch.manual_seed(run.seed)
+    classes = len(dataset.classes)
+    model = models.build(run.network, dataset.channels, dataset.size, classes)
+    model.to(dataset.train.labels.device)
+    split = dataset.train + dataset.validation if run.final else dataset.train
+    progresses = training.fit(
+        model,
+        dataset,
+        split,
+        None if run.final else dataset.validation,
+        **run.params,
+        samples=run.samples,
+        validate_at=run.rungs,
+        seed=run.seed,
+        micro_batch=run.micro_batch,
+        resume=restore(run.checkpoint),
+    )
+    saved, accuracy = time.monotonic(), None
+    for progress in progresses:
+        pipe.send(Report(replace(progress, state=None)))
+        if progress.accuracy is not None:
+            accuracy = progress.accuracy
+            if pipe.recv():
+                return Ended(accuracy, stopped=True)
+        late = time.monotonic() - saved > setup.checkpoint_s
+        if run.checkpoint and late and progress.state and progress.samples < progress.total:
+            keep(progress.state(), run.checkpoint, setup.quota)
+            saved = time.monotonic()
+    if run.weights:
+        keep({key: value.cpu() for key, value in model.state_dict().items()}, run.weights)
+    return Ended(accuracy)
+
+
+def keep(state: dict[str, Any], path: Path, quota: int | None = None) -> bool:
+    """Write tensors in place of the file's old ones, by rename; not if that would take more than
+    `quota` bytes in the meantime. Returns whether they were written."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    size = content.getbuffer().nbytes
+    if quota is not None and size + (path.stat().st_size if path.exists() else 0) > quota:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.getbuffer())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def restore(path: Path | None) -> dict[str, Any] | None:
+    """What keep() wrote; None where there is nothing, or nothing that can be read."""
+    if path is None or not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - a damaged file may raise anything; begin again then
+        log.warning("checkpoint %s cannot be read (%s); beginning again", path, error)
+        return None

@@ -1,0 +1,197 @@
+"""mnist.members: turns, leases, the exact budget, and what a member cannot do once it is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from optuna.trial import TrialState
+
+from mnist import members
+from mnist import study as studies
+from mnist.members import Lost, Member
+from tests.conftest import ROOT
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/db.sqlite3"
+    return request.getfixturevalue("postgresql")
+
+
+@pytest.fixture
+def one(storage: str) -> Iterator[Member]:
+    with Member(storage, "study", threads=1) as member:
+        member.study.pruner = studies.pruner(600)
+        yield member
+
+
+@pytest.fixture
+def two(storage: str, one: Member) -> Iterator[Member]:
+    with Member(storage, "study", threads=1) as member:
+        member.study.pruner = studies.pruner(600)
+        yield member
+
+
+def states(member: Member) -> list[TrialState]:
+    return [trial.state for trial in member.study.trials]
+
+
+def test_many_members_together_finish_exactly_the_trials_asked_for(storage: str) -> None:
+    def work(_: int) -> int:
+        done = 0
+        with Member(storage, "study", threads=1) as member:
+            while claim := member.ask(20, seed=0):
+                member.tell(claim, TrialState.COMPLETE, claim.params["lr"])
+                done += 1
+        return done
+
+    with ThreadPoolExecutor(6) as threads:
+        assert sum(threads.map(work, range(6))) == 20
+    with Member(storage, "study", threads=1) as member:
+        assert states(member) == [TrialState.COMPLETE] * 20
+        assert [trial.number for trial in member.study.trials] == list(range(20))
+
+
+def test_a_running_trial_takes_its_place_in_the_budget(one: Member, two: Member) -> None:
+    claim = one.ask(1, seed=0)
+    assert claim is not None
+    assert two.ask(1, seed=0) is None
+    one.give_back(claim)
+    again = two.ask(1, seed=0)
+    assert again is not None
+    assert (again.number, again.params) == (claim.number, claim.params)
+
+
+@pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
+def test_a_member_on_this_machine_is_dead_when_its_lock_is_free_and_only_then(
+    one: Member, two: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = one.ask(5, seed=0)
+    assert claim is not None
+    monkeypatch.setattr(members, "GRACE_S", -1.0)
+    two.look()
+    assert states(two) == [TrialState.RUNNING]
+    one._alive.release()  # as the operating system does it
+    two.look()
+    assert states(two) == [TrialState.WAITING]
+
+
+def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_period(
+    one: Member, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = one.ask(5, seed=0)
+    assert claim is not None
+    monkeypatch.setattr(members, "host", lambda folder: "another machine")
+    monkeypatch.setattr(members, "BEAT_S", 0.2)
+    monkeypatch.setattr(members, "GRACE_S", 0.5)
+    with Member(storage, "study", threads=1) as far:
+        for _ in range(5):
+            time.sleep(0.2)
+            one.look()
+        far.look()
+        assert states(far) == [TrialState.RUNNING]
+        for _ in range(5):  # now it is silent
+            time.sleep(0.2)
+            far.look()
+        assert states(far) == [TrialState.WAITING]
+
+
+def lose(one: Member, two: Member) -> members.Claim:
+    """A claim of `one`, whose trial `two` has by now."""
+    claim = one.ask(5, seed=0)
+    assert claim is not None
+    two.update(lambda study: study.set_user_attr("members", {two.id: two._members()[two.id]}))
+    two.look()
+    taken = two.ask(5, seed=0)
+    assert taken is not None
+    assert taken.number == claim.number
+    return claim
+
+
+def test_a_member_that_was_taken_for_dead_cannot_change_the_trial(one: Member, two: Member) -> None:
+    claim = lose(one, two)
+    with pytest.raises(Lost, match="trial 0 was taken over"):
+        one.report(claim, 100, 0.1)
+    with pytest.raises(Lost):
+        one.tell(claim, TrialState.COMPLETE, 0.1)
+    with pytest.raises(Lost):
+        one.give_back(claim)
+    assert two.study.trials[0].intermediate_values == {}
+    assert states(two) == [TrialState.RUNNING]
+    before = one.id
+    one.look()  # it works on, as another one
+    assert one.id != before
+    assert one.ask(5, seed=0) is not None
+
+
+def test_one_member_finishes_until_it_is_gone(one: Member, two: Member) -> None:
+    assert one.finisher()
+    assert not two.finisher()
+    assert one.finisher()
+    one.__exit__()
+    assert two.finisher()
+    one._thread = threading.Thread(target=lambda: None)  # for its second exit
+    one._thread.start()
+    one._alive.acquire()
+
+
+def test_ctrl_c_waits_for_the_end_of_a_turn(one: Member) -> None:
+    done = []
+
+    def turn() -> None:
+        with one._turns():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        turn()
+    assert done == [1]
+    with one._turns():
+        pass
+
+
+@pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
+def test_a_killed_member_is_found_at_once(one: Member, storage: str) -> None:
+    code = (
+        "import os, signal; from mnist.members import Member; "
+        f"m = Member({storage!r}, 'study', 1); m.__enter__(); m.ask(5, 0); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ))
+    assert done.returncode == -signal.SIGKILL
+    assert states(one) == [TrialState.RUNNING]
+    one.look()
+    assert states(one) == [TrialState.WAITING]
+    assert set(one._members()) == {one.id}
+    locks = list(one._folder.glob(f"{one._prefix}-*.lock"))
+    assert [path.name for path in locks] == [Path(one._alive.lock_file).name]
+
+
+@pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
+def test_a_lock_on_the_database_is_waited_for(one: Member, tmp_path: Path) -> None:
+    import sqlite3
+
+    other = sqlite3.connect(tmp_path / "db.sqlite3", check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    threading.Timer(1.0, other.rollback).start()
+    assert one.ask(5, seed=0) is not None
+    other.close()
+
+
+def test_a_member_leaves_no_lock_behind(storage: str) -> None:
+    with Member(storage, "study", threads=1) as member:
+        file = Path(member._alive.lock_file)
+        assert file.exists()
+        with pytest.raises(members.Timeout):
+            FileLock(file).acquire(timeout=0)
+    assert not file.exists()

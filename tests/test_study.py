@@ -1,0 +1,131 @@
+"""mnist.study: the study's record, what is asked for next, which trial wins."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from mnist import study as studies
+from mnist.data import Dataset
+from mnist.options import Options
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> optuna.Study:
+    return studies.open_study(f"sqlite:///{tmp_path}/db.sqlite3", "study")
+
+
+def add(study: optuna.Study, value: float, state: str = "COMPLETE", **params: Any) -> int:
+    study.enqueue_trial(studies.FIRST | params)
+    trial = studies.ask(study, 0)
+    trial.report(value, 1)
+    study.tell(trial, value if state == "COMPLETE" else None, TrialState[state])
+    return trial.number
+
+
+def test_the_published_best_comes_first(study: optuna.Study) -> None:
+    assert studies.ask(study, 0).params == studies.FIRST
+
+
+def test_what_waits_is_asked_for_first_with_its_number_and_parameters(study: optuna.Study) -> None:
+    add(study, 0.5)
+    left = studies.ask(study, 0)
+    studies.ask(study, 0)
+    study._storage.set_trial_state_values(left._trial_id, TrialState.WAITING)
+    again = studies.ask(study, 0)
+    assert (again.number, again.params) == (left.number, left.params)
+
+
+def test_another_seed_asks_for_other_trials(study: optuna.Study) -> None:
+    other = studies.open_study("sqlite:///:memory:", "other")
+    asked = [
+        [studies.ask(s, seed).params for _ in range(2)] for s, seed in ((study, 0), (other, 1))
+    ]
+    assert asked[0][0] == asked[1][0]
+    assert asked[0][1] != asked[1][1]
+
+
+def test_trials_that_cannot_be_compared_are_refused_in_one_line(
+    study: optuna.Study, digits: Dataset
+) -> None:
+    studies.agree(study, studies.fingerprint(digits, "linear", 600))
+    studies.agree(study, studies.fingerprint(digits, "linear", 600))
+    with pytest.raises(studies.StudyError) as caught:
+        studies.agree(study, studies.fingerprint(digits, "parallel", 700))
+    for word in ("network is parallel, there linear", "images a trial is 700", "--study study-2"):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "storage",
+    ["nonsense", "sqlite:////nowhere/at/all/db.sqlite3", "postgresql://127.0.0.1:9/x", "x://y"],
+)
+def test_a_storage_that_cannot_be_opened_is_named(storage: str) -> None:
+    with pytest.raises(studies.StudyError, match="cannot be opened") as caught:
+        studies.open_study(storage, "study")
+    assert repr(storage) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_password_is_neither_shown_nor_recorded() -> None:
+    storage = "postgresql://me:secret@127.0.0.1:9/x"
+    with pytest.raises(studies.StudyError) as caught:
+        studies.open_study(storage, "study")
+    assert "secret" not in str(caught.value)
+    assert "secret" not in str(Options(storage=storage).record())
+
+
+def test_the_best_trials_are_complete_ones_that_were_not_set_aside(study: optuna.Study) -> None:
+    for value, state in ((0.5, "COMPLETE"), (0.9, "PRUNED"), (0.7, "COMPLETE"), (0.7, "COMPLETE")):
+        add(study, value, state)
+    assert [trial.number for trial in studies.best_trials(study, 2)] == [2, 3]
+    studies.set_aside(study, 2, "diverged")
+    assert [trial.number for trial in studies.best_trials(study, 9)] == [3, 0]
+
+
+def test_the_winner_has_the_best_mean_on_fresh_seeds(study: optuna.Study) -> None:
+    assert studies.winner(study, 3) is None
+    for value in (0.9, 0.8, 0.7, 0.6):
+        add(study, value)
+
+    def confirm(number: int, *values: float) -> None:
+        for seed, value in enumerate(values):
+            studies.confirm(study, number, seed, value)
+
+    confirm(0, 0.80, 0.80)
+    confirm(1, 0.85, 0.79)
+    assert studies.winner(study, 3) is None  # the third is not confirmed yet
+    confirm(2, 0.70, 0.71)
+    confirm(3, 0.99, 0.99)  # not among the best three
+    winner = studies.winner(study, 3)
+    assert winner is not None
+    assert winner.number == 1
+    unconfirmed = studies.winner(study, 0)
+    assert unconfirmed is not None
+    assert unconfirmed.number == 0
+
+
+def test_importance_is_withheld_below_ten_complete_trials(study: optuna.Study) -> None:
+    for i in range(9):
+        add(study, 0.001 * (i + 1), lr=0.001 * (i + 1))
+    assert studies.importance(study) is None
+    add(study, 0.05, lr=0.05)
+    shares = studies.importance(study)
+    assert shares is not None
+    assert max(shares, key=lambda name: shares[name]) == "lr"
+
+
+def test_a_seed_follows_from_the_study_s_seed_and_the_trial_s_number() -> None:
+    seeds = {studies.seed_of(seed, number) for seed in range(20) for number in range(50)}
+    assert len(seeds) == 1000
+    assert studies.seed_of(3, 7) == studies.seed_of(3, 7)
+
+
+def test_a_quick_study_is_another_one(digits: Dataset) -> None:
+    quick = replace(digits, validation=digits.validation.head(50))
+    whole = studies.fingerprint(digits, "linear", 600)
+    assert studies.fingerprint(quick, "linear", 600) != whole

@@ -1,0 +1,252 @@
+"""mnist.workers: runs that go on from a checkpoint, failures told apart, processes that end."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mnist import data, models, training, workers
+from mnist.data import Dataset
+from mnist.workers import Ended, Pool, Report, Run, Setup
+from tests.conftest import ROOT
+
+SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
+PARAMS = {"batch_size": 32, "optimizer": "Adam", "lr": 0.003}
+RUN = Run("linear", PARAMS, 2_000, seed=0, rungs=(300, 900))
+
+
+class Pipe:
+    """The worker's end of its pipe, in this process; `stop` is asked for after so many reports."""
+
+    def __init__(self, stop_after: int = 10**6) -> None:
+        self.reports: list[training.Progress] = []
+        self.stop_after = stop_after
+
+    def send(self, message: Report) -> None:
+        self.reports.append(message.progress)
+
+    def recv(self) -> bool:
+        return len(self.reports) > self.stop_after
+
+    def accuracies(self) -> list[tuple[int, float | None]]:
+        return [(p.samples, p.accuracy) for p in self.reports if p.accuracy is not None]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("moment", [5, 20, 45])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(
+    digits: Dataset, tmp_path: Path, optimizer: str, moment: int
+) -> None:
+    params = PARAMS | {"optimizer": optimizer}
+    whole = replace(RUN, params=params, weights=tmp_path / "whole.pt")
+    reference = Pipe()
+    workers.attempt(whole, digits, SETUP, reference)
+
+    class Killing(Pipe):
+        def send(self, message: Report) -> None:
+            super().send(message)
+            if len(self.reports) == moment:
+                raise Killed
+
+    run = replace(whole, checkpoint=tmp_path / "run.pt", weights=tmp_path / "killed.pt")
+    often = replace(SETUP, checkpoint_s=-1.0)
+    first, second = Killing(), Pipe()
+    with pytest.raises(Killed):
+        workers.attempt(run, digits, often, first)
+    assert run.checkpoint is not None
+    assert run.checkpoint.exists()
+    torch.manual_seed(99)  # whatever this process did in between
+    workers.attempt(run, digits, often, second)
+    assert len(second.reports) < len(reference.reports)
+    together = {**dict(first.accuracies()), **dict(second.accuracies())}
+    assert together == dict(reference.accuracies())
+    for name, tensor in torch.load(tmp_path / "whole.pt").items():
+        assert torch.equal(tensor, torch.load(tmp_path / "killed.pt")[name]), name
+
+
+def test_dropout_goes_on_bit_for_bit_too(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dropping(models.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.nn.functional.dropout(images, 0.5, self.training))
+
+    monkeypatch.setitem(models.NETWORKS, "dropping", Dropping)
+    outcomes = []
+    for stop in (10**6, 40):
+        torch.manual_seed(0)
+        model = models.build("dropping", 1, 28, 10)
+        fit = functools.partial(
+            training.fit, dataset=digits, train=digits.train, samples=2_000, **PARAMS
+        )
+        state = None
+        for i, progress in enumerate(fit(model)):
+            assert progress.state is not None
+            if i == stop:
+                stream = tmp_path / "state.pt"
+                torch.save(progress.state(), stream)
+                state = torch.load(stream)
+                break
+        if state:
+            torch.manual_seed(5)
+            model = models.build("dropping", 1, 28, 10)
+            list(fit(model, resume=state))
+        outcomes.append(model.output.weight.detach())  # type: ignore[union-attr]
+    assert torch.equal(*outcomes)
+
+
+def test_a_micro_batch_takes_the_same_steps(digits: Dataset) -> None:
+    outcomes = []
+    for micro_batch in (None, 8):
+        pipe = Pipe()
+        workers.attempt(replace(RUN, micro_batch=micro_batch), digits, SETUP, pipe)
+        outcomes.append([progress.loss for progress in pipe.reports])
+    assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-3)
+
+
+def test_a_run_is_stopped_when_its_report_is_answered_so(digits: Dataset) -> None:
+    pipe = Pipe(stop_after=1)
+    ended = workers.attempt(RUN, digits, SETUP, pipe)
+    assert isinstance(ended, Ended)
+    assert ended.stopped
+    assert pipe.reports[-1].samples == 320
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (MemoryError(), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nframe"),
+            "memory",
+        ),
+        (OSError(28, "No space left on device"), "disk"),
+        (training.Diverged("the loss is nan"), "nan"),
+        (ZeroDivisionError("division by zero"), "error"),
+    ],
+)
+def test_failures_are_told_apart_in_one_line(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, error: Exception, failure: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(training, "fit", fail)
+    ended = workers.attempt(RUN, digits, SETUP, Pipe())
+    assert ended.failure == failure
+    assert "\n" not in ended.reason
+
+
+def test_memory_is_tried_again_once_in_smaller_parts_of_the_same_batch() -> None:
+    again = RUN.again(Ended(failure="memory"))
+    assert again is not None
+    assert (again.micro_batch, again.params) == (8, RUN.params)
+    assert again.again(Ended(failure="memory")) is None
+    assert RUN.again(Ended(failure="nan")) is None
+
+
+def test_three_deaths_without_a_new_checkpoint_are_enough(tmp_path: Path) -> None:
+    run: Run | None = replace(RUN, checkpoint=tmp_path / "run.pt")
+    died = Ended(failure="died")
+    for _ in range(2):
+        assert run is not None
+        run = run.again(died)
+    assert run is not None
+    assert run.again(died) is None
+    (tmp_path / "run.pt").write_bytes(b"new")
+    run = run.again(died)
+    assert run is not None
+    assert run.deaths == 1
+
+
+def test_checkpoints_stay_under_the_quota_and_leave_nothing_half_written(tmp_path: Path) -> None:
+    path, state = tmp_path / "run.pt", {"weights": torch.zeros(10_000)}
+    assert workers.keep(state, path, quota=50_000)
+    first = path.read_bytes()
+    assert not workers.keep(state, path, quota=50_000)  # old and new together would be over it
+    assert workers.keep(state, path, quota=100_000)
+    assert not workers.keep(state, tmp_path / "other.pt", quota=1_000)
+    assert [each.name for each in tmp_path.iterdir()] == ["run.pt"]
+    assert len(first) < 50_000
+
+
+def test_a_damaged_checkpoint_means_beginning_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.pt"
+    assert workers.restore(path) is None
+    path.write_bytes(b"not a checkpoint")
+    assert workers.restore(path) is None
+    assert "cannot be read" in caplog.text
+
+
+def drain(pool: Pool, run: Run) -> Ended:
+    pool.workers[0].start(run)
+    while True:
+        for worker, message in pool.messages(1.0):
+            if isinstance(message, Ended):
+                return message
+            if message.progress.accuracy is not None:
+                worker.answer(stop=False)
+
+
+def test_a_pool_trains_replaces_what_dies_and_leaves_no_process(digits: Dataset) -> None:
+    with Pool(1, SETUP) as pool:
+        assert torch.tensor(drain(pool, RUN).accuracy) > 0.5
+        pool.workers[0].start(replace(RUN, samples=10**8))
+        pid = pool.workers[0].process.pid
+        os.kill(pid, signal.SIGKILL)
+        ended: Report | Ended | None = None
+        while not isinstance(ended, Ended):
+            ended = next((message for _, message in pool.messages(1.0)), None)
+        assert (ended.failure, "SIGKILL" in ended.reason) == ("died", True)
+        assert pool.workers[0].process.pid != pid
+        pids = [worker.process.pid for worker in pool.workers]
+    assert all(not alive(pid) for pid in [pid, *pids])
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().split(") ")[1][0] != "Z"
+
+
+def test_workers_end_with_the_command_that_started_them(tmp_path: Path) -> None:
+    code = f"""
+import functools, os, signal
+from mnist import data
+from mnist.workers import Pool, Run, Setup
+with Pool(2, Setup(functools.partial(data.load, "digits"), "cpu", 1)) as pool:
+    for worker in pool.workers:
+        worker.start(Run("linear", {PARAMS!r}, 10**7, 0))
+    for _ in pool.messages(30):
+        pass
+    print(*[worker.process.pid for worker in pool.workers], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    script = tmp_path / "start.py"
+    script.write_text("if __name__ == '__main__':\n" + code.replace("\n", "\n    "))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2, done.stderr
+    end = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(alive, pids))
