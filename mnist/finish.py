@@ -125,19 +125,20 @@ def train(job: Job, pool: Pool, screen: Display) -> tuple[FrozenTrial, dict[str,
     """
     while best := studies.winner(job.study, job.confirmed):
         run = final_run(job, best)
-        weights = restore(run.weights)  # of a process that was killed after the training
-        if weights is not None:
+        ended = Ended()  # where a process that was killed had got so far
+        if run.weights and not run.weights.exists():
+            screen.say(
+                f"final model: as trial {best.number} ({words(best.params)}), "
+                f"{run.samples:,} images"
+            )
+            ended = carry_out(job, pool, screen, run)
+        if ended.failure is None and (weights := restore(run.weights)):
             return best, weights
-        screen.say(
-            f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
-        )
-        ended = carry_out(job, pool, screen, run)
-        if ended.failure == "died":
-            raise search.Unfinished(f"the final training failed: {ended.reason}")
-        if ended.failure:
-            set_aside(job, best.number, f"{ended.failure}: {ended.reason}")
-            screen.say(f"trial {best.number} is set aside: {ended.reason}")
-            confirm(job, pool, screen)
+        if ended.failure in (None, "died"):
+            raise search.Unfinished(f"the final training failed: {ended.reason or run.weights}")
+        set_aside(job, best.number, f"{ended.failure}: {ended.reason}")
+        screen.say(f"trial {best.number} is set aside: {ended.reason}")
+        confirm(job, pool, screen)
     raise search.Unfinished("no complete trial is left to make the final model from")
 
 
@@ -178,20 +179,24 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
     epoch = len(job.dataset.train) + len(job.dataset.validation)
     if job.options.final_epochs:
         return round(job.options.final_epochs * epoch)
-    kept = job.study.user_attrs.get("final_samples", {})
-    if str(best.number) not in kept or job.options.timeout:
-        measured = training.speed(job.network(), job.dataset, **best.params | {"lr": TINY_LR})
-        left_s = job.total_s - (time.monotonic() - job.start)
-        if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
-            seconds = min(0.7 * left_s, job.plan.final_s)
-        else:
-            seconds = min(max(left_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
-        speed = min(measured, job.plan.images_per_s)  # a machine is rarely alone for long
-        most = search.MOST_FINAL_EPOCHS * epoch
-        kept[str(best.number)] = max(1, round(min(seconds * speed, most)))
-        if not job.options.timeout:
-            job.member.update(lambda study: study.set_user_attr("final_samples", kept))
-    return kept[str(best.number)]
+    begun: int | None = job.study.user_attrs.get("final_samples", {}).get(str(best.number))
+    if begun and (not job.options.timeout or list(job.folder.glob(f"final-{best.number}-*"))):
+        return begun
+    measured = training.speed(job.network(), job.dataset, **best.params | {"lr": TINY_LR})
+    left_s = job.total_s - (time.monotonic() - job.start)
+    if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
+        seconds = min(0.7 * left_s, job.plan.final_s)
+    else:
+        seconds = min(max(left_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
+    speed = min(measured, job.plan.images_per_s)  # a machine is rarely alone for long
+    samples = max(1, round(min(seconds * speed, search.MOST_FINAL_EPOCHS * epoch)))
+
+    def remember(study: optuna.Study) -> None:
+        kept = study.user_attrs.get("final_samples", {})
+        study.set_user_attr("final_samples", kept | {str(best.number): samples})
+
+    job.member.update(remember)
+    return samples
 
 
 def save(
