@@ -18,8 +18,10 @@ import functools
 import json
 import logging
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,7 +31,7 @@ import torch
 from mnist import data, display, models, registry, search, training
 from mnist import study as studies
 from mnist.display import Display, duration
-from mnist.finish import Job, finish, result
+from mnist.finish import Job, finish, origin, result, sweep
 from mnist.members import Claim, Member
 from mnist.options import Options, command
 from mnist.workers import Pool, Run, Setup
@@ -46,6 +48,7 @@ def main(options: Options) -> None:
     """options -> data -> study -> final training -> one evaluation -> saved model."""
     start = time.monotonic()
     registry.writable(options.output)
+    writable(options.artifacts)
     device = choose_device(options)
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -53,13 +56,23 @@ def main(options: Options) -> None:
         job = prepare(options, member, device, start)
         done = result(job) if studies.finished(job.study) >= job.trials else None
         if done is None:
-            quota = options.disk_quota and options.disk_quota // workers
-            setup = Setup(source(options), str(device), threads, quota)
+            setup = Setup(source(options), str(device), threads, options.disk_quota)
             screen = Display(job.trials, job.plan.trial_s, job.plan.confirm_s + job.plan.final_s)
+            sweep(job)
             with screen, Pool(workers, setup) as pool:
                 find(job, pool, screen)
                 done = finish(job, pool, screen)
         show(job, done)
+
+
+def writable(artifacts: Path) -> None:
+    try:
+        artifacts.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=artifacts):
+            pass
+    except OSError as error:
+        reason = f"cannot write to {artifacts}: {error.strerror}; see --artifacts"
+        raise click.UsageError(reason) from error
 
 
 def choose_device(options: Options) -> torch.device:
@@ -115,8 +128,9 @@ def fit_to_machine(
         chosen = plan if asked else search.Plan(**study.user_attrs.get("plan", asdict(plan)))
         if "plan" not in study.user_attrs:  # before the fingerprint: a kill in between must not
             study.set_user_attr("plan", asdict(chosen))  # leave one without its plan
-        print_ = studies.fingerprint(dataset, options.model, chosen.trial_samples)
-        studies.agree(study, print_)
+            study.set_user_attr("origin", origin(options))
+        wanted = studies.fingerprint(dataset, options.model, chosen.trial_samples)
+        studies.agree(study, wanted)
         return chosen
 
     plan = member.update(agree)

@@ -26,6 +26,7 @@ from mnist.workers import Ended, Pool, Report, Run, keep, restore
 
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
+ABANDONED_S = 600  # writing a checkpoint takes seconds
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,30 @@ def result(job: Job) -> dict[str, Any] | None:
 
     It may be in the registry of another machine: then the study itself has its record.
     """
-    best, asked = studies.winner(job.study, job.confirmed), job.options.final_epochs
+    best, asked = winner(job), job.options.final_epochs
     if best is None:
         return None
     here = registry.read(job.options.output)["models"]
-    elsewhere = job.study.user_attrs.get("result", {})
+    elsewhere = job.member.update(lambda study: study.user_attrs.get("result", {}))
     for name, record in [*reversed(here.items()), *elsewhere.items()]:
         about = record["study"]
         same = (about.get("id"), about.get("trial")) == (job.id, best.number)
         if same and asked in (None, record.get("options", {}).get("final_epochs")):
             return record | {"name": name}
     return None
+
+
+def winner(job: Job) -> FrozenTrial | None:
+    return job.member.update(lambda study: studies.winner(study, job.confirmed))
+
+
+def sweep(job: Job) -> None:
+    """Remove what finished trials and killed processes left among the checkpoints."""
+    for trial in job.study.get_trials(deepcopy=False, states=studies.FINISHED):
+        (job.folder / f"trial-{trial.number}.pt").unlink(missing_ok=True)
+    for path in job.folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > ABANDONED_S:
+            path.unlink(missing_ok=True)
 
 
 def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def train(job: Job, pool: Pool, screen: Display) -> tuple[FrozenTrial, dict[str,
 
     Where that training fails, the trial is set aside and the next best is taken.
     """
-    while best := studies.winner(job.study, job.confirmed):
+    while best := winner(job):
         run = final_run(job, best)
         ended = Ended()  # where a process that was killed had got so far
         if run.weights and not run.weights.exists():
@@ -228,11 +242,7 @@ def save(
             "test": scores | {"served_errors": scores["errors"]},  # the .pth is what is served
         },
         "quick": options.quick,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "optuna")},
-        "options": options.record(),
-        "seed": options.seed,
-        "commit": commit(),
+        **origin(options),
     }
     np.savez_compressed(predictions, probabilities=probabilities.numpy(), labels=labels)
     files = {
@@ -254,7 +264,7 @@ def evaluate(job: Job, model: torch.nn.Module, path: Path) -> tuple[torch.Tensor
         test = job.dataset.open_test()
         probabilities = training.predict(model, job.dataset, test.images.to(job.device))
         kept = {"probabilities": probabilities, "labels": test.labels}
-        keep(kept, path)
+        keep(kept, path, job.options.disk_quota)
     return kept["probabilities"], kept["labels"]
 
 
@@ -269,6 +279,17 @@ def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "seeds": len(values),
+    }
+
+
+def origin(options: Options) -> dict[str, Any]:
+    """What else produced a study or a model: options, seed, versions, commit."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "optuna")}
+    return {
+        "versions": {"python": platform.python_version()} | versions,
+        "options": options.record(),
+        "seed": options.seed,
+        "commit": commit(),
     }
 
 

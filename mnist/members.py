@@ -181,7 +181,7 @@ class Member:
     # --- the study
 
     def update(self, change: Callable[[optuna.Study], T]) -> T:
-        """Read and change the study's attributes while no other member does."""
+        """Read or change the study while no other member does, also where its server was lost."""
 
         def attempt() -> T:
             with self._turns():
@@ -206,6 +206,9 @@ class Member:
 
     def look(self) -> None:
         """Show that this member lives, find those that do not, and free what they left RUNNING."""
+        self._steadily(self._look)
+
+    def _look(self) -> None:
         with self._turns():
             now = time.monotonic()
             passed, self._looked = min(now - self._looked, 2 * BEAT_S), now
@@ -243,7 +246,7 @@ class Member:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                self.look()
+                self._look()
             except studies.STORAGE_ERRORS as error:
                 log.debug("no beat: %s", error)
 

@@ -83,7 +83,7 @@ def search(
                 running[worker] = Trial(claim, run, time.monotonic())
                 worker.start(run)
             if not running:
-                if studies.finished(member.study) >= trials:
+                if member.update(studies.finished) >= trials:
                     return
                 yield Update()
                 time.sleep(WAIT_S)
@@ -189,14 +189,11 @@ def confirm(
     result is kept with the study as it comes in. A trial that fails so is set aside, and the next
     best takes its place. Yields (how many runs are done, of how many) now and then.
     """
-    while studies.winner(member.study, k) is None and studies.best_trials(member.study, 1):
-        best = studies.best_trials(member.study, k)
-        kept = member.study.user_attrs.get("confirmations", {})
+    while best := member.update(lambda study: studies.unconfirmed(study, k)):
         todo = {
             (trial.number, i): run_of(trial.number, trial.params, i)
-            for trial in best
-            for i in range(CONFIRM_SEEDS)
-            if str(i) not in kept.get(str(trial.number), {})
+            for trial, missing in best
+            for i in missing
         }
         total, done = len(todo), 0
         for key, message in carry_out(pool, todo):
@@ -220,14 +217,15 @@ def keep_confirmation(member: Member, key: tuple[int, int], ended: Ended) -> Non
 
 @dataclass(frozen=True)
 class Plan:
-    """How a time is spent: the most images a trial sees, seconds expected for each trial, for the
-    confirmations and for the final model, and the training images a second that this rests on."""
+    """How a time is spent: the most images a trial sees, seconds expected for each trial and for
+    the final model, the training images a second that this rests on, and seconds expected for the
+    confirmations."""
 
     trial_samples: int
     trial_s: float
-    confirm_s: float
     final_s: float
     images_per_s: float
+    confirm_s: float = 0.0  # studies of before there were any
 
 
 def plan(
@@ -256,4 +254,4 @@ def plan(
     confirm_s = runs * (trial_samples + whole) / images_per_s
     most_s = MOST_FINAL_EPOCHS * (len(dataset.train) + len(dataset.validation)) / images_per_s
     final_s = min(total_s * (1 - SEARCH_SHARE), most_s)
-    return Plan(trial_samples, trial_s, confirm_s, final_s, images_per_s)
+    return Plan(trial_samples, trial_s, final_s, images_per_s, confirm_s)

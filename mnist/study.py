@@ -204,13 +204,23 @@ def confirm(study: optuna.Study, number: int, seed: int, accuracy: float) -> Non
     study.set_user_attr("confirmations", kept | {str(number): own})
 
 
+def unconfirmed(study: optuna.Study, k: int) -> list[tuple[FrozenTrial, list[int]]]:
+    """Those of the k best trials that lack confirmations, and the seeds (0, 1, …) they lack."""
+    kept = study.user_attrs.get("confirmations", {})
+    lacking = [
+        (trial, [i for i in range(CONFIRM_SEEDS) if str(i) not in kept.get(str(trial.number), {})])
+        for trial in best_trials(study, k)
+    ]
+    return [(trial, seeds) for trial, seeds in lacking if seeds]
+
+
 def winner(study: optuna.Study, k: int) -> FrozenTrial | None:
     """Of the k best trials the one with the best mean on fresh seeds; with k = 0 the best trial.
 
     None where there is no complete trial, or the confirmations are not all in.
     """
     best = best_trials(study, max(1, k))
-    if k and any(len(confirmations(study, trial.number)) < CONFIRM_SEEDS for trial in best):
+    if unconfirmed(study, k):
         return None
 
     def mean(trial: FrozenTrial) -> float:

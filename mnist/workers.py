@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from mnist import models, training
 from mnist.data import Dataset
@@ -80,7 +81,7 @@ class Setup:
     load: Callable[[], Dataset]
     device: str
     threads: int
-    quota: int | None = None  # bytes of its checkpoints, while one replaces another
+    quota: int | None = None  # bytes that all checkpoints may take, while one replaces another
     checkpoint_s: float = CHECKPOINT_S
 
 
@@ -254,29 +255,51 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
                 return Ended(accuracy, stopped=True)
         late = time.monotonic() - saved > setup.checkpoint_s
         if run.checkpoint and late and progress.state and progress.samples < progress.total:
-            keep(progress.state(), run.checkpoint, setup.quota)
+            if not keep(progress.state(), run.checkpoint, setup.quota):
+                log.warning("no room for %s under --disk-quota", run.checkpoint)
             saved = time.monotonic()
     if run.weights:
-        keep({key: value.cpu() for key, value in model.state_dict().items()}, run.weights)
+        keep_weights(model, run, setup.quota)
     return Ended(accuracy)
 
 
+def keep_weights(model: torch.nn.Module, run: Run, quota: int | None) -> None:
+    """Write what the run was for; raises OSError where there is no room."""
+    assert run.weights is not None
+    state = {key: value.cpu() for key, value in model.state_dict().items()}
+    if not keep(state, run.weights, quota):
+        if run.checkpoint:  # it can go now
+            run.checkpoint.unlink(missing_ok=True)
+        if not keep(state, run.weights, quota):
+            raise OSError(f"no room for {run.weights} under --disk-quota")
+
+
 def keep(state: dict[str, Any], path: Path, quota: int | None = None) -> bool:
-    """Write tensors in place of the file's old ones, by rename; not if that would take more than
-    `quota` bytes in the meantime. Returns whether they were written."""
+    """Write tensors in place of the file's old ones, by rename.
+
+    Not if all files of the folder would take more than `quota` bytes in the meantime: returns
+    whether it was written.
+    """
     content = io.BytesIO()
     torch.save(state, content)
-    size = content.getbuffer().nbytes
-    if quota is not None and size + (path.stat().st_size if path.exists() else 0) > quota:
-        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.getbuffer())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # With a quota one process at a time writes, so that two do not take the same room.
+    with contextlib.nullcontext() if quota is None else FileLock(path.parent / ".lock"):
+        size = content.getbuffer().nbytes
+        if quota is not None and used(path.parent) + size > quota:
+            return False
+        try:
+            temporary.write_bytes(content.getbuffer())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return True
+
+
+def used(folder: Path) -> int:
+    """Bytes that its files take."""
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def restore(path: Path | None) -> dict[str, Any] | None:

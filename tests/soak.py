@@ -33,6 +33,7 @@ from mnist import study as studies
 
 ROOT = Path(__file__).parent.parent
 NAME = "digits-linear"
+DIGITS = ["--dataset", "digits", "--model", "linear", "--epochs", "12", "--final-epochs", "20"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 # run.py with a checkpoint at every report of progress: so short a trial would have none
 DRIVER = """
@@ -43,13 +44,13 @@ sys.exit(run.guarded(sys.argv[1:]))
 
 
 class Command:
-    """One run.py, and the processes under it."""
+    """One run.py, and the processes under it; `patch` is Python that comes before it."""
 
-    def __init__(self, folder: Path, options: list[str]) -> None:
+    def __init__(self, folder: Path, options: list[str], patch: str = "") -> None:
         self.log = folder / "stderr"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", DRIVER, *options],
+                [sys.executable, "-c", patch + DRIVER, *options],
                 cwd=folder,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stdout=subprocess.DEVNULL,
@@ -165,8 +166,7 @@ def soak(
 ) -> str:
     """The whole of it; returns what was seen, raises AssertionError for what was lost."""
     chance, known, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
-    options = ["--dataset", "digits", "--model", "linear", "--workers", "4", "--epochs", "12"]
-    options += ["--final-epochs", "20", "--storage", storage, "--trials", str(trials)]
+    options = [*DIGITS, "--workers", "4", "--storage", storage, "--trials", str(trials)]
     done = {"worker": 0, "parent": 0, "both": 0}
     command = Command(folder, options)
     with dashboard(storage, folder):
@@ -188,22 +188,28 @@ def soak(
             if command.process.poll() is not None:
                 command = Command(folder, options)
         assert command.process.wait(600) == 0, command.log.read_text()[-2000:]
-    study = optuna.load_study(study_name=NAME, storage=storage)
-    states = [trial.state for trial in study.trials]
-    failed = states.count(TrialState.FAIL)
-    assert len(states) - failed == len(finished(storage)) == trials, states
-    assert len(registry.read(folder / "saved_models")["models"]) == 1
-    assert "database is locked" not in command.log.read_text()
-    assert not list((folder / "artifacts").iterdir()), "checkpoints are left"
-    dataset = data.load("digits")
-    samples = study.user_attrs["plan"]["trial_samples"]
-    for trial in finished(storage).values():
-        replay(trial, dataset, samples)
+    failed = check(storage, folder, trials)
     return (
         f"{kills} kills ({', '.join(f'{n} {who}' for who, n in done.items())}) in "
         f"{time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "
         f"{failed} failed, {trials} replayed bit for bit, one model"
     )
+
+
+def check(storage: str, folder: Path, trials: int) -> int:
+    """That a study has ended as it should; returns how many trials failed."""
+    study = optuna.load_study(study_name=NAME, storage=storage)
+    states = [trial.state for trial in study.trials]
+    failed = states.count(TrialState.FAIL)
+    assert len(states) - failed == len(finished(storage)) == trials, states
+    assert len(registry.read(folder / "saved_models")["models"]) == 1
+    assert "database is locked" not in (folder / "stderr").read_text()
+    assert not list((folder / "artifacts").iterdir()), "checkpoints are left"
+    dataset = data.load("digits")
+    samples = study.user_attrs["plan"]["trial_samples"]
+    for trial in finished(storage).values():
+        replay(trial, dataset, samples)
+    return failed
 
 
 @click.command()

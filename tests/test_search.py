@@ -12,7 +12,7 @@ from mnist import data, search
 from mnist import study as studies
 from mnist.data import Dataset
 from mnist.members import Claim, Member
-from mnist.workers import Pool, Run, Setup
+from mnist.workers import Ended, Pool, Run, Setup
 
 SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
 SAMPLES = 600
@@ -147,6 +147,18 @@ def test_a_trial_on_which_three_workers_die_is_given_up(tmp_path: Path, pool: Po
     reason = one.study.trials[0].user_attrs["fail_reason"]
     assert reason.startswith("died: its process ended by SIGKILL")
     assert studies.finished(one.study) == 1
+
+
+def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: Pool) -> None:
+    one = member(tmp_path)
+    with one:
+        claim = one.ask(5, 0)
+        assert claim is not None
+        trial = search.Trial(claim, run_of(claim), 0.0)
+        full = Ended(failure="disk", reason="[Errno 28] No space left on device")
+        with pytest.raises(OSError, match="No space left"):
+            search.hear(one, pool.workers[0], trial, full)
+    assert states(one) == [TrialState.WAITING]
 
 
 def test_confirmations_are_kept_as_they_come_in_and_made_once(tmp_path: Path, pool: Pool) -> None:

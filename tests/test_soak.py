@@ -1,0 +1,103 @@
+"""Kills, stops and lost connections, with real processes; tests/soak.py does more of it by hand."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import soak
+from tests.soak import DIGITS, Command
+
+pytestmark = pytest.mark.slow
+
+SHORT_LEASES = """
+import os
+from mnist import members
+members.BEAT_S, members.GRACE_S = 0.5, 4.0
+members.host = lambda folder: os.environ["SOAK_HOST"]
+"""
+COUNT_EVALUATIONS = """
+from pathlib import Path
+from mnist import finish
+real = finish.keep
+def keep(state, path, *rest):
+    if path.name.startswith("test-"):
+        with Path("evaluations").open("a") as log:
+            log.write(path.name + chr(10))
+    return real(state, path, *rest)
+finish.keep = keep
+"""
+
+
+def test_ten_kills_lose_nothing(tmp_path: Path) -> None:
+    seen = soak.soak(f"sqlite:///{tmp_path}/db.sqlite3", tmp_path, kills=10, seed=1, trials=30)
+    assert "30 replayed bit for bit" in seen
+
+
+def test_ten_kills_and_a_restart_of_postgresql_lose_nothing(
+    tmp_path: Path, server: Any, postgresql: str
+) -> None:
+    soak.soak(postgresql, tmp_path, 10, seed=2, middle=lambda: soak.restart(server), trials=30)
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    soak.wait_until(condition, 120, what)
+
+
+def test_a_worker_that_is_stopped_for_a_while_changes_nothing(
+    tmp_path: Path, postgresql: str
+) -> None:
+    options = [*DIGITS, "--workers", "2", "--storage", postgresql, "--trials", "12"]
+    command = Command(tmp_path, options)
+    until(lambda: soak.finished(postgresql), "a trial is finished")
+    stopped = command.below()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(stopped, signal.SIGCONT)
+    assert command.process.wait(120) == 0
+    assert soak.check(postgresql, tmp_path, 12) == 0
+
+
+def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_second_result(
+    tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*DIGITS, "--storage", postgresql, "--trials", "14"]
+    monkeypatch.setenv("SOAK_HOST", "one")
+    one = Command(tmp_path, options, SHORT_LEASES)
+    until(lambda: soak.finished(postgresql), "a trial is finished")
+    processes = [one.process.pid, *one.below()]
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setenv("SOAK_HOST", "two")
+    two = Command(tmp_path, options, SHORT_LEASES)
+    until(lambda: len(soak.finished(postgresql)) >= 10, "another machine goes on")
+    time.sleep(5)
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
+    assert two.process.wait(120) == 0
+    assert one.process.wait(120) == 0
+    assert soak.check(postgresql, tmp_path, 14) == 0
+
+
+def test_four_commands_killed_at_the_end_leave_one_model_and_one_evaluation(
+    tmp_path: Path, postgresql: str
+) -> None:
+    options = [*DIGITS, "--storage", postgresql, "--trials", "4", "--final-epochs", "300"]
+    log = tmp_path / "stderr"
+    log.touch()
+    for words in ("final model: ", "evaluating, once, and saving", ""):
+        before = log.read_text().count(words)
+        commands = [Command(tmp_path, options, COUNT_EVALUATIONS) for _ in range(4)]
+        if words:
+            until(lambda: log.read_text().count(words) > before, f"it says {words}")  # noqa: B023
+            for command in commands:
+                command.process.kill()
+                command.process.wait()
+        else:
+            assert [command.process.wait(300) for command in commands] == [0] * 4
+    soak.check(postgresql, tmp_path, 4)
+    assert len((tmp_path / "evaluations").read_text().splitlines()) == 1
