@@ -31,7 +31,7 @@ import torch
 from mnist import data, display, models, registry, search, training
 from mnist import study as studies
 from mnist.display import Display, duration
-from mnist.finish import Job, finish, origin, result, sweep
+from mnist.finish import Job, finish, origin, publish, result, sweep
 from mnist.members import Claim, Member
 from mnist.options import Options, command
 from mnist.workers import Pool, Run, Setup
@@ -51,10 +51,10 @@ def main(options: Options) -> None:
     writable(options.artifacts)
     device = choose_device(options)
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, cores() // workers)
     with Member(options.storage, options.study_name, threads) as member:
         job = prepare(options, member, device, start)
-        done = result(job) if studies.finished(job.study) >= job.trials else None
+        done = result(job) if member.update(studies.finished) >= job.trials else None
         if done is None:
             setup = Setup(source(options), str(device), threads, options.disk_quota)
             screen = Display(job.trials, job.plan.trial_s, job.plan.confirm_s + job.plan.final_s)
@@ -62,7 +62,18 @@ def main(options: Options) -> None:
             with screen, Pool(workers, setup) as pool:
                 find(job, pool, screen)
                 done = finish(job, pool, screen)
+        publish(job, done)
+        sweep(job)
         show(job, done)
+
+
+def cores() -> int:
+    """That this process may use: as OMP_NUM_THREADS says, or a scheduler allows."""
+    if asked := os.environ.get("OMP_NUM_THREADS", ""):
+        return int(asked) if asked.isdigit() and int(asked) else 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def writable(artifacts: Path) -> None:
@@ -198,7 +209,8 @@ def show(job: Job, done: dict[str, Any]) -> None:
     here = name in models_here["models"]
     if here:
         registry.file(options.output, name)
-    outcome = studies.summary(job.study, job.confirmed) | done
+    best = done["study"]["trial"]
+    outcome = job.member.update(lambda study: studies.summary(study, best)) | done
     if options.json:
         click.echo(json.dumps(outcome))
         return

@@ -87,9 +87,9 @@ class Display:
             self.rows = [*self.rows, row][-ROWS:]
             self._show(row, self._search_left_s(), ended=True)
 
-    def confirmation(self, done: int, total: int) -> None:
-        """Show how many runs on fresh seeds are done."""
-        self._show(["confirming", "", "", "", f"{done} of {total}", ""], self.final_s)
+    def confirmation(self, done: int, total: int, left_s: float) -> None:
+        """Show how many runs on fresh seeds are done; `left_s` for them and the final model."""
+        self._show(["confirming", "", "", "", f"{done} of {total}", ""], left_s)
 
     def waiting(self, text: str) -> None:
         """Say once what is being waited for."""

@@ -1,5 +1,6 @@
 """The end of a study: confirm the best trials, train the final model, evaluate once, save."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -26,6 +27,7 @@ from mnist.workers import Ended, Pool, Report, Run, keep, restore
 
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
+LEAST_FINAL = 2_000  # images; a model that has seen fewer is not worth saving
 ABANDONED_S = 600  # writing a checkpoint takes seconds
 
 
@@ -48,13 +50,9 @@ class Job:
         return self.member.study
 
     @property
-    def id(self) -> str:
-        return self.study.user_attrs["id"]
-
-    @property
     def folder(self) -> Path:
         """For the checkpoints of this study; gone when it is finished."""
-        return self.options.artifacts / f"{self.study.study_name}-{self.id[:8]}"
+        return self.options.artifacts / f"{self.study.study_name}-{self.member.study_id[:8]}"
 
     def in_time(self, otherwise: str) -> None:
         """Raises search.Unfinished once --timeout is over."""
@@ -80,7 +78,7 @@ def result(job: Job) -> dict[str, Any] | None:
     elsewhere = job.member.update(lambda study: study.user_attrs.get("result", {}))
     for name, record in [*reversed(here.items()), *elsewhere.items()]:
         about = record["study"]
-        same = (about.get("id"), about.get("trial")) == (job.id, best.number)
+        same = (about.get("id"), about.get("trial")) == (job.member.study_id, best.number)
         if same and asked in (None, record.get("options", {}).get("final_epochs")):
             return record | {"name": name}
     return None
@@ -90,33 +88,52 @@ def winner(job: Job) -> FrozenTrial | None:
     return job.member.update(lambda study: studies.winner(study, job.confirmed))
 
 
+def publish(job: Job, done: dict[str, Any]) -> None:
+    """Let members on other machines know the result, also where a kill came before that."""
+    entry = {done["name"]: {key: value for key, value in done.items() if key != "name"}}
+
+    def change(study: optuna.Study) -> None:
+        if list(study.user_attrs.get("result", {})) != list(entry):
+            study.set_user_attr("result", entry)
+
+    job.member.update(change)
+
+
 def sweep(job: Job) -> None:
-    """Remove what finished trials and killed processes left among the checkpoints."""
-    for trial in job.study.get_trials(deepcopy=False, states=studies.FINISHED):
-        (job.folder / f"trial-{trial.number}.pt").unlink(missing_ok=True)
-    for path in job.folder.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > ABANDONED_S:
-            path.unlink(missing_ok=True)
+    """Remove checkpoints that no longer matter: all of them once no trial is unfinished."""
+    trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
+    if result(job) and all(trial.state.is_finished() for trial in trials):
+        shutil.rmtree(job.folder, ignore_errors=True)
+    for trial in trials:
+        if trial.state.is_finished():
+            (job.folder / f"trial-{trial.number}.pt").unlink(missing_ok=True)
+    for path in job.folder.glob(".*.tmp"):  # by processes that were killed
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink()
 
 
 def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
     """The study's result(), made by exactly one of the members that work on it."""
-    while not job.member.finisher():
+    while True:
+        if job.member.finisher():
+            confirm(job, pool, screen)
+            if found := result(job):
+                return found
+            best, weights = train(job, pool, screen)
+            if job.member.finisher():  # still: a machine that was silent meanwhile is not
+                if found := result(job):  # by one that took its place, and is gone
+                    return found
+                screen.say("evaluating, once, and saving")
+                found = save(job, best, weights)
+                publish(job, found)
+                return found
         screen.waiting("another process finishes the study")
         time.sleep(WAIT_S)
         job.in_time("another process has not finished the study yet")
         job.member.look()
         if found := result(job):
             return found
-    confirm(job, pool, screen)
-    if found := result(job):
-        return found
-    best, weights = train(job, pool, screen)
-    screen.say("evaluating, once, and saving")
-    name, record = save(job, best, weights)
-    job.member.update(lambda study: study.set_user_attr("result", {name: record}))
-    shutil.rmtree(job.folder, ignore_errors=True)
-    return record | {"name": name}
 
 
 def confirm(job: Job, pool: Pool, screen: Display) -> None:
@@ -128,7 +145,8 @@ def confirm(job: Job, pool: Pool, screen: Display) -> None:
         return Run(job.options.model, params, job.plan.trial_samples, seed, checkpoint=path)
 
     for done, total in search.confirm(job.member, pool, run_of, job.confirmed):
-        screen.confirmation(done, total)
+        left_s = job.plan.confirm_s * (1 - done / total) + final_s(job)
+        screen.confirmation(done, total, left_s)
         job.in_time("the best trials are not confirmed yet")
 
 
@@ -137,22 +155,25 @@ def train(job: Job, pool: Pool, screen: Display) -> tuple[FrozenTrial, dict[str,
 
     Where that training fails, the trial is set aside and the next best is taken.
     """
-    while best := winner(job):
+    while job.member.update(lambda study: studies.best_trials(study, 1)):
+        confirm(job, pool, screen)
+        best = winner(job)
+        if best is None:  # another member has just finished a better trial
+            continue
         run = final_run(job, best)
-        ended = Ended()  # where a process that was killed had got so far
-        if run.weights and not run.weights.exists():
-            screen.say(
-                f"final model: as trial {best.number} ({words(best.params)}), "
-                f"{run.samples:,} images"
-            )
-            ended = carry_out(job, pool, screen, run)
-        if ended.failure is None and (weights := restore(run.weights)):
+        weights = restore(run.weights)  # of a process that was killed when it had got so far
+        if weights is not None:
+            return best, weights
+        text = f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
+        screen.say(text)
+        ended = carry_out(job, pool, screen, run)
+        weights = restore(run.weights)
+        if ended.failure is None and weights is not None:
             return best, weights
         if ended.failure in (None, "died"):
             raise search.Unfinished(f"the final training failed: {ended.reason or run.weights}")
         set_aside(job, best.number, f"{ended.failure}: {ended.reason}")
         screen.say(f"trial {best.number} is set aside: {ended.reason}")
-        confirm(job, pool, screen)
     raise search.Unfinished("no complete trial is left to make the final model from")
 
 
@@ -188,35 +209,31 @@ def final_run(job: Job, best: FrozenTrial) -> Run:
     )
 
 
+def final_s(job: Job) -> float:
+    """Seconds that the final training may take, as far as it goes by the time left."""
+    if job.options.final_epochs:
+        return job.plan.final_s
+    passed_s = time.monotonic() - job.start
+    if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
+        return min(0.7 * max(0.0, job.options.timeout - passed_s), job.plan.final_s)
+    return min(max(job.total_s - passed_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
+
+
 def final_samples(job: Job, best: FrozenTrial) -> int:
     """Images the final model sees: as asked for, as begun before, or what the time left allows."""
     epoch = len(job.dataset.train) + len(job.dataset.validation)
     if job.options.final_epochs:
         return round(job.options.final_epochs * epoch)
-    begun: int | None = job.study.user_attrs.get("final_samples", {}).get(str(best.number))
-    if begun and (not job.options.timeout or list(job.folder.glob(f"final-{best.number}-*"))):
-        return begun
+    for path in job.folder.glob(f"final-{best.number}-*.pt"):
+        return int(path.name.split("-")[2].split(".")[0])
     measured = training.speed(job.network(), job.dataset, **best.params | {"lr": TINY_LR})
-    left_s = job.total_s - (time.monotonic() - job.start)
-    if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
-        seconds = min(0.7 * left_s, job.plan.final_s)
-    else:
-        seconds = min(max(left_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
     speed = min(measured, job.plan.images_per_s)  # a machine is rarely alone for long
-    samples = max(1, round(min(seconds * speed, search.MOST_FINAL_EPOCHS * epoch)))
-
-    def remember(study: optuna.Study) -> None:
-        kept = study.user_attrs.get("final_samples", {})
-        study.set_user_attr("final_samples", kept | {str(best.number): samples})
-
-    job.member.update(remember)
-    return samples
+    samples = round(min(final_s(job) * speed, search.MOST_FINAL_EPOCHS * epoch))
+    return max(min(LEAST_FINAL, epoch), samples)
 
 
-def save(
-    job: Job, best: FrozenTrial, weights: dict[str, torch.Tensor]
-) -> tuple[str, dict[str, Any]]:
-    """Measure the finished model, open the test split this one time, save; name and record."""
+def save(job: Job, best: FrozenTrial, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Measure the finished model, open the test split this one time, save; the result()."""
     options, dataset = job.options, job.dataset
     model = job.network()
     model.load_state_dict(weights)
@@ -232,9 +249,9 @@ def save(
         "hyperparameters": best.params,
         "study": {
             "name": job.study.study_name,
-            "id": job.id,
+            "id": job.member.study_id,
             "trial": best.number,
-            "trials": studies.finished(job.study),
+            "trials": job.member.update(studies.finished),
         },
         "metrics": {
             "validation": validation(job, best),
@@ -250,7 +267,7 @@ def save(
         "predictions": (".test.npz", predictions.getvalue()),
     }
     name = registry.save(options.output, files, record, options.promote)
-    return registry.record(options.output, name)
+    return registry.record(options.output, name)[1] | {"name": name}
 
 
 def evaluate(job: Job, model: torch.nn.Module, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,7 +289,8 @@ def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:
     """The winner's errors as a trial, and its accuracy on fresh seeds."""
     assert best.value is not None
     n = len(job.dataset.validation)
-    values = studies.confirmations(job.study, best.number) or [best.value]
+    fresh = job.member.update(lambda study: studies.confirmations(study, best.number))
+    values = fresh or [best.value]
     return {
         "errors": round((1 - best.value) * n),
         "n": n,

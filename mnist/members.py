@@ -19,7 +19,7 @@ import tenacity
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
 from mnist import study as studies
 
@@ -63,14 +63,18 @@ class Member:
         """`threads` are those of one training process. Raises StudyError."""
         file = studies.sqlite_file(storage)
         folder = file.parent if file else Path(tempfile.gettempdir())
-        key = hashlib.sha256(f"{file or storage} {name}".encode()).hexdigest()[:12]
+        # Not by the URL: one database server has many spellings.
+        key = hashlib.sha256(f"{file or ''} {name}".encode()).hexdigest()[:12]
         self._folder, self._prefix = folder, f".study-{key}"
+        self._claims: dict[int, Claim] = {}
         self._remote = file is None
         try:
             self._engine = create_engine(storage, **studies.engine_kwargs(storage))
             self._turns = turns(self._engine, folder / f"{self._prefix}.lock")
-            with self._turns():
+            # Tables are made once a database, whatever the study.
+            with turns(self._engine, folder / ".study-open.lock")():
                 self.study = studies.open_study(storage, name)
+            self.study_id: str = self.study.user_attrs["id"]
             self._host = host(folder)
         except (OSError, ImportError, *studies.STORAGE_ERRORS) as error:
             raise studies.unusable(storage, str(error.__cause__ or error)) from error
@@ -100,7 +104,8 @@ class Member:
             members = self._members()
             members.pop(self.id, None)
             self.study.set_user_attr("members", members)
-            self._free(members)
+            self._claims.clear()
+            self._free(self.study.get_trials(deepcopy=False), members)
         self._leave()
         self._trials.remove_session()
         for engine in (self._engine, self._trials._backend.engine):  # type: ignore[attr-defined]
@@ -118,14 +123,18 @@ class Member:
         def attempt() -> Claim | None:
             with self._turns():
                 past = self.study.get_trials(deepcopy=False)
+                if self._free(past):
+                    past = self.study.get_trials(deepcopy=False)
                 taken = (*studies.FINISHED, TrialState.RUNNING)
                 if sum(trial.state in taken for trial in past) >= trials:
                     return None
-                trial = studies.ask(self.study, seed, sampler)
+                trial = studies.ask(self.study, seed, sampler, past)
                 attrs = trial.user_attrs
                 threads = attrs.get("run", {}).get("threads", self.threads)
                 trial.set_user_attr("run", {"by": self.id, "threads": threads})
-                return Claim(trial.number, trial._trial_id, trial.params, self.id, threads, attrs)
+                claim = Claim(trial.number, trial._trial_id, trial.params, self.id, threads, attrs)
+                self._claims[claim.trial_id] = claim
+                return claim
 
         return self._steadily(attempt)
 
@@ -148,10 +157,11 @@ class Member:
         def attempt() -> float | None:
             with self._turns():
                 trial = self._mine(claim, state)
-                for key, content in attrs.items():
-                    self._trials.set_trial_user_attr(claim.trial_id, key, content)
                 if not trial.state.is_finished():
+                    for key, content in attrs.items():
+                        self._trials.set_trial_user_attr(claim.trial_id, key, content)
                     trial = self.study.tell(claim.number, value, state)
+                self._claims.pop(claim.trial_id, None)
                 return trial.value
 
         return self._steadily(attempt)
@@ -165,8 +175,15 @@ class Member:
                 for key, content in attrs.items():
                     self._trials.set_trial_user_attr(claim.trial_id, key, content)
                 self._trials.set_trial_state_values(claim.trial_id, TrialState.WAITING)
+                self._claims.pop(claim.trial_id, None)
 
         self._steadily(attempt)
+
+    def abandon(self) -> None:
+        """Let all that this member runs wait for whoever asks next; tried once, at an end."""
+        self._claims.clear()
+        with contextlib.suppress(*studies.STORAGE_ERRORS):  # nor hide why it ended
+            self._look()
 
     def _mine(self, claim: Claim, then: TrialState | None = None) -> FrozenTrial:
         """The trial, if it is still this claim's; `then`: or already is what it should become."""
@@ -225,20 +242,29 @@ class Member:
                 if self._dead(name, members[name], passed):
                     del members[name]
             self.study.set_user_attr("members", members)
-            self._free(members)
+            self._free(self.study.get_trials(deepcopy=False), members)
 
     def _dead(self, name: str, about: dict[str, Any], passed: float) -> bool:
-        if about["host"] == self._host:
-            return _freed(self._folder / about["lock"])
+        lock = self._folder / about["lock"]
+        if about["host"] == self._host and lock.exists():
+            return _freed(lock)
         beat, silent = self._silent.get(name, (None, 0.0))
         silent = silent + passed if beat == about["beat"] else 0.0
         self._silent[name] = (about["beat"], silent)
         return silent > GRACE_S
 
-    def _free(self, members: dict[str, Any]) -> None:
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get("run", {}).get("by") not in members:
+    def _free(self, trials: list[FrozenTrial], members: dict[str, Any] | None = None) -> bool:
+        """Let RUNNING trials that nobody runs wait: those of no member, and those that are said
+        to be this member's but are not, because it was stopped or cut off in mid-turn."""
+        freed = False
+        for trial in trials:
+            by = trial.user_attrs.get("run", {}).get("by")
+            mine = by == self.id and trial._trial_id in self._claims
+            others = by != self.id and (members is None or by in members)
+            if trial.state == TrialState.RUNNING and not mine and not others:
                 self._trials.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+                freed = True
+        return freed
 
     def _members(self) -> dict[str, Any]:
         return self.study.user_attrs.get("members", {})
@@ -247,14 +273,16 @@ class Member:
         while not self._stop.wait(BEAT_S):
             try:
                 self._look()
-            except studies.STORAGE_ERRORS as error:
+            except Exception as error:  # noqa: BLE001 - without a beat it would lose its trials
                 log.debug("no beat: %s", error)
 
     def _steadily(self, attempt: Callable[[], T]) -> T:
         """Try for RETRY_S where a database server was lost; a full disk is no such case."""
 
         def lost(error: BaseException) -> bool:
-            while error is not None and not isinstance(error, OperationalError | InterfaceError):
+            # InternalError: the server ended the session of a process that had stalled in its turn.
+            kinds = OperationalError | InterfaceError | InternalError
+            while error is not None and not isinstance(error, kinds):
                 error = error.__cause__  # type: ignore[assignment]
             return self._remote and error is not None
 
@@ -268,10 +296,10 @@ class Member:
 
 def host(folder: Path) -> str:
     """This machine, for locks in `folder`: containers that share a name do not share the folder."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    place = folder.stat()
-    parts = (socket.gethostname(), boot.read_text() if boot.exists() else "", place.st_ino)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    boot, place = Path("/proc/sys/kernel/random/boot_id"), folder.stat()
+    parts = [socket.gethostname(), boot.read_text() if boot.exists() else ""]
+    parts += [str(place.st_dev), str(place.st_ino)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
 def _freed(path: Path) -> bool:
@@ -318,10 +346,13 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     caught: list[int] = []
-    before = {
-        sign: signal.signal(sign, lambda number, _: caught.append(number))
-        for sign in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def later(number: int, _: Any) -> None:
+        if caught:  # asked twice: the database may hang
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {sign: signal.signal(sign, later) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -69,7 +69,11 @@ def engine_kwargs(storage: str) -> dict[str, Any]:
         raise unusable(storage, str(error)) from error
     if kind == "sqlite":
         return {"connect_args": {"timeout": BUSY_S}}
-    return {"pool_pre_ping": True, "pool_recycle": 600}
+    if kind == "postgresql":  # so that a server that hangs is noticed: libpq's parameters
+        seconds = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5}
+        rest = {"keepalives_count": 3, "tcp_user_timeout": 30_000}
+        return {"pool_pre_ping": True, "connect_args": seconds | rest}
+    return {"pool_pre_ping": True}
 
 
 def unusable(storage: str, reason: str) -> StudyError:
@@ -140,18 +144,19 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 }
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "halving": pruner,
-    "median": lambda trial_samples: optuna.pruners.MedianPruner(),
     "none": lambda trial_samples: optuna.pruners.NopPruner(),
 }
 
 
-def ask(study: optuna.Study, seed: int, sampler: str = "tpe") -> optuna.Trial:
+def ask(
+    study: optuna.Study, seed: int, sampler: str = "tpe", past: list[FrozenTrial] | None = None
+) -> optuna.Trial:
     """The trial that waits longest, or a new one; it is RUNNING then.
 
     The sampler is seeded by the trial's number: a study that was stopped and continued asks for
-    the same trials as one that was not.
+    the same trials as one that was not. `past` are all its trials, where the caller has them.
     """
-    past = study.get_trials(deepcopy=False)
+    past = study.get_trials(deepcopy=False) if past is None else past
     if not past:
         study.enqueue_trial(FIRST)
     waiting = (trial.number for trial in past if trial.state == TrialState.WAITING)
@@ -245,8 +250,9 @@ def importance(study: optuna.Study) -> dict[str, float] | None:
     return optuna.importance.get_param_importances(study)
 
 
-def summary(study: optuna.Study, k: int) -> dict[str, Any]:
-    """How the study went, as JSON values: counts by state, winner and first trial, importance."""
+def summary(study: optuna.Study, best: int) -> dict[str, Any]:
+    """How the study went, as JSON values: counts by state, the trial whose number is `best`, the
+    first one, importance."""
     trials = study.get_trials(deepcopy=False)
     counts = {
         state.name.lower(): sum(trial.state == state for trial in trials)
@@ -254,7 +260,7 @@ def summary(study: optuna.Study, k: int) -> dict[str, Any]:
     }
     return {
         "trials": counts,
-        "best": _brief(winner(study, k)),
+        "best": _brief(trials[best]),
         "first": _brief(next((t for t in trials if t.state in FINISHED), None)),
         "importance": importance(study),
     }

@@ -1,11 +1,13 @@
 """Training processes: each carries out one run after the other, with reports and checkpoints."""
 
 import contextlib
+import errno
 import io
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from multiprocessing import connection as pipes
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from filelock import FileLock
@@ -83,17 +86,22 @@ class Setup:
     threads: int
     quota: int | None = None  # bytes that all checkpoints may take, while one replaces another
     checkpoint_s: float = CHECKPOINT_S
+    place: int = 0  # among the workers of its pool
 
 
 class Worker:
     """One training process, seen from the command that started it."""
 
     def __init__(self, context: Any, setup: Setup) -> None:
+        self.setup, self.busy = setup, False
         self.pipe, end = context.Pipe()
         self.process = context.Process(target=_serve, args=(end, setup), daemon=True)
-        self.process.start()
+        with signals_blocked():
+            self.process.start()
         end.close()
-        self.busy = False
+
+    def spoilt(self, ended: Ended) -> bool:
+        return ended.failure is not None and self.setup.device.startswith("cuda")
 
     def start(self, run: Run) -> None:
         self.busy = True
@@ -120,6 +128,17 @@ class Worker:
         self.pipe.close()
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes that start here never see Ctrl-C: the command decides, and kills them."""
+    signs = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signs)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _death(code: int | None) -> str:
     name = signal.Signals(-code).name if code and code < 0 else f"exit status {code}"
     return f"its process ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
@@ -130,20 +149,28 @@ class Pool:
 
     def __init__(self, n: int, setup: Setup) -> None:
         self._context = _forkserver(setup.threads)
-        self.setups = [replace(setup, device=_place(setup.device, i)) for i in range(n)]
+        self.setups = [replace(setup, device=_place(setup.device, i), place=i) for i in range(n)]
         self.workers: list[Worker] = []
 
     def __enter__(self) -> "Pool":
-        self.workers = [Worker(self._context, setup) for setup in self.setups]
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             worker.process.kill()
-        for worker in self.workers:
-            worker.kill()
+        for worker in list(self.workers):
+            self.discard(worker)
+
+    def _start(self) -> None:
+        """As many workers as there should be, each in the place of one that is gone."""
+        taken = {worker.setup for worker in self.workers}
+        for setup in self.setups:
+            if setup not in taken:
+                self.workers.append(Worker(self._context, setup))
 
     def idle(self) -> list[Worker]:
+        self._start()
         return [worker for worker in self.workers if not worker.busy]
 
     def messages(self, timeout: float) -> Iterator[tuple[Worker, Report | Ended]]:
@@ -152,15 +179,16 @@ class Pool:
         for pipe in pipes.wait(list(busy), timeout) if busy else []:
             worker = busy[pipe]
             message = worker.receive()
-            if isinstance(message, Ended) and message.failure == "died":
-                self.replace(worker)
+            # After a failure on a GPU, its memory and its context are not to be trusted.
+            if isinstance(message, Ended) and (message.failure == "died" or worker.spoilt(message)):
+                self.discard(worker)
             yield worker, message
 
-    def replace(self, worker: Worker) -> None:
-        """A new process in the place of this one, whatever it does."""
+    def discard(self, worker: Worker) -> None:
+        """End a worker, whatever it does; another one takes its place when one is wanted."""
         worker.kill()
-        place = self.workers.index(worker)
-        self.workers[place] = Worker(self._context, self.setups[place])
+        if worker in self.workers:
+            self.workers.remove(worker)
 
 
 def _forkserver(threads: int) -> Any:
@@ -169,19 +197,28 @@ def _forkserver(threads: int) -> Any:
     So they start quickly, and safely, where a fork of this process would take over its threads'
     locks. It is started once, by the first pool.
     """
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mnist.workers", "torch._dynamo"])  # which optimizers want
-    root, before = str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
-    try:  # Python 3.11 does not hand sys.path on, and passes over what it cannot import
+    root, more = str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([root, more] if more else [root])
+    # Python 3.11 does not hand sys.path on, and passes over what it cannot import.
+    with environment(OMP_NUM_THREADS=str(threads), PYTHONPATH=path), signals_blocked():
+        if sys.platform == "darwin":  # where Metal does not survive a fork
+            return multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mnist.workers", "torch._dynamo"])  # for optimizers
         forkserver.ensure_running()
+        return context
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """The environment of processes that start here."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-    return context
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _place(device: str, i: int) -> str:
@@ -193,15 +230,18 @@ def _place(device: str, i: int) -> str:
 
 def _serve(pipe: Any, setup: Setup) -> None:
     """Run after run, until the command that started this process is gone."""
-    for sign in (signal.SIGINT, signal.SIGTERM):  # the command decides, and then kills
-        signal.signal(sign, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(setup.threads)
-    dataset = setup.load().to(torch.device(setup.device))
+    dataset = None
     with contextlib.suppress(EOFError, OSError):
         while True:
             run = pipe.recv()
-            pipe.send(attempt(run, dataset, setup, pipe))
+            try:
+                dataset = dataset or setup.load().to(torch.device(setup.device))
+            except Exception as error:  # noqa: BLE001 - files that vanished, a device that is taken
+                pipe.send(Ended(failure="error", reason=_line(error)))
+            else:
+                pipe.send(attempt(run, dataset, setup, pipe))
 
 
 def _end_with_parent() -> None:
@@ -217,13 +257,23 @@ def attempt(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
         return train(run, dataset, setup, pipe)
     except training.Diverged as error:
         return Ended(failure="nan", reason=str(error))
-    except OSError as error:
+    except NoRoom as error:
         return Ended(failure="disk", reason=str(error))
     except Exception as error:  # noqa: BLE001 - a network of the user's own may raise anything
-        line = (str(error).strip().splitlines() or [""])[0]
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in line
-        kind = "memory" if memory else "error"
-        return Ended(failure=kind, reason=f"{type(error).__name__}: {line}")
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        words = ("out of memory", "allocate memory")
+        memory = memory or any(word in str(error) for word in words)
+        kind = "disk" if full else "memory" if memory else "error"
+        return Ended(failure=kind, reason=_line(error))
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+class NoRoom(Exception):
+    """What a run is for does not fit under --disk-quota."""
 
 
 def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
@@ -264,14 +314,14 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
 
 
 def keep_weights(model: torch.nn.Module, run: Run, quota: int | None) -> None:
-    """Write what the run was for; raises OSError where there is no room."""
+    """Write what the run was for; raises NoRoom."""
     assert run.weights is not None
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     if not keep(state, run.weights, quota):
         if run.checkpoint:  # it can go now
             run.checkpoint.unlink(missing_ok=True)
         if not keep(state, run.weights, quota):
-            raise OSError(f"no room for {run.weights} under --disk-quota")
+            raise NoRoom(f"no room for {run.weights} under --disk-quota")
 
 
 def keep(state: dict[str, Any], path: Path, quota: int | None = None) -> bool:
@@ -283,14 +333,17 @@ def keep(state: dict[str, Any], path: Path, quota: int | None = None) -> bool:
     content = io.BytesIO()
     torch.save(state, content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     # With a quota one process at a time writes, so that two do not take the same room.
     with contextlib.nullcontext() if quota is None else FileLock(path.parent / ".lock"):
         size = content.getbuffer().nbytes
         if quota is not None and used(path.parent) + size > quota:
             return False
         try:
-            temporary.write_bytes(content.getbuffer())
+            with temporary.open("wb") as stream:
+                stream.write(content.getbuffer())
+                stream.flush()
+                os.fsync(stream.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -299,7 +352,11 @@ def keep(state: dict[str, Any], path: Path, quota: int | None = None) -> bool:
 
 def used(folder: Path) -> int:
     """Bytes that its files take."""
-    return sum(path.stat().st_size for path in folder.iterdir())
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def restore(path: Path | None) -> dict[str, Any] | None:

