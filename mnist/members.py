@@ -129,7 +129,7 @@ class Member:
                 if sum(trial.state in taken for trial in past) >= trials:
                     return None
                 trial = studies.ask(self.study, seed, sampler, past)
-                attrs = trial.user_attrs
+                attrs = past[trial.number].user_attrs if trial.number < len(past) else {}
                 threads = attrs.get("run", {}).get("threads", self.threads)
                 trial.set_user_attr("run", {"by": self.id, "threads": threads})
                 claim = Claim(trial.number, trial._trial_id, trial.params, self.id, threads, attrs)
@@ -143,9 +143,10 @@ class Member:
 
         def attempt() -> bool:
             with self._turns():
-                self._mine(claim)
+                trial = self._mine(claim)
                 self._trials.set_trial_intermediate_value(claim.trial_id, samples, accuracy)
-                return self.study.pruner.prune(self.study, self._trials.get_trial(claim.trial_id))
+                trial.intermediate_values[samples] = accuracy  # of a copy: spares a query
+                return self.study.pruner.prune(self.study, trial)
 
         return self._steadily(attempt)
 
@@ -156,13 +157,16 @@ class Member:
 
         def attempt() -> float | None:
             with self._turns():
-                trial = self._mine(claim, state)
+                trial, told = self._mine(claim, state), value
+                if state == TrialState.PRUNED and trial.last_step is not None:
+                    told = trial.intermediate_values[trial.last_step]
                 if not trial.state.is_finished():
                     for key, content in attrs.items():
                         self._trials.set_trial_user_attr(claim.trial_id, key, content)
-                    trial = self.study.tell(claim.number, value, state)
+                    values = None if told is None else [told]
+                    self._trials.set_trial_state_values(claim.trial_id, state, values)
                 self._claims.pop(claim.trial_id, None)
-                return trial.value
+                return told
 
         return self._steadily(attempt)
 
@@ -257,11 +261,11 @@ class Member:
         """Let RUNNING trials that nobody runs wait: those of no member, and those that are said
         to be this member's but are not, because it was stopped or cut off in mid-turn."""
         freed = False
-        for trial in trials:
+        for trial in (trial for trial in trials if trial.state == TrialState.RUNNING):
             by = trial.user_attrs.get("run", {}).get("by")
             mine = by == self.id and trial._trial_id in self._claims
             others = by != self.id and (members is None or by in members)
-            if trial.state == TrialState.RUNNING and not mine and not others:
+            if not mine and not others:
                 self._trials.set_trial_state_values(trial._trial_id, TrialState.WAITING)
                 freed = True
         return freed
