@@ -28,13 +28,13 @@ import click
 import optuna
 import torch
 
-from mnist import data, display, models, registry, search, training
+from mnist import data, display, registry, search, training
 from mnist import study as studies
 from mnist.display import Display, duration
-from mnist.finish import Job, finish, origin, publish, result, sweep
+from mnist.finish import Job, finish, network, origin, publish, result, sweep
 from mnist.members import Claim, Member
 from mnist.options import Options, command
-from mnist.workers import Pool, Run, Setup
+from mnist.workers import Pool, Run, Setup, cores
 
 TRIALS, QUICK_TRIALS = 32, 6
 CONFIRM, QUICK_CONFIRM = 3, 1
@@ -65,15 +65,6 @@ def main(options: Options) -> None:
         publish(job, done)
         sweep(job)
         show(job, done)
-
-
-def cores() -> int:
-    """That this process may use: as OMP_NUM_THREADS says, or a scheduler allows."""
-    if asked := os.environ.get("OMP_NUM_THREADS", ""):
-        return int(asked) if asked.isdigit() and int(asked) else 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def writable(artifacts: Path) -> None:
@@ -149,12 +140,6 @@ def fit_to_machine(
         samples = options.final_epochs * (len(dataset.train) + len(dataset.validation))
         plan = replace(plan, final_s=samples / plan.images_per_s)
     return plan
-
-
-def network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
-    """A new network for the data."""
-    classes = len(dataset.classes)
-    return models.build(options.model, dataset.channels, dataset.size, classes).to(device)
 
 
 def find(job: Job, pool: Pool, screen: Display) -> None:

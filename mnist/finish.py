@@ -23,7 +23,7 @@ from mnist import study as studies
 from mnist.display import Display, words
 from mnist.members import Member
 from mnist.options import Options
-from mnist.workers import Ended, Pool, Report, Run, keep, restore
+from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore
 
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
@@ -59,11 +59,11 @@ class Job:
         if self.options.timeout and time.monotonic() > self.start + self.options.timeout:
             raise search.Unfinished(f"--timeout: {otherwise}")
 
-    def network(self) -> torch.nn.Module:
-        """A new network for the data."""
-        about = self.dataset
-        model = models.build(self.options.model, about.channels, about.size, len(about.classes))
-        return model.to(self.device)
+
+def network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
+    """A new network for the data."""
+    classes = len(dataset.classes)
+    return models.build(options.model, dataset.channels, dataset.size, classes).to(device)
 
 
 def result(job: Job) -> dict[str, Any] | None:
@@ -203,7 +203,7 @@ def final_run(job: Job, best: FrozenTrial) -> Run:
         samples,
         studies.seed_of(job.options.seed),
         final=True,
-        threads=job.member.threads * (job.options.workers or 1),
+        threads=cores(),
         checkpoint=stem.with_suffix(".pt"),
         weights=stem.with_suffix(".weights.pt"),
     )
@@ -226,7 +226,9 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
         return round(job.options.final_epochs * epoch)
     for path in job.folder.glob(f"final-{best.number}-*.pt"):
         return int(path.name.split("-")[2].split(".")[0])
-    measured = training.speed(job.network(), job.dataset, **best.params | {"lr": TINY_LR})
+    measured = training.speed(
+        network(job.options, job.dataset, job.device), job.dataset, **best.params | {"lr": TINY_LR}
+    )
     speed = min(measured, job.plan.images_per_s)  # a machine is rarely alone for long
     samples = round(min(final_s(job) * speed, search.MOST_FINAL_EPOCHS * epoch))
     return max(min(LEAST_FINAL, epoch), samples)
@@ -235,7 +237,7 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
 def save(job: Job, best: FrozenTrial, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Measure the finished model, open the test split this one time, save; the result()."""
     options, dataset = job.options, job.dataset
-    model = job.network()
+    model = network(job.options, job.dataset, job.device)
     model.load_state_dict(weights)
     errors = training.errors(model, dataset, dataset.calibration)
     state, predictions = io.BytesIO(), io.BytesIO()

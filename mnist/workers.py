@@ -191,6 +191,15 @@ class Pool:
             self.workers.remove(worker)
 
 
+def cores() -> int:
+    """That this process may use: as OMP_NUM_THREADS says, or a scheduler allows."""
+    if asked := os.environ.get("OMP_NUM_THREADS", ""):
+        return int(asked) if asked.isdigit() and int(asked) else 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _forkserver(threads: int) -> Any:
     """Where workers are forked: a process that has imported torch but never used it.
 
