@@ -185,6 +185,7 @@ def soak(
     options = [*DIGITS, "--workers", "4", "--storage", storage, "--trials", str(trials)]
     done = {"worker": 0, "parent": 0, "both": 0}
     command = Command(folder, options)
+    wait_until(command.below, 120, "it has workers")  # and its study has tables
     with dashboard(storage, folder) as answers:
         while sum(done.values()) < kills and len(known) < trials:
             if middle and sum(done.values()) == kills // 2:
