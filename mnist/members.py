@@ -22,6 +22,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
 from mnist import study as studies
+from mnist.space import DEFAULT, Space
 
 BEAT_S = 10.0
 GRACE_S = 60.0  # a member on another machine that was silent for so long is taken for dead
@@ -117,7 +118,9 @@ class Member:
 
     # --- trials
 
-    def ask(self, trials: int, seed: int, sampler: str = "tpe") -> Claim | None:
+    def ask(
+        self, trials: int, seed: int, sampler: str = "tpe", space: Space = DEFAULT
+    ) -> Claim | None:
         """The next trial to run; None where finished and running ones already make `trials`."""
 
         def attempt() -> Claim | None:
@@ -128,7 +131,7 @@ class Member:
                 taken = (*studies.FINISHED, TrialState.RUNNING)
                 if sum(trial.state in taken for trial in past) >= trials:
                     return None
-                trial = studies.ask(self.study, seed, sampler, past)
+                trial = studies.ask(self.study, seed, sampler, past, space)
                 attrs = past[trial.number].user_attrs if trial.number < len(past) else {}
                 threads = attrs.get("run", {}).get("threads", self.threads)
                 trial.set_user_attr("run", {"by": self.id, "threads": threads})

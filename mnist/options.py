@@ -1,14 +1,16 @@
 """The options of run.py: each is written once, and is command line, record and default at once."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
-from mnist import data, models
+from mnist import data, models, own
+from mnist import space as spaces
 from mnist import study as studies
 
 
@@ -40,6 +42,30 @@ class Size(click.ParamType):
         return int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]])
 
 
+class Known(click.ParamType):
+    """A key of `names`, looked up late: --import may have added to them. Or one of `others`."""
+
+    name = "name"
+
+    def __init__(self, names: Mapping[str, Any], *others: str) -> None:
+        self.names, self.others = names, others
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        known = [*self.names, *self.others]
+        if value not in known:
+            self.fail(f"{value!r} is not one of {', '.join(map(repr, known))}", param, ctx)
+        return value
+
+
+def _load_own(ctx: click.Context, param: click.Parameter, paths: tuple[Path, ...]) -> Any:
+    try:
+        for path in paths:
+            own.load(path)
+    except own.OwnError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    return paths
+
+
 AT_LEAST_1 = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 
@@ -48,8 +74,18 @@ POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 class Options:
     """The options of the command and, as they are, a part of the model's record."""
 
-    dataset: str = option("mnist", "Data set.", type=click.Choice(list(data.DATASETS)))
-    model: str = option("parallel", "Network.", type=click.Choice(list(models.NETWORKS)))
+    dataset: str = option(
+        "mnist",
+        "Data set; more than one can be given.",
+        type=Known(data.DATASETS),
+        multiple=True,
+    )
+    model: str = option(
+        "parallel",
+        "Network, listed below, or all; more than one can be given.",
+        type=Known(models.NETWORKS, "all"),
+        multiple=True,
+    )
     trials: int | None = option(
         None, "The study's total of finished trials. [default: 32]", type=AT_LEAST_1
     )
@@ -65,6 +101,10 @@ class Options:
     train_samples: int | None = option(
         None, "Train on a stratified subset of so many images.", type=AT_LEAST_1
     )
+    space: str = option("default", "What trials choose from: default, wide, or a TOML file.")
+    param: tuple[str, ...] = option(
+        (), f"One entry of the space, as NAME=SPEC; SPEC is {spaces.SPECS}.", multiple=True
+    )
     storage: str = option("sqlite:///db.sqlite3", "Where the study is kept (Optuna's RDB storage).")
     study: str | None = option(None, "The study's name. [default: DATASET-MODEL]")
     workers: int | None = option(
@@ -78,7 +118,7 @@ class Options:
     )
     confirm: int | None = option(
         None,
-        "So many of the best trials are run again on fresh seeds. [default: 3, with --quick 1]",
+        "So many of the best trials are run again on fresh seeds. [default: 2, with --quick 1]",
         type=click.IntRange(min=0),
     )
     seed: int = option(0, "Of search and training.", type=click.IntRange(0, 2**31 - 1))
@@ -107,6 +147,14 @@ class Options:
         "Whether the new model becomes the current one.",
         type=click.Choice(["better", "always", "never"]),
     )
+    import_: tuple[Path, ...] = option(
+        (),
+        "Python file with a network or data set of one's own.",
+        multiple=True,
+        is_eager=True,
+        callback=_load_own,
+        type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
+    )
     quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
     json: bool = option(False, "The result as JSON on standard output.", is_flag=True)
 
@@ -121,17 +169,42 @@ class Options:
             "output": str(self.output),
             "artifacts": str(self.artifacts),
             "storage": studies.without_password(self.storage),
+            "import_": list(map(str, self.import_)),
         }
-        return {key: value for key, value in values.items() if key != "json"}
+        return {key.rstrip("_"): value for key, value in values.items() if key != "json"}
 
 
-def command(main: Callable[[Options], None]) -> click.Command:
-    """The command line of run.py, which calls `main` with its Options."""
-    parameters: list[click.Parameter] = [
-        click.Option([f"--{each.name.replace('_', '-')}"], default=each.default, **each.metadata)
-        for each in fields(Options)
-    ]
+def command(main: Callable[[list[Options]], None]) -> click.Command:
+    """The command line of run.py, which calls `main` with the Options of each study."""
+
+    def each(dataset: tuple[str, ...], model: tuple[str, ...], **values: Any) -> None:
+        networks = models.NETWORKS if "all" in model else dict.fromkeys(model)
+        pairs = [(d, m) for d in dict.fromkeys(dataset) for m in networks]
+        if len(pairs) > 1 and values["study"]:
+            raise click.UsageError(f"--study names one study; these options make {len(pairs)}")
+        main([Options(dataset=d, model=m, **values) for d, m in pairs])
+
+    parameters: list[click.Parameter] = []
+    for known in fields(Options):
+        name = f"--{known.name.strip('_').replace('_', '-')}"
+        one = known.metadata.get("multiple") and isinstance(known.default, str)
+        default = [known.default] if one else known.default
+        parameters.append(click.Option([name, known.name], default=default, **known.metadata))
     text = "Find the best hyperparameters, keep every trial, and save one verified model."
-    return click.Command(
-        "run.py", params=parameters, callback=lambda **values: main(Options(**values)), help=text
-    )
+    return Command("run.py", params=parameters, callback=each, help=text)
+
+
+class Command(click.Command):
+    """Its help also lists what --model and --param know."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Networks, with their parameters (28x28, grey, 10 classes)"):
+            formatter.write_dl([(name, _parameters(name)) for name in models.NETWORKS])
+        with formatter.section("Hyperparameters, for --space and --param"):
+            known = spaces.HYPERPARAMETERS.items()
+            formatter.write_dl([(name, f"{each.text} ({each.limits()})") for name, each in known])
+
+
+def _parameters(name: str) -> str:
+    with torch.device("meta"):
+        return f"{models.parameters(models.build(name, 1, 28, 10)):,}"

@@ -7,24 +7,13 @@ from uuid import uuid4
 
 import numpy as np
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist import training
 from mnist.data import Dataset
+from mnist.space import DEFAULT, Space, inside
 
-SPACE: dict[str, BaseDistribution] = {
-    "batch_size": IntDistribution(32, 256, log=True),
-    "optimizer": CategoricalDistribution(training.OPTIMIZERS),
-    "lr": FloatDistribution(1e-5, 1e-1, log=True),
-}
 FIRST = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
 RUNGS = (1 / 6, 1 / 2)  # shares of a trial's images after which it is compared and may be pruned
 REDUCTION = 3  # about one trial in so many survives a rung
@@ -94,14 +83,16 @@ def sqlite_file(storage: str) -> Path | None:
     return Path(str(url.database)).resolve() if file else None
 
 
-def fingerprint(dataset: Dataset, network: str, trial_samples: int) -> dict[str, Any]:
+def fingerprint(
+    dataset: Dataset, network: str, trial_samples: int, space: Space = DEFAULT
+) -> dict[str, Any]:
     """What must be the same for two trials to be compared."""
     return {
         "data": dataset.sha256[:16],
         "split": dataset.cut[:16],
         "validation images": len(dataset.validation),
         "network": network,
-        "space": {key: str(value) for key, value in SPACE.items()},
+        "space": {key: str(value) for key, value in space.items()},
         "images a trial": trial_samples,
     }
 
@@ -149,7 +140,11 @@ PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
 
 
 def ask(
-    study: optuna.Study, seed: int, sampler: str = "tpe", past: list[FrozenTrial] | None = None
+    study: optuna.Study,
+    seed: int,
+    sampler: str = "tpe",
+    past: list[FrozenTrial] | None = None,
+    space: Space = DEFAULT,
 ) -> optuna.Trial:
     """The trial that waits longest, or a new one; it is RUNNING then.
 
@@ -157,11 +152,11 @@ def ask(
     the same trials as one that was not. `past` are all its trials, where the caller has them.
     """
     past = study.get_trials(deepcopy=False) if past is None else past
-    if not past:
-        study.enqueue_trial(FIRST)
+    if not past and (first := inside(space, FIRST)):
+        study.enqueue_trial(first)
     waiting = (trial.number for trial in past if trial.state == TrialState.WAITING)
     study.sampler = SAMPLERS[sampler](seed_of(seed, next(waiting, len(past))))
-    return study.ask(SPACE)
+    return study.ask(space)
 
 
 def finished(study: optuna.Study) -> int:

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from mnist.data import Dataset, Split
 
-OPTIMIZERS = ("Adam", "RMSprop", "SGD")
-WARM_UP = 0.15  # share of a run in which the learning rate rises; then it falls linearly to zero
-SUBSET = 500  # validation images behind a report in mid-run; the last report uses them all
+OPTIMIZERS = ("Adam", "AdamW", "RMSprop", "SGD")
+SCHEDULES = ("linear", "cosine", "constant")
+WARM_UP = 0.15  # share of a run in which the learning rate rises
+SUBSET = 300  # validation images behind a report in mid-run; the last report uses them all
 ROTATION, SCALE, SHIFT = (
     math.radians(8),
     0.08,
@@ -74,10 +75,12 @@ def standardise(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:
     return (images.float() / 255 - dataset.mean) / dataset.std
 
 
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment(
+    images: torch.Tensor, generator: torch.Generator, strength: float = 1.0
+) -> torch.Tensor:
     """Turn, scale and shift each image (N, C, H, W) float32, zero = paper, a little at random."""
     n, size = len(images), images.shape[-1]
-    uniform = torch.rand(n, 4, generator=generator).to(images.device) * 2 - 1
+    uniform = (torch.rand(n, 4, generator=generator).to(images.device) * 2 - 1) * strength
     angle, zoom = uniform[:, 0] * ROTATION, 1 + uniform[:, 1] * SCALE
     shift = uniform[:, 2:] * SHIFT * 2 / size  # affine_grid's unit is half an image
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
@@ -86,20 +89,55 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def make_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optimizer:
-    """The optimizer called `name` (one of OPTIMIZERS), fused where torch has it fused."""
-    if name == "Adam":
-        return torch.optim.Adam(model.parameters(), lr, fused=True)
-    if name == "SGD":
-        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, fused=True)
-    if name == "RMSprop":
-        return torch.optim.RMSprop(model.parameters(), lr, foreach=True)
+def make_optimizer(
+    model: nn.Module,
+    name: str,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer called `name` (one of OPTIMIZERS), fused where torch has it fused.
+
+    `momentum` is of SGD (0.9 by default, Nesterov's) and RMSprop (0 by default).
+    """
+    weights, decay = model.parameters(), weight_decay
+    match name:
+        case "Adam":
+            return torch.optim.Adam(weights, lr, weight_decay=decay, fused=True)
+        case "AdamW":
+            return torch.optim.AdamW(weights, lr, weight_decay=decay, fused=True)
+        case "SGD":
+            momentum = 0.9 if momentum is None else momentum
+            return torch.optim.SGD(
+                weights, lr, momentum, weight_decay=decay, nesterov=momentum > 0, fused=True
+            )
+        case "RMSprop":
+            return torch.optim.RMSprop(
+                weights, lr, momentum=momentum or 0.0, weight_decay=decay, foreach=True
+            )
     raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
 
 
-def learning_rate(done: float) -> float:
-    """The factor on the learning rate when the share `done` (0..1) of the run is over."""
-    return min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
+def learning_rate(done: float, schedule: str = "linear") -> float:
+    """The factor on the learning rate when the share `done` (0..1) of the run is over.
+
+    It rises to 1 during WARM_UP, then falls to zero by `schedule`, one of SCHEDULES, or stays.
+    """
+    if done < WARM_UP or schedule == "constant":
+        return min(done / WARM_UP, 1.0)
+    left = (1 - done) / (1 - WARM_UP)
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+def set_dropout(model: nn.Module, share: float) -> None:
+    """Let all the model's dropout layers drop that share (0..1)."""
+    for layer in dropouts(model):
+        layer.p = share
+
+
+def dropouts(model: nn.Module) -> list[nn.Dropout]:
+    """The model's dropout layers."""
+    return [layer for layer in model.modules() if isinstance(layer, nn.Dropout)]
 
 
 class Order:
@@ -126,19 +164,25 @@ def fit(
     batch_size: int = 33,
     optimizer: str = "Adam",
     lr: float = 0.00039,
+    weight_decay: float = 0.0,
+    momentum: float | None = None,
+    label_smoothing: float = 0.0,
+    dropout: float | None = None,
+    augmentation: float = 1.0,
+    schedule: str = "linear",
     samples: int,
     validate_at: Sequence[int] = (),
-    augmented: bool = True,
     seed: int = 0,
     micro_batch: int | None = None,
     resume: dict[str, Any] | None = None,
 ) -> Iterator[Progress]:
     """Train `model`, in place, on about `samples` images of `train`; both on one device.
 
-    The defaults of batch_size, optimizer and lr are the published best of DESIGN.md. The learning
-    rate warms up and then falls linearly to zero. Yields a Progress a hundred times a run; one that
-    carries the errors on SUBSET fixed validation images as soon as each number of samples in
-    `validate_at` is reached; and, at the end, one with the errors on all of `validation`.
+    The defaults of batch_size, optimizer and lr are the published best of DESIGN.md; space.py says
+    what the hyperparameters may be. `dropout` replaces the network's own. Yields a Progress a
+    hundred times a run; one that carries the errors on SUBSET fixed validation images as soon as
+    each number of samples in `validate_at` is reached; and, at the end, one with the errors on all
+    of `validation`.
     `micro_batch` images at most go through the network at once, in the same steps. `resume` is
     the state() of an earlier Progress of the same run, which then goes on from there: same seed,
     model and thread count give the same weights on a CPU, stopped or not. Raises Diverged.
@@ -148,7 +192,10 @@ def fit(
     total = steps * batch_size
     generator = torch.Generator().manual_seed(seed)
     order = Order(len(train), generator)
-    stepper = make_optimizer(model, optimizer, lr)
+    stepper = make_optimizer(model, optimizer, lr, weight_decay, momentum)
+    if dropout is not None:
+        set_dropout(model, dropout)
+    loss_of = functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
     first = _resume(resume, model, stepper, order) if resume else 0
     rungs = [rung for rung in sorted(validate_at) if rung > first * batch_size]
     losses: list[torch.Tensor] = []
@@ -156,13 +203,14 @@ def fit(
     for step in range(first + 1, steps + 1):
         index = order.take(batch_size)
         images = train.images[index].float() / 255
-        if augmented:
-            images = augment(images, generator)
+        if augmentation:
+            images = augment(images, generator, augmentation)
         for group in stepper.param_groups:
-            group["lr"] = lr * learning_rate((step - 0.5) / steps)
+            group["lr"] = lr * learning_rate((step - 0.5) / steps, schedule)
         stepper.zero_grad()
         inputs = (images - dataset.mean) / dataset.std
-        losses.append(_backward(model, inputs, train.labels[index], micro_batch or batch_size))
+        labels = train.labels[index]
+        losses.append(_backward(model, loss_of, inputs, labels, micro_batch or batch_size))
         stepper.step()
         seen = step * batch_size
         rung = bool(rungs) and seen >= rungs[0]
@@ -184,12 +232,16 @@ def fit(
 
 
 def _backward(
-    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, micro_batch: int
+    model: nn.Module,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    micro_batch: int,
 ) -> torch.Tensor:
     """Gradients of the mean loss over the batch, a part at a time; returns that loss."""
     total = torch.zeros((), device=inputs.device)
     for images, wanted in zip(inputs.split(micro_batch), labels.split(micro_batch), strict=True):
-        loss = F.cross_entropy(model(images), wanted) * (len(wanted) / len(labels))
+        loss = loss_of(model(images), wanted) * (len(wanted) / len(labels))
         loss.backward()
         total += loss.detach()
     return total

@@ -21,7 +21,7 @@ from uuid import uuid4
 import torch
 from filelock import FileLock
 
-from mnist import models, training
+from mnist import models, own, training
 from mnist.data import Dataset
 
 DEATHS = 3  # of a run's process without a new checkpoint in between, then it has failed
@@ -87,6 +87,7 @@ class Setup:
     quota: int | None = None  # bytes that all checkpoints may take, while one replaces another
     checkpoint_s: float = CHECKPOINT_S
     place: int = 0  # among the workers of its pool
+    imports: tuple[Path, ...] = ()  # files of one's own, which its network or data may need
 
 
 class Worker:
@@ -246,6 +247,9 @@ def _serve(pipe: Any, setup: Setup) -> None:
         while True:
             run = pipe.recv()
             try:
+                if dataset is None:
+                    for path in setup.imports:
+                        own.load(path)
                 dataset = dataset or setup.load().to(torch.device(setup.device))
             except Exception as error:  # noqa: BLE001 - files that vanished, a device that is taken
                 pipe.send(Ended(failure="error", reason=_line(error)))

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from mnist import data, registry
+from mnist import data, models, registry
 from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
 
 NAME = "digits-linear-quick"
@@ -162,6 +162,9 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
         (["--trials", "many"], "'--trials': 'many' is not a valid integer"),
         (["--dataset", "mnits"], "'mnits' is not one of 'mnist'"),
         (["--model", "x"], "'x' is not one of 'parallel'"),
+        (["--param", "lr=float:2:1"], "lr: 'float:2:1': LOW is above HIGH"),
+        (["--space", "nowhere.toml"], "'nowhere.toml' is neither a space"),
+        (["--import", "nowhere.py"], "File 'nowhere.py' does not exist"),
         (["--epochs", "-1"], "'--epochs': -1.0 is not in the range"),
         (["--timeout", "soon"], "'soon' is not a time such as 90s, 15m or 2h"),
         (["--train-samples", "999999"], "train-samples is 999999; digits takes 10"),
@@ -259,13 +262,75 @@ def test_help_names_every_option(run: Command) -> None:
         assert f"--{name} " in text
 
 
+SHORT = ["--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs", "1"]
+
+
+def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> None:
+    options = ["--dataset", "digits", "--model", "linear", "--model", "compact", *SHORT]
+    done = run(*options)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("data set", 1)[1]
+    assert re.search(r"digits +linear .* of 257 .* 7,850 ", table)
+    assert re.search(r"digits +compact .* of 257 ", table)
+    assert re.search(r"kB +best *\n", table)
+    assert len(registry.read(tmp_path / "saved_models")["models"]) == 2
+    both = json.loads(run(*options, "--json").stdout)
+    assert [each["model"]["name"] for each in both] == ["linear", "compact"]
+    refused = run(*options, "--study", "one")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--study names one study; these options make 2" in refused.stderr
+
+
+OWN = """
+from torch import nn
+from mnist import models
+
+def tiny(channels, size, classes):
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(channels * size**2, classes))
+
+models.NETWORKS["tiny"] = tiny
+"""
+
+
+def test_a_network_of_ones_own_is_searched_and_saved(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.NETWORKS, "tiny", models.Linear)  # gone when the test is over
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    options = ["--dataset", "digits", "--import", str(file), "--model", "tiny", *SHORT]
+    done = run(*options, "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
+    assert done.returncode == 0, done.stderr
+    _, record = registry.record(tmp_path / "saved_models")
+    assert record["model"] == {"name": "tiny", "parameters": 7850}
+    assert record["hyperparameters"]["lr"] == 0.01
+    assert 0 <= record["hyperparameters"]["dropout"] <= 0.5
+    assert record["imports"] == {"own.py": OWN}
+    file.write_text(OWN + "# another one")
+    other = run(*options, "--trials", "2", "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
+    assert other.returncode == 2
+    assert "network is tiny of " in other.stderr
+    file.write_text("import this_is_not_there")
+    broken = run(*options)
+    assert broken.returncode == 2
+    assert broken.stderr.count("\n") == 1
+    assert "own.py, line 1: ModuleNotFoundError" in broken.stderr
+
+
+def test_help_lists_networks_and_hyperparameters(run: Command) -> None:
+    text = " ".join(run("--help").stdout.split())
+    assert text.startswith("Usage: run.py")
+    assert "cnn 102,026" in text
+    assert "dropout of all the network's dropout layers (0 to 0.9)" in text
+
+
 def test_a_short_real_search_beats_97_per_cent(
     run: Command, mnist: data.Dataset, tmp_path: Path
 ) -> None:
     done = run(
         *("--data-dir", str(DATA_DIR), "--json"),
-        *("--quick", "--trials", "1", "--confirm", "0"),
-        *("--epochs", "0.02", "--final-epochs", "0.16"),
+        *("--model", "parallel-split", "--quick", "--trials", "1", "--confirm", "0"),
+        *("--epochs", "0.02", "--final-epochs", "0.15"),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""mnist.training and mnist.models: a run, its progress, its evaluation."""
+"""mnist.training: a run, its progress, its evaluation."""
 
 import math
 
@@ -21,45 +21,13 @@ def fit(model: nn.Module, digits: Dataset, **settings: object) -> list[training.
     return list(training.fit(model, digits, digits.train, digits.validation, **settings))  # type: ignore[arg-type]
 
 
-def test_the_parallel_network_is_the_one_in_the_table() -> None:
-    model = models.build("parallel", 1, 28, 10)
-    shapes = {}
-    for name, layer in model.named_children():
-        layer.register_forward_hook(
-            lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])})
-        )
-    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-    assert shapes == {
-        "conv1": (32, 28, 28),
-        "conv2_1": (64, 14, 14),
-        "conv2_2": (64, 14, 14),
-        "conv3_1": (512, 7, 7),
-        "conv3_2": (512, 7, 7),
-        "fc1": (1000,),
-        "fc2": (500,),
-        "output": (10,),
-    }
-    assert models.parameters(model) == 28_287_054
-
-
-def test_both_parallel_branches_are_used() -> None:
-    model = models.build("parallel", 1, 28, 10)
-    model(torch.rand(1, 1, 28, 28)).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
-
-def test_an_unknown_network_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown network 'paralel'; known: parallel"):
-        models.build("paralel", 1, 28, 10)
-
-
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_one_batch_is_learned_by_heart(digits: Dataset, optimizer: str) -> None:
     few = digits.train.head(32)
     model = build(digits)
-    lr = {"Adam": 0.01, "RMSprop": 0.003, "SGD": 0.1}[optimizer]
+    lr = {"Adam": 0.01, "AdamW": 0.01, "RMSprop": 0.003, "SGD": 0.1}[optimizer]
     run = training.fit(
-        model, digits, few, few, samples=32 * 100, lr=lr, optimizer=optimizer, augmented=False
+        model, digits, few, few, samples=32 * 100, lr=lr, optimizer=optimizer, augmentation=0
     )
     assert list(run)[-1].errors == 0
 
@@ -98,11 +66,50 @@ def test_every_sample_is_seen_once_in_a_pass() -> None:
     assert seen[10:].sort().values.tolist() == list(range(10))
 
 
-def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
-    factors = [training.learning_rate(i / 100) for i in range(101)]
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_learning_rate_warms_up_and_falls_to_zero(schedule: str) -> None:
+    factors = [training.learning_rate(i / 100, schedule) for i in range(101)]
     assert factors[0] == factors[-1] == 0
     assert max(factors) == 1
     assert factors.index(1) == round(100 * training.WARM_UP)
+    middle = training.learning_rate((1 + training.WARM_UP) / 2, schedule)
+    assert middle == pytest.approx(0.5)
+    late = training.learning_rate(training.WARM_UP + 0.75 * (1 - training.WARM_UP), schedule)
+    assert late == pytest.approx({"linear": 0.25, "cosine": (1 - math.sqrt(0.5)) / 2}[schedule])
+
+
+def test_a_constant_learning_rate_only_warms_up() -> None:
+    assert training.learning_rate(training.WARM_UP / 2, "constant") == 0.5
+    assert training.learning_rate(0.5, "constant") == training.learning_rate(1, "constant") == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"weight_decay": 0.1},
+        {"momentum": 0.5, "optimizer": "SGD"},
+        {"momentum": 0.5, "optimizer": "RMSprop"},
+        {"label_smoothing": 0.2},
+        {"augmentation": 0.0},
+        {"schedule": "cosine"},
+    ],
+    ids=str,
+)
+def test_every_hyperparameter_changes_the_run(digits: Dataset, other: dict[str, object]) -> None:
+    usual = {key: value for key, value in other.items() if key == "optimizer"}
+    ends = []
+    for settings in (usual, other):
+        model = build(digits)
+        fit(model, digits, samples=200, **settings)
+        ends.append(model.state_dict()["output.weight"])
+    assert not torch.equal(*ends)
+
+
+def test_dropout_is_set_in_all_layers_of_the_network(digits: Dataset) -> None:
+    model = build(digits, "cnn")
+    assert [layer.p for layer in training.dropouts(model)] == [0.5, 0.3]
+    fit(model, digits, samples=64, dropout=0.1)
+    assert [layer.p for layer in training.dropouts(model)] == [0.1, 0.1]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(digits: Dataset) -> None:

@@ -1,0 +1,171 @@
+"""What a search may choose: the hyperparameters, named spaces, files and entries of one's own."""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from mnist import training
+
+Space = dict[str, BaseDistribution]
+
+
+class SpaceError(ValueError):
+    """A space, or an entry of one, that cannot be searched."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A hyperparameter that is a number of `low` to `high`."""
+
+    low: float
+    high: float
+    text: str
+    whole: bool = False
+
+    def limits(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A hyperparameter that is one of a few words."""
+
+    words: tuple[str, ...]
+    text: str
+
+    def limits(self) -> str:
+        return ", ".join(self.words)
+
+
+HYPERPARAMETERS: dict[str, Number | Choice] = {
+    "batch_size": Number(1, 4096, "images a step", whole=True),
+    "optimizer": Choice(training.OPTIMIZERS, "what turns gradients into steps"),
+    "lr": Number(1e-8, 10, "learning rate, the highest of its schedule"),
+    "weight_decay": Number(0, 1, "pulls weights to zero"),
+    "momentum": Number(0, 0.999, "of SGD and RMSprop; the others pass over it"),
+    "label_smoothing": Number(0, 0.5, "share of the wanted output that goes to all classes"),
+    "dropout": Number(0, 0.9, "of all the network's dropout layers"),
+    "augmentation": Number(0, 3, "strength of random turns, scalings and shifts"),
+    "schedule": Choice(training.SCHEDULES, "how the learning rate falls after its warm-up"),
+}
+"""The hyperparameters of training.fit, and what they may be."""
+
+DEFAULT: Space = {
+    "batch_size": IntDistribution(32, 256, log=True),
+    "optimizer": CategoricalDistribution(("Adam", "RMSprop", "SGD")),
+    "lr": FloatDistribution(1e-5, 1e-1, log=True),
+}
+WIDE: Space = {
+    "batch_size": IntDistribution(16, 512, log=True),
+    "optimizer": CategoricalDistribution(training.OPTIMIZERS),
+    "lr": FloatDistribution(1e-5, 1e-1, log=True),
+    "weight_decay": FloatDistribution(1e-6, 1e-1, log=True),
+    "momentum": FloatDistribution(0.5, 0.99),
+    "label_smoothing": FloatDistribution(0.0, 0.2),
+    "augmentation": FloatDistribution(0.0, 2.0),
+    "schedule": CategoricalDistribution(training.SCHEDULES),
+}
+SPACES = {"default": DEFAULT, "wide": WIDE}
+SPECS = "float:LOW:HIGH, int:LOW:HIGH, either with :log, choice:A,B,… or a single value"
+
+
+def read(name: str, entries: Iterable[str] = (), dropout: bool = True) -> Space:
+    """The space called `name`, or of that TOML file, with each "NAME=SPEC" of `entries` in it.
+
+    `dropout`: whether the network has dropout layers. Raises SpaceError, which names the entry.
+    """
+    if name in SPACES:
+        space = dict(SPACES[name])
+        if name == "wide" and dropout:
+            space["dropout"] = FloatDistribution(0.0, 0.7)
+    else:
+        space = {key: distribution(key, spec) for key, spec in _file(name).items()}
+    for entry in entries:
+        key, equals, spec = entry.partition("=")
+        if not equals:
+            raise SpaceError(f"{entry!r} is not NAME=SPEC, such as lr=float:1e-5:1e-1:log")
+        space[key.strip()] = distribution(key.strip(), spec.strip())
+    if not space:
+        raise SpaceError(f'{name} has no entries; one line is, e.g., lr = "float:1e-5:1e-1:log"')
+    if "dropout" in space and not dropout:
+        raise SpaceError("dropout: the network has no dropout layer; leave the entry out")
+    return space
+
+
+def _file(name: str) -> Mapping[str, Any]:
+    try:
+        with Path(name).open("rb") as stream:
+            return tomllib.load(stream)
+    except FileNotFoundError as error:
+        raise SpaceError(f"{name!r} is neither a space ({', '.join(SPACES)}) nor a file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpaceError(f"{name} cannot be read: {error}") from error
+
+
+def distribution(key: str, spec: Any) -> BaseDistribution:
+    """What `spec`, one of SPECS, lets the hyperparameter `key` be. Raises SpaceError."""
+    known = HYPERPARAMETERS.get(key)
+    if known is None:
+        raise SpaceError(f"{key}: no such hyperparameter; known: {', '.join(HYPERPARAMETERS)}")
+    if isinstance(spec, list):  # in TOML: ["Adam", "SGD"]
+        return CategoricalDistribution([_value(key, known, str(word)) for word in spec])
+    kind, *parts = str(spec).split(":")
+    if kind in ("float", "int"):
+        return _range(key, known, kind, parts, str(spec))
+    words = parts[0].split(",") if kind == "choice" and len(parts) == 1 else [str(spec)]
+    return CategoricalDistribution([_value(key, known, word.strip()) for word in words])
+
+
+def _range(
+    key: str, known: Number | Choice, kind: str, parts: list[str], spec: str
+) -> BaseDistribution:
+    log = parts[2:] == ["log"]
+    if len(parts) != 2 + log or isinstance(known, Choice) or known.whole != (kind == "int"):
+        wanted = "int" if isinstance(known, Number) and known.whole else "float"
+        example = "choice:A,B" if isinstance(known, Choice) else f"{wanted}:LOW:HIGH[:log]"
+        raise SpaceError(f"{key}: {spec!r} does not fit; {example} does, or a single value")
+    low, high = (_value(key, known, part) for part in parts[:2])
+    if low > high or (log and low <= 0):
+        why = "LOW is above HIGH" if low > high else "log needs LOW above 0"
+        raise SpaceError(f"{key}: {spec!r}: {why}")
+    if kind == "int":
+        return IntDistribution(int(low), int(high), log=log)
+    return FloatDistribution(low, high, log=log)
+
+
+def _value(key: str, known: Number | Choice, word: str) -> Any:
+    if isinstance(known, Choice):
+        if word not in known.words:
+            raise SpaceError(f"{key}: {word!r} is not one of {known.limits()}")
+        return word
+    try:
+        value = int(word) if known.whole else float(word)
+    except ValueError as error:
+        kind = "a whole number" if known.whole else "a number"
+        raise SpaceError(f"{key}: {word!r} is not {kind}; {SPECS} is wanted") from error
+    if not known.low <= value <= known.high:
+        raise SpaceError(f"{key}: {word} is not in {known.limits()}")
+    return value
+
+
+def inside(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `params` that the space lets be chosen."""
+    return {
+        key: value for key, value in params.items() if key in space and _contains(space[key], value)
+    }
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return bool(distribution.low <= value <= distribution.high)

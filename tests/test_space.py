@@ -1,0 +1,98 @@
+"""mnist.space: what a search may choose, and how wrong entries are refused."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from mnist import space, training
+
+
+def test_every_hyperparameter_is_one_of_the_trainer() -> None:
+    assert set(space.HYPERPARAMETERS) <= set(inspect.signature(training.fit).parameters)
+    for each in space.SPACES.values():
+        assert set(each) <= set(space.HYPERPARAMETERS)
+
+
+def test_an_entry_is_a_range_a_choice_or_a_value() -> None:
+    entries = [
+        *("lr=float:1e-4:1e-2:log", "batch_size=int:16:64"),
+        *("optimizer=choice:Adam,SGD", "augmentation=0"),
+    ]
+    assert space.read("default", entries) == {
+        "batch_size": IntDistribution(16, 64),
+        "optimizer": CategoricalDistribution(("Adam", "SGD")),
+        "lr": FloatDistribution(1e-4, 1e-2, log=True),
+        "augmentation": CategoricalDistribution((0.0,)),
+    }
+
+
+def test_a_file_is_a_whole_space(tmp_path: Path) -> None:
+    file = tmp_path / "space.toml"
+    file.write_text('lr = "float:1e-4:1e-2:log"\noptimizer = ["Adam", "AdamW"]\ndropout = 0.2\n')
+    assert space.read(str(file), ["dropout=float:0:0.5"]) == {
+        "lr": FloatDistribution(1e-4, 1e-2, log=True),
+        "optimizer": CategoricalDistribution(("Adam", "AdamW")),
+        "dropout": FloatDistribution(0, 0.5),
+    }
+
+
+def test_dropout_is_searched_only_where_there_is_some() -> None:
+    assert "dropout" in space.read("wide", dropout=True)
+    assert "dropout" not in space.read("wide", dropout=False)
+    with pytest.raises(space.SpaceError, match="dropout: the network has no dropout layer"):
+        space.read("default", ["dropout=0.5"], dropout=False)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("lr", "'lr' is not NAME=SPEC"),
+        ("speed=1", "speed: no such hyperparameter; known: batch_size, optimizer"),
+        ("lr=float:1:0.1", "lr: 'float:1:0.1': LOW is above HIGH"),
+        ("weight_decay=float:0:0.1:log", "weight_decay: 'float:0:0.1:log': log needs LOW above 0"),
+        ("lr=float:1e-5:100", "lr: 100 is not in 1e-08 to 10"),
+        ("lr=int:1:2", "lr: 'int:1:2' does not fit; float:LOW:HIGH[:log] does"),
+        ("batch_size=float:1:2", "batch_size: 'float:1:2' does not fit; int:LOW:HIGH[:log] does"),
+        ("batch_size=1.5", "batch_size: '1.5' is not a whole number"),
+        ("lr=nan", "lr: nan is not in"),
+        ("lr=float:1e-5", "lr: 'float:1e-5' does not fit"),
+        ("lr=float:1e-5:1:lug", "lr: 'float:1e-5:1:lug' does not fit"),
+        ("optimizer=choice:Adam,Adan", "optimizer: 'Adan' is not one of Adam, AdamW"),
+        ("optimizer=float:1:2", "optimizer: 'float:1:2' does not fit; choice:A,B does"),
+    ],
+)
+def test_a_wrong_entry_is_named_in_one_line(entry: str, words: str) -> None:
+    with pytest.raises(space.SpaceError) as caught:
+        space.read("default", [entry])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_file_is_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        space.SpaceError, match=r"'wild' is neither a space \(default, wide\) nor a"
+    ):
+        space.read("wild")
+    broken = tmp_path / "broken.toml"
+    for content in ("lr = ", "\x00\xff", ""):
+        broken.write_text(content, "latin-1")
+        with pytest.raises(space.SpaceError, match=r"broken\.toml") as caught:
+            space.read(str(broken))
+        assert "\n" not in str(caught.value)
+
+
+def test_what_lies_outside_a_space_is_left_out() -> None:
+    known = space.read("default", ["lr=float:0.001:0.1", "batch_size=64"])
+    first = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039, "momentum": 0.9}
+    assert space.inside(known, first) == {"optimizer": "Adam"}
+    assert space.inside(known, first | {"lr": 0.01, "batch_size": 64}) == {
+        "optimizer": "Adam",
+        "lr": 0.01,
+        "batch_size": 64,
+    }
