@@ -40,6 +40,23 @@ class Size(click.ParamType):
         return int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]])
 
 
+class DatasetName(click.ParamType):
+    """A known data set, or folder:PATH; its path becomes absolute, so that workers find it."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if value in data.DATASETS:
+            return value
+        prefix, path = data.FOLDER, Path(str(value).removeprefix(data.FOLDER)).expanduser()
+        if not value.startswith(prefix) or value == prefix:
+            known = ", ".join(data.DATASETS)
+            self.fail(f"{value!r} is no data set; known: {known}, {prefix}PATH", param, ctx)
+        if not path.is_dir():
+            self.fail(f"{value!r}: there is no folder {path}", param, ctx)
+        return f"{prefix}{path.resolve()}"
+
+
 AT_LEAST_1 = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 
@@ -48,7 +65,7 @@ POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 class Options:
     """The options of the command and, as they are, a part of the model's record."""
 
-    dataset: str = option("mnist", "Data set.", type=click.Choice(list(data.DATASETS)))
+    dataset: str = option("mnist", "Data set: a known name, or folder:PATH.", type=DatasetName())
     model: str = option("parallel", "Network.", type=click.Choice(list(models.NETWORKS)))
     trials: int | None = option(
         None, "The study's total of finished trials. [default: 32]", type=AT_LEAST_1
@@ -65,6 +82,12 @@ class Options:
     train_samples: int | None = option(
         None, "Train on a stratified subset of so many images.", type=AT_LEAST_1
     )
+    image_size: int | None = option(
+        None,
+        "Side in pixels at which a folder's pictures are read. [default: 28]",
+        type=click.IntRange(8, 256),
+    )
+    color: bool = option(False, "Read a folder's pictures in color, not grey.", is_flag=True)
     storage: str = option("sqlite:///db.sqlite3", "Where the study is kept (Optuna's RDB storage).")
     study: str | None = option(None, "The study's name. [default: DATASET-MODEL]")
     workers: int | None = option(
@@ -112,7 +135,10 @@ class Options:
 
     @property
     def study_name(self) -> str:
-        return self.study or f"{self.dataset}-{self.model}{'-quick' if self.quick else ''}"
+        dataset = self.dataset
+        if dataset.startswith(data.FOLDER):
+            dataset = Path(dataset).name
+        return self.study or f"{dataset}-{self.model}{'-quick' if self.quick else ''}"
 
     def record(self) -> dict[str, Any]:
         """As JSON values, without what is only about this command's output."""
