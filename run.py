@@ -108,7 +108,13 @@ def source(options: Options) -> functools.partial[data.Dataset]:
     """What loads the data set, here and in each worker."""
     validation = training.SUBSET if options.quick else None
     return functools.partial(
-        data.load, options.dataset, options.data_dir, options.train_samples, validation
+        data.load,
+        options.dataset,
+        options.data_dir,
+        options.train_samples,
+        validation,
+        options.image_size,
+        options.color,
     )
 
 

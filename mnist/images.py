@@ -5,6 +5,7 @@ import math
 import re
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ LEAST_FILL = 0.7
 # Least mean width of a stroke in a box of 20. MNIST's own are 1.9 (median); thinner ones fade when
 # a photo is scaled down.
 MIN_STROKE = 1.8
+# Mean level from which a picture on a transparent ground gets a black page, not a white one.
+LIGHT = 192
+RECIPES = (("digit", 1), ("plain", 1), ("plain", 3))  # with how many channels
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # its values -> Image.Transpose
@@ -70,23 +74,30 @@ def normalise(
 ) -> Grey:
     """Read a picture in any common format and bring it to the form of the training images.
 
-    Returns uint8 (channels, size, size): ink is high (255) on 0, by the recipe that `centre`
-    describes. A picture that already follows it, in either polarity, passes through bit for bit.
-    Otherwise ink is what stands out from the local background, found by closing (or opening) and
-    Otsu's threshold (1979, doi:10.1109/TSMC.1979.4310076); specks, rules and frames are left out.
+    Returns uint8 (channels, size, size). A picture that has that form already passes through bit
+    for bit. By the recipe "digit", ink is high (255) on 0, as `centre` describes, whatever the
+    picture's polarity: ink is what stands out from the local background, found by closing (or
+    opening) and Otsu's threshold (1979, doi:10.1109/TSMC.1979.4310076); specks, rules and frames
+    are left out. By the recipe "plain" the whole picture is scaled, its aspect kept, and made
+    square with the colour of its rim; its tones stay, grey (1 channel) or RGB (3).
 
     Raises ImageError: `not_an_image` if no decoder reads all of it, `too_many_pixels` if its header
-    says more than `max_pixels`, `blank` if nothing stands out. Raises ValueError for a recipe other
-    than "digit" with one channel.
+    says more than `max_pixels`, `blank` if nothing stands out. Raises ValueError for another recipe
+    or number of channels.
     """
-    if (recipe, channels) != ("digit", 1):
-        raise ValueError(f"recipe {recipe!r} with {channels} channels: only 'digit' with 1 exists")
-    picture = _decode(data, max_pixels)
-    grey = np.asarray(picture)
+    if (recipe, channels) not in RECIPES:
+        known = ", ".join(f"{name!r} with {n}" for name, n in RECIPES)
+        raise ValueError(f"recipe {recipe!r} with {channels} channels; known: {known}")
+    if recipe == "plain":
+        mode = "L" if channels == 1 else "RGB"
+        return _plain(
+            _decode(data, max_pixels, lambda image: _flat(image, mode), mode, 2 * size), size
+        )
+    grey = np.asarray(_decode(data, max_pixels, _grey, "L", WORKING_SIDE))
     for candidate in (grey, 255 - grey):
         if _follows(candidate, size):
             return candidate[None].copy()
-    return centre(_ink(picture), size)[None]
+    return centre(_ink(Image.fromarray(grey)), size)[None]
 
 
 def centre(grey: Grey, size: int = 28) -> Grey:
@@ -149,18 +160,28 @@ def _thicken(ink: Grey) -> Grey:
     return ndimage.maximum_filter(np.pad(ink, missing), missing + 1)
 
 
-def _decode(data: bytes, max_pixels: int) -> Image.Image:
+def _decode(
+    data: bytes,
+    max_pixels: int,
+    flatten: Callable[[Image.Image], Image.Image],
+    mode: str,
+    least: int,
+) -> Image.Image:
+    """The picture as its camera was held, brought to one mode by `flatten`.
+
+    A JPEG decodes to no more than needed: sides of at least `least`, grey if `mode` says so.
+    """
     try:
         with _decoding, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 raise _too_many(image.width * image.height, max_pixels)
-            image.draft("L", (WORKING_SIDE, WORKING_SIDE))  # JPEG decodes to no more than needed
-            grey = _grey(image)
+            image.draft(mode, (least, least))
+            flat = flatten(image)
             # Asked after decoding: Pillow turns a TIFF by itself and then drops the tag.
             turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-        return grey if turn is None else grey.transpose(Image.Transpose(turn))
+        return flat if turn is None else flat.transpose(Image.Transpose(turn))
     except ImageError:
         raise
     except Image.DecompressionBombError as e:  # Pillow's own limit, about 179 million
@@ -187,13 +208,59 @@ def _blank() -> ImageError:
 
 def _grey(image: Image.Image) -> Image.Image:
     factor = math.ceil(max(image.size) / WORKING_SIDE)
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    image = _shallow(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             return _on_ground(image.reduce(factor))
     return image.convert("L").reduce(factor)
+
+
+def _flat(image: Image.Image, mode: str) -> Image.Image:
+    image = _shallow(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            page = Image.new("RGBA", image.size, "black" if _is_light(image) else "white")
+            page.alpha_composite(image)
+            image = page
+    return image.convert(mode)
+
+
+def _is_light(image: Image.Image) -> bool:
+    """Whether what RGBA shows is too light for a white page."""
+    small = image.reduce(math.ceil(max(image.size) / GROUND_SIDE))
+    alpha = np.asarray(small.getchannel("A"), float)
+    return bool((np.asarray(small.convert("L")) * alpha).sum() >= LIGHT * alpha.sum())
+
+
+def _plain(picture: Image.Image, size: int) -> Grey:
+    if picture.size != (size, size):
+        picture = _fit(picture, size)
+    pixels = np.asarray(picture).reshape(size, size, -1)
+    if (pixels == pixels[0, 0]).all():
+        raise ImageError("blank", "the picture is blank: all of it has the same colour")
+    return pixels.transpose(2, 0, 1).copy()
+
+
+def _fit(picture: Image.Image, size: int) -> Image.Image:
+    """Scaled to a longest side of `size`, in the middle of a square of its rim's median colour."""
+    scale = size / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    small = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3)
+    pixels = np.asarray(small).reshape(height, width, -1)
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = tuple(int(level) for level in np.median(rim, axis=0))
+    square = Image.new(picture.mode, (size, size), ground)
+    square.paste(small, ((size - width) // 2, (size - height) // 2))
+    return square
+
+
+def _shallow(image: Image.Image) -> Image.Image:
+    """With eight bits a channel."""
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_eight_bits(np.asarray(image)))
+    return image
 
 
 def _eight_bits(deep: NDArray[Any]) -> Grey:

@@ -1,7 +1,7 @@
 """The options of run.py: each is written once, and is command line, record and default at once."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,32 @@ class Size(click.ParamType):
         return int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]])
 
 
-class Known(click.ParamType):
-    """A key of `names`, looked up late: --import may have added to them. Or one of `others`."""
+class DatasetName(click.ParamType):
+    """A known data set, or folder:PATH; its path becomes absolute, so that workers find it."""
 
     name = "name"
 
-    def __init__(self, names: Mapping[str, Any], *others: str) -> None:
-        self.names, self.others = names, others
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if value in data.DATASETS:
+            return value
+        prefix, path = data.FOLDER, Path(str(value).removeprefix(data.FOLDER)).expanduser()
+        if not value.startswith(prefix) or value == prefix:
+            known = ", ".join(data.DATASETS)
+            self.fail(f"{value!r} is no data set; known: {known}, {prefix}PATH", param, ctx)
+        if not path.is_dir():
+            self.fail(f"{value!r}: there is no folder {path}", param, ctx)
+        return f"{prefix}{path.resolve()}"
+
+
+class NetworkName(click.ParamType):
+    """A known network, looked up late: --import may have added one; or all of them."""
+
+    name = "name"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        known = [*self.names, *self.others]
-        if value not in known:
-            self.fail(f"{value!r} is not one of {', '.join(map(repr, known))}", param, ctx)
+        if value not in (*models.NETWORKS, ALL):
+            known = ", ".join(models.NETWORKS)
+            self.fail(f"{value!r} is no network; known: {known}, {ALL}", param, ctx)
         return value
 
 
@@ -66,6 +80,7 @@ def _load_own(ctx: click.Context, param: click.Parameter, paths: tuple[Path, ...
     return paths
 
 
+ALL = "all"
 AT_LEAST_1 = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 
@@ -76,14 +91,14 @@ class Options:
 
     dataset: str = option(
         "mnist",
-        "Data set; more than one can be given.",
-        type=Known(data.DATASETS),
+        "Data set: a known name, or folder:PATH; more than one can be given.",
+        type=DatasetName(),
         multiple=True,
     )
     model: str = option(
         "parallel",
-        "Network, listed below, or all; more than one can be given.",
-        type=Known(models.NETWORKS, "all"),
+        f"Network, listed below, or {ALL}; more than one can be given.",
+        type=NetworkName(),
         multiple=True,
     )
     trials: int | None = option(
@@ -105,6 +120,12 @@ class Options:
     param: tuple[str, ...] = option(
         (), f"One entry of the space, as NAME=SPEC; SPEC is {spaces.SPECS}.", multiple=True
     )
+    image_size: int | None = option(
+        None,
+        "Side in pixels at which a folder's pictures are read. [default: 28]",
+        type=click.IntRange(8, 256),
+    )
+    color: bool = option(False, "Read a folder's pictures in color, not grey.", is_flag=True)
     storage: str = option("sqlite:///db.sqlite3", "Where the study is kept (Optuna's RDB storage).")
     study: str | None = option(None, "The study's name. [default: DATASET-MODEL]")
     workers: int | None = option(
@@ -160,7 +181,10 @@ class Options:
 
     @property
     def study_name(self) -> str:
-        return self.study or f"{self.dataset}-{self.model}{'-quick' if self.quick else ''}"
+        dataset = self.dataset
+        if dataset.startswith(data.FOLDER):
+            dataset = Path(dataset).name
+        return self.study or f"{dataset}-{self.model}{'-quick' if self.quick else ''}"
 
     def record(self) -> dict[str, Any]:
         """As JSON values, without what is only about this command's output."""
@@ -178,7 +202,7 @@ def command(main: Callable[[list[Options]], None]) -> click.Command:
     """The command line of run.py, which calls `main` with the Options of each study."""
 
     def each(dataset: tuple[str, ...], model: tuple[str, ...], **values: Any) -> None:
-        networks = models.NETWORKS if "all" in model else dict.fromkeys(model)
+        networks = models.NETWORKS if ALL in model else dict.fromkeys(model)
         pairs = [(d, m) for d in dict.fromkeys(dataset) for m in networks]
         if len(pairs) > 1 and values["study"]:
             raise click.UsageError(f"--study names one study; these options make {len(pairs)}")

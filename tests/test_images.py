@@ -311,3 +311,96 @@ def test_damaged_bytes_raise_nothing_but_image_errors_and_warn_of_nothing():
 def test_an_unknown_recipe_is_named():
     with pytest.raises(ValueError, match="'sepia'"):
         normalise(encode(seven()), recipe="sepia")
+
+
+def photo(size=(400, 200), mode="RGB"):
+    """A bright red disc on a blue ground."""
+    image = Image.new("RGB", size, (0, 0, 200))
+    middle, radius = (size[0] // 2, size[1] // 2), min(size) // 3
+    ImageDraw.Draw(image).circle(middle, radius, fill=(250, 20, 20))
+    return image.convert(mode)
+
+
+def plain(image, size=28, channels=3, kind="PNG", **options):
+    data = encode(image, kind, **options)
+    return normalise(data, size=size, channels=channels, recipe="plain")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_plain_picture_of_the_right_size_passes_through_bit_for_bit(channels):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    if channels == 1:
+        noise = noise[..., :1]
+    found = plain(Image.fromarray(noise.squeeze()), 32, channels)
+    assert found.dtype == np.uint8
+    assert found.flags.writeable  # torch warns of others
+    assert np.array_equal(found, noise.transpose(2, 0, 1))
+    opaque = Image.fromarray(noise.squeeze()).convert("RGBA")
+    assert np.array_equal(plain(opaque, 32, channels), found)
+
+
+def test_a_plain_picture_keeps_its_aspect_and_is_padded_with_its_own_ground():
+    for size in [(400, 200), (200, 400), (90, 45)]:
+        found = plain(photo(size))
+        assert found.shape == (3, 28, 28)
+        red = found[0] > 128
+        assert extent(red) == pytest.approx((28 / 3, 28 / 3), abs=1.5)
+        assert np.allclose(mass_centre(red.astype(int)), 13.5, atol=0.6)
+        for corner in found[:, [0, 0, -1, -1], [0, -1, 0, -1]].T:
+            assert corner.tolist() == [0, 0, 200]
+
+
+def test_a_plain_picture_keeps_its_polarity():
+    light, dark = Image.new("L", (90, 90), 10), Image.new("L", (90, 90), 245)
+    for image, ink in ((light, 245), (dark, 10)):
+        ImageDraw.Draw(image).rectangle((30, 30, 60, 60), fill=ink)
+    assert plain(light, channels=1)[0, 14, 14] > 200 > plain(light, channels=1)[0, 0, 0]
+    assert plain(dark, channels=1)[0, 14, 14] < 50 < plain(dark, channels=1)[0, 0, 0]
+
+
+def test_a_plain_picture_is_anti_aliased():
+    stripes = np.tile(np.array([0, 255], np.uint8), (560, 280))
+    stripes[:280] = 255
+    found = plain(Image.fromarray(stripes), channels=1)[0]
+    assert np.abs(found[16:-2, 2:-2].astype(int) - 128).max() < 12
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_camera_s_rotation_of_a_plain_picture_is_undone(kind):
+    upright = photo((300, 300))
+    ImageDraw.Draw(upright).rectangle((0, 0, 299, 40), fill="white")  # the sky
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = plain(upright.transpose(Image.Transpose.ROTATE_90), kind=kind, exif=exif)
+    assert found[:, :3].min() > 200
+    assert found[1, 5:].max() < 100
+
+
+def test_a_cut_out_lies_on_a_page_that_shows_it():
+    for colour, page in (((30, 90, 30), 255), ((250, 250, 240), 0)):
+        cut_out = Image.new("RGBA", (100, 100))
+        ImageDraw.Draw(cut_out).ellipse((20, 20, 80, 80), fill=colour)
+        found = plain(cut_out)
+        assert found[:, 14, 14].tolist() == pytest.approx(list(colour), abs=3)
+        assert found[:, 0, 0].tolist() == [page] * 3
+
+
+@pytest.mark.parametrize(("kind", "mode"), FORMATS)
+def test_a_plain_picture_reads_the_same_in_every_common_format_and_mode(kind, mode):
+    if mode not in ("1", "F"):
+        expected = plain(photo().convert("L"), channels=1)[0].astype(int)
+        found = plain(photo(mode=mode), channels=1, kind=kind)[0]
+        assert np.abs(found - expected).mean() < 8
+
+
+def test_a_plain_picture_of_one_colour_is_blank():
+    for image in (Image.new("RGB", (28, 28), "green"), Image.new("RGBA", (60, 20))):
+        error = refused(encode(image), recipe="plain", channels=3)
+        assert error.code == "blank"
+
+
+def test_a_plain_photo_is_read_and_refused_like_a_digit():
+    data = encode(photo((4000, 3000)), "JPEG")
+    assert normalise(data, recipe="plain", channels=3).shape == (3, 28, 28)
+    assert refused(data, recipe="plain", max_pixels=1_000).code == "too_many_pixels"
+    assert refused(data[:900], recipe="plain").code == "not_an_image"

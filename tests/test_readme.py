@@ -19,7 +19,9 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-def test_run_s_commands_parse() -> None:
+def test_run_s_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets").mkdir()  # the folder of pictures
     commands = re.findall(r"python (run\.py[^\n#`]*)", README)
     assert len(commands) >= 3
     for line in commands:

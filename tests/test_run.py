@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,13 +12,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy
+from fastapi.testclient import TestClient
 from optuna.trial import TrialState
 
 from mnist import data, models, registry
+from serve.app import app
 from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
+from tests.test_folders import fill
 
 NAME = "digits-linear-quick"
 
@@ -160,8 +165,13 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
     [
         (["--trials", "0"], "'--trials': 0 is not in the range"),
         (["--trials", "many"], "'--trials': 'many' is not a valid integer"),
-        (["--dataset", "mnits"], "'mnits' is not one of 'mnist'"),
-        (["--model", "x"], "'x' is not one of 'parallel'"),
+        (["--dataset", "mnits"], "'mnits' is no data set; known: mnist, digits, fashion"),
+        (["--dataset", "folder:nowhere"], "'folder:nowhere': there is no folder nowhere"),
+        (["--dataset", "folder:"], "'folder:' is no data set; known: mnist"),
+        (["--color"], "--image-size and --color are for folder:PATH; digits is as it is"),
+        (["--image-size", "20"], "are for folder:PATH; digits is as it is"),
+        (["--image-size", "4"], "'--image-size': 4 is not in the range"),
+        (["--model", "x"], "'x' is no network; known: parallel"),
         (["--param", "lr=float:2:1"], "lr: 'float:2:1': LOW is above HIGH"),
         (["--space", "nowhere.toml"], "'nowhere.toml' is neither a space"),
         (["--import", "nowhere.py"], "File 'nowhere.py' does not exist"),
@@ -252,12 +262,60 @@ def test_a_study_of_other_trials_is_not_continued(run: Command) -> None:
     assert "--study mine-2" in done.stderr
 
 
+@pytest.mark.parametrize("color", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_folder_s_model_is_served_without_the_folder_by_its_own_class_names(
+    run: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    color: bool,
+) -> None:
+    pets = fill(tmp_path / "pets", {"cat": 60, "emu": 60})
+    picture = (pets / "emu" / "000.png").read_bytes()
+    options = ["--image-size", "20", *(["--color"] if color else [])]
+    quick = ["--model", "linear", "--quick", "--trials", "2", "--confirm", "0", "--epochs", "20"]
+    where = ["--dataset", "folder:pets", "--data-dir", "kept"]
+    done = run(*where, *options, *quick, "--final-epochs", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["study"]["name"] == "pets-linear-quick"
+    assert ("--color keeps" in caplog.text) == (not color)
+    _, record = registry.record(tmp_path / "saved_models")
+    about = record["dataset"]
+    assert (about["name"], about["classes"]) == ("folder:pets", ["cat", "emu"])
+    assert (about["size"], about["channels"], about["recipe"]) == (20, 3 if color else 1, "plain")
+    assert record["options"]["dataset"] == f"folder:{pets}"
+    shutil.rmtree(pets)
+    shutil.rmtree(tmp_path / "kept")
+    monkeypatch.setenv("MODELS", str(tmp_path / "saved_models"))
+    with TestClient(app) as client:
+        answer = client.post("/predict?view=true", files={"file": ("emu.png", picture)}).json()
+        blank = client.post("/predict", files={"file": ("0.ppm", b"P5 9 9 255\n" + bytes(81))})
+    assert set(answer["probabilities"]) == {"cat", "emu"}
+    assert blank.json()["error"]["code"] == "blank"
+    if color:  # which are as light as each other, in grey
+        assert record["metrics"]["test"]["errors"] == 0
+        assert answer["prediction"] == "emu"
+
+
+def test_names_are_looked_up_when_the_option_is_read(
+    run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(data.DATASETS, "mine", data.Source(no_data, ("a", "b")))
+    assert run("--dataset", "mine").stderr == "run.py: there is none\n"
+    assert "cifar10, mine, folder:PATH" in run("--dataset", "yours").stderr
+
+
+def no_data(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    raise data.DataError("there is none")
+
+
 def test_help_names_every_option(run: Command) -> None:
     text = run("--help").stdout
     contract = (
         "dataset model trials epochs final-epochs timeout train-samples storage study workers"
     )
-    more = "sampler pruner seed device data-dir output artifacts disk-quota promote quick json"
+    more = "sampler pruner seed device data-dir output artifacts disk-quota promote quick json "
+    more += "image-size color"
     for name in f"{contract} {more}".split():
         assert f"--{name} " in text
 

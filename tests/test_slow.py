@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist import data
+from mnist import data, sources
 from tests.conftest import DIGITS, Command
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 def test_mnist_is_fetched_into_an_empty_folder_from_what_is_in_reach(tmp_path: Path) -> None:
     found = data.load("mnist", tmp_path)
     assert len(found.train) == 52_500
-    assert {path.name for path in (tmp_path / "MNIST" / "raw").iterdir()} == set(data.SHA256)
+    assert {path.name for path in (tmp_path / "MNIST" / "raw").iterdir()} == set(
+        sources.MNIST.files
+    )
     assert len(found.open_test()) == 10_000
 
 

@@ -23,13 +23,13 @@ members.host = lambda folder: os.environ["SOAK_HOST"]
 COUNT_EVALUATIONS = """
 from pathlib import Path
 from mnist import data
-read, classes = data.DATASETS["digits"]
+digits = data.DATASETS["digits"]
 def counting(folder, part):
     if part == "test":
         with Path("evaluations").open("a") as log:
             log.write("the test split was opened" + chr(10))
-    return read(folder, part)
-data.DATASETS["digits"] = counting, classes
+    return digits.read(folder, part)
+data.DATASETS["digits"] = data.Source(counting, digits.classes, digits.recipe)
 """
 COUNT_RESULTS = """
 from pathlib import Path

@@ -1,6 +1,7 @@
 """mnist.training: a run, its progress, its evaluation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,3 +169,26 @@ def test_a_device_that_is_not_there_is_named() -> None:
         pytest.skip("this machine has mps")
     with pytest.raises(ValueError, match="device 'mps' is not on this machine"):
         training.device("mps")
+
+
+def test_augmentation_of_pictures_goes_on_as_their_edge_is() -> None:
+    white = torch.ones(50, 3, 28, 28)
+    moved = training.augment(white, torch.Generator().manual_seed(0), "border")
+    assert torch.allclose(moved, white)
+    ink = training.augment(white, torch.Generator().manual_seed(0))
+    assert float(ink.min()) == 0
+
+
+@pytest.mark.parametrize(("recipe", "padding"), [("digit", "zeros"), ("plain", "border")])
+def test_the_recipe_says_how_augmentation_pads(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, recipe: str, padding: str
+) -> None:
+    real, seen = training.augment, []
+
+    def augment(images: torch.Tensor, generator: torch.Generator, padding: str) -> torch.Tensor:
+        seen.append(padding)
+        return real(images, generator, padding)
+
+    monkeypatch.setattr(training, "augment", augment)
+    fit(build(digits), replace(digits, recipe=recipe), samples=100)
+    assert set(seen) == {padding}

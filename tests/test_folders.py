@@ -1,0 +1,179 @@
+"""mnist.folders: a folder of pictures as a data set, and what is wrong with one."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mnist import data, folders, images
+
+COLOURS = {"cat": (200, 30, 30), "dog": (30, 30, 200), "emu": (30, 200, 30)}
+
+
+def fill(
+    root: Path, numbers: dict[str, int], size: tuple[int, int] = (40, 30), colour: bool = True
+) -> Path:
+    """A folder of noisy little pictures, of a colour for each class, in several formats."""
+    random = np.random.default_rng(0)
+    for name, n in numbers.items():
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            level = np.array(COLOURS.get(name, (128, 128, 128)))
+            noise = random.normal(level, 20, (*size[::-1], 3)).clip(0, 255).astype(np.uint8)
+            picture = Image.fromarray(noise if colour else noise[..., 0])
+            picture.save(root / name / f"{i:03}.{('png', 'jpg', 'webp')[i % 3]}")
+    return root
+
+
+def load(root: Path, **settings: object) -> data.Dataset:
+    """With what is remembered beside the folder."""
+    return data.load(f"folder:{root}", root.parent / "data", **settings)  # type: ignore[arg-type]
+
+
+def problem(root: Path) -> str:
+    with pytest.raises(data.DataError) as caught:
+        load(root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_of_pictures_is_a_data_set_of_its_name(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pets", {"dog": 30, "cat": 20, ".hidden": 3})
+    (root / "cat" / ".DS_Store").write_bytes(b"x")
+    found = load(root)
+    assert (found.name, found.classes) == ("folder:pets", ("cat", "dog"))
+    assert (found.size, found.channels, found.recipe) == (28, 1, "plain")
+    parts = [found.train, found.validation, found.calibration, found.open_test()]
+    assert sum(map(len, parts)) == 50
+    rows = [row.numpy().tobytes() for part in parts for row in part.images]
+    assert len(set(rows)) == 50
+    for part in parts:
+        assert set(part.labels.tolist()) == {0, 1}
+    assert len(parts[-1]) == 7  # a seventh
+
+
+def test_its_pictures_are_what_the_server_makes_of_the_same_files(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pets", {"cat": 12, "dog": 12})
+    found = load(root, image_size=20, color=True)
+    assert found.train.images.shape[1:] == (3, 20, 20)
+    served = {
+        images.normalise(path.read_bytes(), size=20, channels=3, recipe="plain").tobytes()
+        for path in root.rglob("*.*")
+    }
+    read = {row.numpy().tobytes() for row in found.train.images}
+    assert len(read) == len(found.train)
+    assert read <= served
+
+
+def test_train_and_test_folders_are_kept_to(tmp_path: Path) -> None:
+    fill(tmp_path / "pets" / "train", {"cat": 20, "dog": 15})
+    fill(tmp_path / "pets" / "test", {"cat": 2, "dog": 1})
+    found = load(tmp_path / "pets")
+    assert len(found.train + found.validation + found.calibration) == 35
+    assert found.open_test().labels.tolist() == [0, 0, 1]
+    shutil.rmtree(tmp_path / "pets" / "test" / "dog")
+    assert "train/ and test/ must have the same classes; only one has dog" in problem(
+        tmp_path / "pets"
+    )
+
+
+def test_folders_called_train_and_test_may_be_classes(tmp_path: Path) -> None:
+    assert load(fill(tmp_path / "rail", {"train": 12, "test": 12})).classes == ("test", "train")
+
+
+def test_the_same_pictures_have_the_same_checksum_wherever_they_lie(tmp_path: Path) -> None:
+    one = load(fill(tmp_path / "a" / "pets", {"cat": 12, "dog": 12}))
+    other = load(fill(tmp_path / "b" / "pets", {"cat": 12, "dog": 12}))
+    assert (one.sha256, one.cut) == (other.sha256, other.cut)
+    changed = tmp_path / "b" / "pets" / "cat" / "000.png"
+    Image.effect_noise((40, 30), 50).save(changed)
+    assert load(tmp_path / "b" / "pets").sha256 != one.sha256
+
+
+def test_pictures_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fill(tmp_path / "pets", {"cat": 12, "dog": 12})
+    first = load(root)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a picture was read again")
+
+    monkeypatch.setattr(folders.pictures, "normalise", never)
+    assert load(root).sha256 == first.sha256
+    with pytest.raises(AssertionError):
+        load(root, image_size=20)
+    (kept,) = (tmp_path / "data" / "folders").glob("*.npz")
+    kept.write_bytes(b"damaged")
+    with pytest.raises(AssertionError):
+        load(root)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"cat": 3, "dog": 20}, "class 'cat' has 3 pictures; at least 10 are needed: add some to"),
+        ({"cat": 20, "dog": 0}, "class 'dog' has 0 pictures"),
+        ({"cat": 20}, "has only one class, 'cat'; at least two are needed"),
+        ({".cat": 20}, "has no class folders; put each class into one, such as"),
+    ],
+)
+def test_a_folder_that_will_not_do_gets_one_line(
+    numbers: dict[str, int], words: str, tmp_path: Path
+) -> None:
+    assert words in problem(fill(tmp_path / "pets", numbers))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert problem(tmp_path / "pets") == f"there is no folder {tmp_path / 'pets'}"
+
+
+def test_a_few_unreadable_files_are_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = fill(tmp_path / "pets", {"cat": 20, "dog": 20})
+    (root / "cat" / "Thumbs.db").write_bytes(b"no picture")
+    (root / "dog" / "blank.png").write_bytes((root / "dog" / "000.png").read_bytes()[:200])
+    found = load(root)
+    assert len(found.train + found.validation + found.calibration + found.open_test()) == 40
+    assert "2 of 42 files cannot be used as pictures" in caplog.text
+    assert "cat/Thumbs.db, dog/blank.png" in caplog.text
+
+
+def test_a_class_that_is_mostly_unreadable_is_refused(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pets", {"cat": 20, "dog": 20})
+    for path in sorted((root / "cat").iterdir())[:11]:
+        path.write_bytes(b"damaged")
+    text = problem(root)
+    assert "class 'cat': 11 of 20 files cannot be used (000.png: these 7 bytes" in text
+    assert "mend or remove them" in text
+
+
+def test_what_is_lost_is_warned_of_and_what_is_not_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(fill(tmp_path / "small", {"cat": 20, "dog": 20}, colour=False))
+    assert caplog.text == ""
+    load(fill(tmp_path / "colour", {"cat": 20, "dog": 20}))
+    assert "are colourful and are read as grey; --color" in caplog.text
+    caplog.clear()
+    load(tmp_path / "colour", color=True)
+    assert caplog.text == ""
+    load(fill(tmp_path / "large", {"cat": 10, "dog": 10}, (150, 90), colour=False))
+    assert "typically 150 pixels long and are read at 28" in caplog.text
+    assert "--image-size 56" in caplog.text
+
+
+def test_twenty_to_one_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = load(fill(tmp_path / "pets", {"cat": 200, "dog": 10}, (9, 9), colour=False))
+    assert "class 'cat' has 200 pictures, 'dog' only 10" in caplog.text
+    for part in (found.train, found.validation, found.calibration, found.open_test()):
+        assert set(part.labels.tolist()) == {0, 1}
+
+
+def test_size_and_color_are_refused_for_other_data_sets() -> None:
+    for settings in ({"image_size": 20}, {"color": True}):
+        with pytest.raises(ValueError, match="are for folder:PATH; digits is as it is"):
+            data.load("digits", **settings)  # type: ignore[arg-type]
