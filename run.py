@@ -28,7 +28,7 @@ import click
 import optuna
 import torch
 
-from mnist import data, display, registry, search, training
+from mnist import data, display, registry, report, search, training
 from mnist import study as studies
 from mnist.display import Display, duration
 from mnist.finish import Job, finish, network, origin, publish, result, sweep
@@ -64,6 +64,7 @@ def main(options: Options) -> None:
                 done = finish(job, pool, screen)
         publish(job, done)
         sweep(job)
+        explain(job, done)
         show(job, done)
 
 
@@ -187,6 +188,15 @@ def trial_run(job: Job, claim: Claim) -> Run:
     )
 
 
+def explain(job: Job, done: dict[str, Any]) -> None:
+    """Write and attach the report; without it the model is as good, so a failure is one line."""
+    options = job.options
+    try:
+        report.make(job.member, done["name"], options.output, options.artifacts)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with a picture
+        print(f"run.py: the report could not be made: {reason(error)}", file=sys.stderr)
+
+
 def show(job: Job, done: dict[str, Any]) -> None:
     """Print the result, for a person or as JSON; weights that are here are verified first."""
     options, name = job.options, done["name"]
@@ -203,6 +213,7 @@ def show(job: Job, done: dict[str, Any]) -> None:
         outcome,
         str(options.output),
         studies.without_password(options.storage),
+        str(options.artifacts),
         "current" if models_here["current"] == name else "saved" if here else "elsewhere",
     )
 
