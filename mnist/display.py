@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
@@ -197,7 +198,8 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
         console.print(f"model: {name}, in the registry of the machine that finished the study")
         return
     console.print(f"model: {folder}/{name}.pth" + (", current" if place == "current" else ""))
-    console.print(f"report: {folder}/{name}.report.html, to be opened in a browser")
+    if Path(folder, f"{name}.report.html").exists():
+        console.print(f"report: {folder}/{name}.report.html, to be opened in a browser")
     default = folder == "saved_models"
     if place != "current":
         where = "" if default else f"--folder {shlex.quote(folder)} "

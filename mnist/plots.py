@@ -183,7 +183,7 @@ def parallel(study: "optuna.Study") -> "Figure":
     axes: Any = plots.plot_parallel_coordinate(study, target_name=VALUE)
     axes.set_title("")
     lines = axes.collections[0]
-    lines.set(cmap="viridis", linewidth=1.4, alpha=0.8)
+    lines.set(cmap="viridis_r", linewidth=1.4, alpha=0.8)
     lines.colorbar.ax.set_visible(False)  # the first axis says the same
     for each in axes.figure.axes:
         _numbers(each.yaxis)

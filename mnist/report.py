@@ -65,7 +65,7 @@ def make(member: Member, name: str, output: Path, artifacts: Path) -> None:
 
 def _shown(study: optuna.Study) -> list[str]:
     """The models whose pictures the study has, or had."""
-    return study.user_attrs.get("shown", [])
+    return study.user_attrs.get("reports", [])
 
 
 def copy(study: optuna.Study) -> optuna.Study:
@@ -214,7 +214,7 @@ def show(study: optuna.Study, report: Report, artifacts: Path, where: str) -> No
     attach(study, f"dashboard:artifacts:{trial_id}:", report.of_model, artifacts)
     parts = ["## Asked", *asked(report), "## Found", *found(report), "## Where", where]
     save_note(study, "\n\n".join(parts))
-    study.set_user_attr("shown", [*_shown(study), report.name])
+    study.set_user_attr("reports", [*_shown(study), report.name])
 
 
 def attach(study: optuna.Study, place: str, pictures: dict[str, bytes], folder: Path) -> None:

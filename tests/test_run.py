@@ -19,6 +19,8 @@ from optuna.trial import TrialState
 from mnist import data, registry
 from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 NAME = "digits-linear-quick"
 
 

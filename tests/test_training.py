@@ -161,3 +161,11 @@ def test_a_device_that_is_not_there_is_named() -> None:
         pytest.skip("this machine has mps")
     with pytest.raises(ValueError, match="device 'mps' is not on this machine"):
         training.device("mps")
+
+
+def test_the_worst_mistakes_are_those_that_gave_the_truth_the_least() -> None:
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3], [0.4, 0.6]])
+    labels = torch.tensor([1, 1, 1, 0, 0])
+    assert training.worst(probabilities, labels, 24).tolist() == [0, 2, 4]
+    assert training.worst(probabilities, labels, 2).tolist() == [0, 2]
+    assert training.worst(probabilities, probabilities.argmax(1), 24).tolist() == []
