@@ -1,6 +1,7 @@
 """Pictures from the shell, read by a saved model. `python -m mnist.predict --help`"""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,8 @@ def main(
 ) -> int:
     """Say what pictures show: files, or folders of them.
 
-    Prints each file with its class, its probability, and the three most likely classes.
+    Prints each file with its class, its probability, and the three most likely classes. Exit
+    status 1 if one of them could not be read.
     """
     everything: list[Answer | Unreadable] = []
     for found in answers(files, models, model):
@@ -187,7 +189,10 @@ def guarded(arguments: list[str]) -> int:
         complain(error.format_message())
     except registry.RegistryError as error:
         complain(str(error))
-    except OSError as error:  # --plot, or a pipe that nobody reads any more
+    except BrokenPipeError:  # as `| head` leaves it: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # --plot
         complain(f"{error.filename or 'output'}: {error.strerror}")
         return 1
     except (KeyboardInterrupt, click.Abort):
