@@ -116,7 +116,7 @@ def history(study: "optuna.Study") -> "Figure":
     axes: Any = plots.plot_optimization_history(study, target_name=VALUE)
     pruned = _pruned(study)
     axes.scatter([n for n, *_ in pruned], [value for _, value, _ in pruned], **_cross("pruned"))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(_whole())
     handles, _ = axes.get_legend_handles_labels()
     labels = ("complete", "best so far", "pruned")
     _calm(axes).legend(handles, labels, loc="best", frameon=False, fontsize=9)
@@ -170,6 +170,7 @@ def slices(study: "optuna.Study") -> "Figure":
     _percent(every[0])
     bar = every[-1].collections[0].colorbar  # of all of them
     bar.set_label("trial", color=INK, fontsize=9)
+    bar.locator = _whole()
     bar.ax.tick_params(colors=INK, labelsize=8)
     figure = every[0].figure
     figure.suptitle("")
@@ -217,6 +218,13 @@ def _pruned(study: "optuna.Study") -> list[tuple[int, float, dict[str, Any]]]:
 
 def _cross(label: str) -> dict[str, Any]:
     return {"marker": "x", "s": 16, "color": GREY, "linewidths": 1, "label": label}
+
+
+def _whole() -> Any:
+    """For an axis of trial numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def _calm(axes: "Axes") -> "Axes":
