@@ -28,7 +28,7 @@ import click
 import optuna
 import torch
 
-from mnist import compare, data, display, own, registry, search, training
+from mnist import compare, data, display, own, registry, report, search, training
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import Display, duration
@@ -84,6 +84,7 @@ def run(options: Options) -> dict[str, Any]:
                 done = finish(job, pool, screen)
         publish(job, done)
         sweep(job)
+        explain(job, done)
         return show(job, done)
 
 
@@ -218,6 +219,15 @@ def trial_run(job: Job, claim: Claim) -> Run:
     )
 
 
+def explain(job: Job, done: dict[str, Any]) -> None:
+    """Write and attach the report; without it the model is as good, so a failure is one line."""
+    options = job.options
+    try:
+        report.make(job.member, done["name"], options.output, options.artifacts)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with a picture
+        print(f"run.py: the report could not be made: {reason(error)}", file=sys.stderr)
+
+
 def show(job: Job, done: dict[str, Any]) -> dict[str, Any]:
     """The whole outcome, printed for a person; weights that are here are verified first."""
     options, name = job.options, done["name"]
@@ -232,6 +242,7 @@ def show(job: Job, done: dict[str, Any]) -> dict[str, Any]:
             outcome,
             str(options.output),
             studies.without_password(options.storage),
+            str(options.artifacts),
             "current" if models_here["current"] == name else "saved" if here else "elsewhere",
         )
     return outcome

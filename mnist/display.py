@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
@@ -149,7 +150,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def result(outcome: dict[str, Any], folder: str, storage: str, place: str) -> None:
+def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, place: str) -> None:
     """Print the result of a study: study.summary() joined with the saved model's record.
 
     `place` says whether the model is "current" or just "saved" in the registry `folder`, or
@@ -192,6 +193,8 @@ def result(outcome: dict[str, Any], folder: str, storage: str, place: str) -> No
         console.print(f"model: {name}, in the registry of the machine that finished the study")
         return
     console.print(f"model: {folder}/{name}.pth" + (", current" if place == "current" else ""))
+    if Path(folder, f"{name}.report.html").exists():
+        console.print(f"report: {folder}/{name}.report.html, to be opened in a browser")
     default = folder == "saved_models"
     if place != "current":
         where = "" if default else f"--folder {shlex.quote(folder)} "
@@ -200,6 +203,6 @@ def result(outcome: dict[str, Any], folder: str, storage: str, place: str) -> No
     for command in (
         ("" if default else f"MODELS={shlex.quote(folder)} ") + "uvicorn serve.app:app",
         "curl -F file=@picture.png http://127.0.0.1:8000/predict",
-        f"optuna-dashboard {shlex.quote(storage)}",
+        f"optuna-dashboard {shlex.quote(storage)} --artifact-dir {shlex.quote(artifacts)}",
     ):
         console.print(f"  {command}")

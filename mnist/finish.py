@@ -29,6 +29,7 @@ from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
 LEAST_FINAL = 2_000  # images; a model that has seen fewer is not worth saving
+MISTAKES = 24  # whose images are kept, to be looked at
 ABANDONED_S = 600  # writing a checkpoint takes seconds
 
 
@@ -261,7 +262,8 @@ def save(job: Job, trained: Trained) -> dict[str, Any]:
     state, predictions = io.BytesIO(), io.BytesIO()
     torch.save(weights, state)
     digest = hashlib.sha256(state.getvalue()).hexdigest()
-    probabilities, labels = evaluate(job, model, job.folder / f"test-{digest[:16]}.pt")
+    kept = evaluate(job, model, job.folder / f"test-{digest[:16]}.pt")
+    probabilities, labels = kept["probabilities"], kept["labels"]
     scores = training.scores(probabilities, labels, dataset.classes)
     record = {
         "dataset": dataset.record(len(labels)),
@@ -282,7 +284,8 @@ def save(job: Job, trained: Trained) -> dict[str, Any]:
         "quick": options.quick,
         **origin(options),
     }
-    np.savez_compressed(predictions, probabilities=probabilities.numpy(), labels=labels)
+    arrays: Any = {key: tensor.numpy() for key, tensor in kept.items()}
+    np.savez_compressed(predictions, **arrays)
     files = {
         "weights": (".pth", state.getvalue()),
         "predictions": (".test.npz", predictions.getvalue()),
@@ -291,9 +294,11 @@ def save(job: Job, trained: Trained) -> dict[str, Any]:
     return registry.record(options.output, name)[1] | {"name": name}
 
 
-def evaluate(job: Job, model: torch.nn.Module, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (N, classes) and labels (N,) on the test split, which is opened here only.
+def evaluate(job: Job, model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """What the model makes of the test split, which is opened here only.
 
+    `probabilities` (N, classes) float32, `labels` (N,) int64, and of the worst MISTAKES their
+    indices `mistakes` (M,) int64 and `images` (M, channels, size, size) uint8.
     They are kept at `path` until the model is saved: who takes over from a process that was killed
     in between does not evaluate again.
     """
@@ -301,9 +306,11 @@ def evaluate(job: Job, model: torch.nn.Module, path: Path) -> tuple[torch.Tensor
     if kept is None:
         test = job.dataset.open_test()
         probabilities = training.predict(model, job.dataset, test.images.to(job.device))
+        worst = training.worst(probabilities, test.labels, MISTAKES)
         kept = {"probabilities": probabilities, "labels": test.labels}
+        kept |= {"mistakes": worst, "images": test.images[worst]}
         keep(kept, path, job.options.disk_quota)
-    return kept["probabilities"], kept["labels"]
+    return kept
 
 
 def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:

@@ -163,6 +163,16 @@ def remove(folder: Path, name: str) -> None:
         _clear(folder, info)
 
 
+def put_beside(folder: Path, name: str, ending: str, content: bytes) -> None:
+    """Keep a file about a model that can be made again; it is not in the record, and goes with it.
+
+    Raises UnknownModel where the model was removed meanwhile.
+    """
+    with _locked(folder):
+        record(folder, name)
+        _write(folder / f"{name}{ending}", content)
+
+
 def writable(folder: Path) -> None:
     """Raises RegistryError now rather than after hours of training."""
     try:

@@ -308,6 +308,14 @@ def speed(model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparamet
     return statistics.median((n - m) / (b - a) for (m, a), (n, b) in itertools.pairwise(steps))
 
 
+def worst(probabilities: torch.Tensor, labels: torch.Tensor, most: int) -> torch.Tensor:
+    """Indices (M,) int64, M <= most, of the mistakes that gave the true class the least
+    probability, the worst first."""
+    wrong = (probabilities.argmax(1) != labels).nonzero()[:, 0]
+    given = probabilities[wrong, labels[wrong]]
+    return wrong[given.argsort(stable=True)[:most]]
+
+
 def scores(
     probabilities: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]
 ) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What several test modules need: small data, a saved model, the command as people run it."""
 
+import io
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from uuid import uuid4
 
 import optuna
 import pytest
+from PIL import Image
 
-from mnist import data
+from mnist import data, plots
 from run import guarded
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +61,14 @@ def run(
         return Done(guarded(list(options)), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report with pictures of one pixel: to draw them takes seconds."""
+    stream = io.BytesIO()
+    Image.new("L", (1, 1)).save(stream, "PNG")
+    monkeypatch.setattr(plots, "png", lambda *_, **__: stream.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,15 @@ ALLOWED = {  # who may import what of the project
         "mnist.workers",
     },
     "mnist/compare.py": {"mnist.inference", "mnist.registry"},
+    "mnist/plots.py": set(),
+    "mnist/report.py": {
+        "mnist.display",
+        "mnist.members",
+        "mnist.plots",
+        "mnist.registry",
+        "mnist.study",
+    },
+    "mnist/predict.py": {"mnist.images", "mnist.inference", "mnist.plots", "mnist.registry"},
     "mnist/registry.py": set(),
     "mnist/inference.py": {"mnist.models", "mnist.registry"},
     "serve/app.py": {"mnist.images", "mnist.registry", "serve.engine", "serve.settings"},
@@ -88,10 +97,12 @@ def test_imports_point_one_way() -> None:
             assert own <= ALLOWED[str(path.relative_to(ROOT))], path
 
 
-@pytest.mark.parametrize("library", ["optuna", "torchvision"])
+@pytest.mark.parametrize("library", ["matplotlib", "optuna", "torchvision"])
 def test_a_library_is_imported_in_its_room_only(library: str) -> None:
     rooms = {
-        "optuna": {"space.py", "study.py", "members.py", "search.py", "display.py", "finish.py"},
+        "optuna": {"space.py", "study.py", "members.py", "search.py", "display.py", "finish.py"}
+        | {"plots.py", "report.py"},
+        "matplotlib": {"plots.py"},
         "torchvision": {"files.py"},
     }[library]
     for path in (ROOT / "mnist").glob("*.py"):

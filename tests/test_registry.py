@@ -61,6 +61,18 @@ def test_a_saved_model_is_found_with_its_files(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_put_beside_a_model_goes_with_it(tmp_path: Path) -> None:
+    name, current = save(tmp_path, entry()), save(tmp_path, entry())
+    registry.put_beside(tmp_path, name, ".report.html", b"page")
+    assert (tmp_path / f"{name}.report.html").read_bytes() == b"page"
+    assert list(registry.record(tmp_path, name)[1]["files"]) == ["weights"]
+    registry.remove(tmp_path, name)
+    assert not list(tmp_path.glob(f"*{name}.*"))
+    assert (tmp_path / f"{current}.pth").exists()
+    with pytest.raises(registry.UnknownModel):
+        registry.put_beside(tmp_path, name, ".report.html", b"page")
+
+
 def test_two_models_of_one_second_have_two_names(tmp_path: Path) -> None:
     names = {save(tmp_path, entry()) for _ in range(3)}
     assert len(names) == 3

@@ -24,6 +24,8 @@ from serve.app import app
 from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
 from tests.test_folders import fill
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 NAME = "digits-linear-quick"
 
 

@@ -1,15 +1,17 @@
-"""Minutes rather than seconds: real sources, the dashboard in a browser."""
+"""Minutes rather than seconds: real sources, the report and the dashboard in a browser."""
 
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mnist import data, sources
+from mnist import data, registry, sources
 from tests.conftest import DIGITS, Command
 
 pytestmark = pytest.mark.slow
@@ -24,12 +26,43 @@ def test_mnist_is_fetched_into_an_empty_folder_from_what_is_in_reach(tmp_path: P
     assert len(found.open_test()) == 10_000
 
 
-def test_the_dashboard_opens_the_study_in_a_browser(run: Command, tmp_path: Path) -> None:
+@pytest.fixture
+def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium")
     assert chromium, "chromium is not installed"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
+LOADED = "[...document.images].filter(image => image.complete && image.naturalWidth > 0).length"
+
+
+def test_the_report_opens_offline_on_any_screen(saved: Path, browser: Any) -> None:
+    page_file = saved / f"{registry.record(saved)[0]}.report.html"
+    for width in (390, 1280):
+        for scheme in ("light", "dark"):
+            page = browser.new_page(
+                viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
+            )
+            asked: list[str] = []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto(page_file.as_uri())
+            assert page.evaluate(LOADED) == page.evaluate("document.images.length") == 7
+            assert {url for url in asked if not url.startswith("data:")} == {page_file.as_uri()}
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            page.close()
+
+
+def test_the_dashboard_opens_the_study_in_a_browser(
+    run: Command, tmp_path: Path, browser: Any
+) -> None:
     run(*DIGITS)
+    best = registry.record(tmp_path / "saved_models")[1]["study"]["trial"]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     dashboard = subprocess.Popen(
@@ -38,6 +71,8 @@ def test_the_dashboard_opens_the_study_in_a_browser(run: Command, tmp_path: Path
             "sqlite:///db.sqlite3",
             "--port",
             str(port),
+            "--artifact-dir",
+            "artifacts",
         ],
         cwd=tmp_path,
         stderr=subprocess.DEVNULL,
@@ -48,15 +83,16 @@ def test_the_dashboard_opens_the_study_in_a_browser(run: Command, tmp_path: Path
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-            page = browser.new_page()
-            page.goto(f"http://127.0.0.1:{port}/dashboard")
-            page.get_by_text("digits-linear-quick").first.click()
-            page.get_by_text("Best Trial").first.wait_for()
-            page.screenshot(path=tmp_path / "dashboard.png")
-            browser.close()
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{port}/dashboard")
+        page.get_by_text("digits-linear-quick").first.click()
+        page.get_by_text("Best Trial").first.wait_for()
+        page.get_by_text("history.png").first.wait_for()
+        page.goto(f"http://127.0.0.1:{port}/dashboard/studies/1/trials?numbers={best}")
+        page.get_by_text("mistakes.png").wait_for()
+        page.wait_for_function(f"{LOADED} == 3")
+        page.goto(f"http://127.0.0.1:{port}/dashboard/studies/1/note")
+        page.get_by_text("for the network linear").first.wait_for()
     finally:
         dashboard.terminate()
         dashboard.wait(10)

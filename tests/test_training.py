@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 def test_augmentation_of_pictures_goes_on_as_their_edge_is() -> None:
     white = torch.ones(50, 3, 28, 28)
-    moved = training.augment(white, torch.Generator().manual_seed(0), "border")
+    moved = training.augment(white, torch.Generator().manual_seed(0), padding="border")
     assert torch.allclose(moved, white)
     ink = training.augment(white, torch.Generator().manual_seed(0))
     assert float(ink.min()) == 0
@@ -185,10 +186,18 @@ def test_the_recipe_says_how_augmentation_pads(
 ) -> None:
     real, seen = training.augment, []
 
-    def augment(images: torch.Tensor, generator: torch.Generator, padding: str) -> torch.Tensor:
-        seen.append(padding)
-        return real(images, generator, padding)
+    def augment(*arguments: Any) -> torch.Tensor:
+        seen.append(arguments[-1])
+        return real(*arguments)
 
     monkeypatch.setattr(training, "augment", augment)
     fit(build(digits), replace(digits, recipe=recipe), samples=100)
     assert set(seen) == {padding}
+
+
+def test_the_worst_mistakes_are_those_that_gave_the_truth_the_least() -> None:
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3], [0.4, 0.6]])
+    labels = torch.tensor([1, 1, 1, 0, 0])
+    assert training.worst(probabilities, labels, 24).tolist() == [0, 2, 4]
+    assert training.worst(probabilities, labels, 2).tolist() == [0, 2]
+    assert training.worst(probabilities, probabilities.argmax(1), 24).tolist() == []

@@ -1,0 +1,166 @@
+"""mnist.predict as a person uses it: answers, pictures in the terminal, errors in one line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from mnist import images, inference, predict, registry
+from tests.conftest import ROOT, Done
+
+Predict = Callable[..., Done]
+
+
+@pytest.fixture
+def ask(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Predict:
+    """`python -m mnist.predict …`, in this process, with the saved model."""
+    monkeypatch.setenv("MODELS", str(saved))
+
+    def ask(*arguments: str | Path) -> Done:
+        capsys.readouterr()
+        return Done(predict.guarded(list(map(str, arguments))), *capsys.readouterr())
+
+    return ask
+
+
+@pytest.fixture
+def seven(tmp_path: Path) -> Path:
+    picture = Image.new("L", (100, 100), 255)
+    ImageDraw.Draw(picture).line([(30, 20), (70, 20), (45, 80)], fill=0, width=8)
+    picture.save(tmp_path / "7.png")
+    return tmp_path / "7.png"
+
+
+@pytest.fixture
+def blank(tmp_path: Path) -> Path:
+    Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
+    return tmp_path / "blank.png"
+
+
+def test_a_line_says_what_the_model_itself_says(ask: Predict, seven: Path, saved: Path) -> None:
+    name, record = registry.record(saved)
+    classify = inference.load(saved, name)
+    shares = classify(images.normalise(seven.read_bytes())[None])[0]
+    best = np.argsort(-shares, kind="stable")[:3]
+    likely = ", ".join(f"{record['dataset']['classes'][i]} {shares[i]:.1%}" for i in best)
+    done = ask(seven)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{seven}  7  {shares[best[0]]:.1%}  ({likely})\n"
+    assert done.stderr == ""
+    assert ask("--model", name, "--models", saved, seven).stdout == done.stdout
+
+
+def test_json_has_every_file_in_order(ask: Predict, seven: Path, blank: Path) -> None:
+    done = ask("--json", "--show", blank, seven)
+    first, second = json.loads(done.stdout)
+    assert first["filename"] == str(blank)
+    assert first["error"]["code"] == "blank"
+    assert second["filename"] == str(seven)
+    assert second["prediction"] == second["top"][0][0] == "7"
+    assert second["probability"] == second["top"][0][1]
+    assert len(second["top"]) == 3
+    assert done.returncode == 1
+
+
+def test_what_cannot_be_read_gets_a_line_and_the_others_an_answer(
+    ask: Predict, tmp_path: Path, seven: Path, blank: Path
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    missing = tmp_path / "missing.png"
+    done = ask(blank, tmp_path / "text.png", missing, tmp_path / "empty", seven)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{seven}  7  ")
+    assert done.stdout.count("\n") == 1
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [
+        *(str(tmp_path / name) for name in ("blank.png", "text.png", "missing.png", "empty"))
+    ]
+    assert "is blank" in lines[0]
+    assert "cannot be read as a picture" in lines[1]
+    assert lines[2].endswith("No such file or directory")
+    assert lines[3].endswith("no picture is in this folder")
+
+
+def test_a_folder_stands_for_its_pictures_sorted(ask: Predict, seven: Path) -> None:
+    for name in ("b.PNG", "a.png"):
+        (seven.parent / name).write_bytes(seven.read_bytes())
+    (seven.parent / "notes.txt").write_text("not asked about")
+    done = ask(seven.parent)
+    assert [Path(line.split("  ")[0]).name for line in done.stdout.splitlines()] == [
+        "7.png",
+        "a.png",
+        "b.PNG",
+    ]
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Missing argument 'FILES...'"),
+        (["--colour", "x.png"], "No such option '--colour'"),
+        (["--model", "20200101-000000", "x.png"], "no model '20200101-000000' in"),
+        (["--models", "nowhere", "x.png"], "no current model in nowhere"),
+    ],
+)
+def test_wrong_usage_gets_one_line_and_exit_code_2(
+    ask: Predict, arguments: list[str], words: str
+) -> None:
+    done = ask(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("predict: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_show_draws_two_pixels_a_letter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], channels: int
+) -> None:
+    picture = np.zeros((channels, 5, 2), np.uint8)
+    picture[:, 0, 0] = 255
+    picture[0, 1, 0], picture[-1, 1, 1] = 200, 255
+    predict.show(picture, sys.stdout)
+    plain = capsys.readouterr().out.split("\n")
+    assert [len(row) for row in plain] == [2, 2, 2, 0]
+    assert plain[0][0] in "▀█"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    predict.show(picture, sys.stdout)
+    lower = "200;200;200" if channels == 1 else "200;0;0"
+    assert f"\x1b[38;2;255;255;255;48;2;{lower}m▀" in capsys.readouterr().out
+
+
+def test_plot_is_a_picture_of_all_answers(ask: Predict, seven: Path) -> None:
+    done = ask(seven, seven, "--plot", seven.parent / "out.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(seven.parent / "out.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > picture.height > 150
+    wrong = ask(seven, "--plot", seven.parent / "no" / "out.png")
+    assert wrong.returncode == 1
+    assert wrong.stderr == f"predict: {seven.parent}/no/out.png: No such file or directory\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error_to_talk_about(saved: Path, seven: Path) -> None:
+    command = [sys.executable, "-m", "mnist.predict", "--models", str(saved)]
+    files = [str(seven)] * 200
+    with subprocess.Popen(
+        [*command, *files], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline().startswith(f"{seven}  7  ")
+        process.stdout.close()
+        assert process.stderr.read() == ""

@@ -1,0 +1,284 @@
+"""mnist.report and mnist.plots: a page that opens offline, pictures in the dashboard, its maths."""
+
+import base64
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all_artifact_meta
+from optuna.trial import TrialState, create_trial
+from PIL import Image
+
+from mnist import data, plots, registry, report
+from mnist.study import SPACE
+from tests.conftest import DIGITS, ROOT, Command
+
+ODD = ["<b>bold</b>", "$a$", "お", "a class with a very long name", "{{ 7 }}"]
+
+
+def study(states: str) -> optuna.Study:
+    """A trial for each letter: complete, pruned, failed or waiting; trial 0 is complete."""
+    kinds = dict(zip("cpfw", ("COMPLETE", "PRUNED", "FAIL", "WAITING"), strict=True))
+    made, chance = optuna.create_study(direction="maximize"), random.Random(0)
+    made.set_user_attr("plan", {"trial_samples": 900})
+    for letter in states:
+        params = {
+            "batch_size": chance.randint(32, 256),
+            "optimizer": chance.choice(["Adam", "RMSprop", "SGD"]),
+            "lr": 10 ** chance.uniform(-5, -1),
+        }
+        values = {150: chance.random(), 450: chance.random()} if letter in "cp" else {}
+        trial = create_trial(
+            state=TrialState[kinds[letter]],
+            value=chance.random() if letter in "cp" else None,
+            params={} if letter == "w" else params,
+            distributions={} if letter == "w" else SPACE,
+            intermediate_values=values,
+            user_attrs={"fail_reason": "nan: the loss is nan"} if letter == "f" else {},
+        )
+        made.add_trial(trial)
+    return made
+
+
+def kept(classes: int, channels: int = 1, n: int = 60, found: int | None = None) -> dict[str, Any]:
+    """A predictions file; with `found`, all images are read as that class."""
+    chance = np.random.default_rng(0)
+    labels = np.arange(n) % classes
+    probabilities = chance.dirichlet(np.ones(classes), n).astype(np.float32)
+    if found is not None:
+        probabilities = np.eye(classes, dtype=np.float32)[np.full(n, found)]
+    wrong = np.flatnonzero(probabilities.argmax(1) != labels)[:24]
+    images = chance.integers(0, 256, (len(wrong), channels, 28, 28), np.uint8)
+    return {"probabilities": probabilities, "labels": labels, "mistakes": wrong, "images": images}
+
+
+def record(classes: list[str], channels: int = 1, trial: int = 0) -> dict[str, Any]:
+    scores = {name: {"precision": 0.5, "recall": 0.25, "f1": 1 / 3} for name in classes}
+    test = {"errors": 40, "n": 60, "accuracy": 1 / 3, "interval95": [0.2, 0.5]}
+    splits = {"train": 900, "validation": 90, "calibration": 45, "test": 60}
+    return {
+        "created": "2026-11-21T12:03:01Z",
+        "dataset": {"name": "made-up", "classes": classes, "size": 28, "channels": channels}
+        | {"splits": splits},
+        "model": {"name": "linear", "parameters": 7850},
+        "study": {"name": "made-up-linear", "trial": trial, "trials": 9},
+        "metrics": {
+            "validation": {"mean": 0.5, "std": None, "seeds": 1},
+            "test": test | {"per_class": scores},
+        },
+        "options": {"sampler": "tpe", "pruner": "halving"},
+        "quick": False,
+        "versions": {"python": "3.11.7"},
+        "seed": 0,
+        "commit": None,
+    }
+
+
+def pictures(page: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [Image.open(io.BytesIO(base64.b64decode(each))) for each in found]
+
+
+@pytest.mark.parametrize(
+    ("states", "classes", "channels", "found"),
+    [
+        pytest.param("c", ["0", "1"], 1, None, id="one trial, two classes"),
+        pytest.param("cc", ["0", "1", "2"], 3, None, id="colour, nothing pruned"),
+        pytest.param("cpppp", ODD, 1, None, id="odd names, only the first trial complete"),
+        pytest.param("cfpwfc", [f"class {i}" for i in range(47)], 1, None, id="47 classes"),
+        pytest.param("cpcf", list("0123456789"), 1, 3, id="all read as one class"),
+    ],
+)
+def test_the_page_shows_any_study_and_model(
+    states: str, classes: list[str], channels: int, found: int | None
+) -> None:
+    arrays = kept(len(classes), channels, found=found)
+    page = report.write(
+        report.draw(study(states), "20261121-120301", record(classes, channels), arrays)
+    )
+    assert "40 of 60 test images are read wrong: 33.33% are right" in page
+    assert f"{states.count('c')} trials were completed, {states.count('p')} pruned" in page
+    assert ("<li>2 \N{MULTIPLICATION SIGN} nan: the loss is nan" in page) == (
+        states.count("f") == 2
+    )
+    assert "drawn from" in page
+    assert "32 to 256, on a log scale" in page
+    seen = pictures(page)
+    assert len(seen) == 7
+    assert all(min(picture.size) > 200 for picture in seen)
+    assert len(re.findall(r' alt="[^"]{20,}"', page)) == len(seen)
+    assert page.count("<td>0.2500</td>") == len(classes)
+    assert "<script" not in page
+    assert not re.search(r"https?://|<b>bold", page)
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_importance_is_withheld_below_ten_complete_trials() -> None:
+    few = report.draw(study("c" * 9 + "pp"), "x", record(["0", "1"]), kept(2))
+    enough = report.draw(study("c" * 10), "x", record(["0", "1"]), kept(2))
+    assert "importance" not in few.of_study
+    assert "Withheld: with 9 complete trials" in report.write(few)
+    assert "importance" in enough.of_study
+    assert "Withheld" not in report.write(enough)
+
+
+def test_importance_is_drawn() -> None:
+    assert len(plots.png(lambda: plots.importance(study("c" * 10)))) > 2_000
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_model_without_mistakes_says_so() -> None:
+    right = kept(2, n=4)
+    right |= {"probabilities": np.eye(2, dtype=np.float32)[right["labels"]]}
+    right |= {"mistakes": np.empty(0, np.int64), "images": np.empty((0, 1, 28, 28), np.uint8)}
+    about = record(["0", "1"])
+    about["metrics"]["test"] |= {"errors": 0}
+    drawn = report.draw(study("c"), "x", about, right)
+    assert "mistakes" not in drawn.of_model
+    assert "There are none." in report.write(drawn)
+
+
+def test_the_best_trial_is_told_beside_the_first() -> None:
+    best = {"number": 4, "params": {"lr": 0.01}, "accuracy": 0.95, "state": "complete"}
+    first = {"number": 0, "params": {"lr": 0.1}, "accuracy": 0.9, "state": "complete"}
+    assert report.compared(best, first) == (
+        "The first trial, with lr 0.1, reached 90.00%: 5.00 points less."
+    )
+    assert report.compared(best, first | {"state": "pruned"}).endswith("was pruned at 90.00%.")
+    assert report.compared(best, best) == "It was the first trial."
+    fresh = {"mean": 0.94, "std": 0.01, "seeds": 2}
+    assert report.won(best, fresh).endswith("On 2 fresh seeds it is 94.00% ± 1.00%.")
+
+
+def test_calibration_error_is_that_of_a_computation_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.35, 0.65], [0.0, 1.0]], np.float32)
+    labels = np.array([0, 1, 1, 1])
+    # bins of 1/15: 0.9 twice, once right; 0.65 right; 1.0 right
+    assert plots.calibration_error(probabilities, labels) == pytest.approx(
+        (2 * abs(0.5 - 0.9) + abs(1 - 0.65) + 0) / 4
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 10, 47])
+def test_calibration_error_equals_an_independent_one(classes: int) -> None:
+    chance = np.random.default_rng(classes)
+    probabilities = chance.dirichlet(np.full(classes, 0.2), 2_000)
+    labels = chance.integers(0, classes, 2_000)
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+        sure = max(row)
+        edge = next(i for i in range(15) if sure < (i + 1) / 15 or i == 14)
+        bins.setdefault(edge, []).append((sure, row.index(sure) == label))
+    expected = sum(
+        abs(sum(right for _, right in each) - sum(sure for sure, _ in each)) / 2_000
+        for each in bins.values()
+    )
+    assert plots.calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-12)
+    assert [n for n, *_ in plots.reliability(probabilities, labels)] == [
+        len(bins[i]) for i in sorted(bins)
+    ]
+
+
+def test_names_that_a_font_lacks_are_numbers_and_long_ones_are_cut() -> None:
+    assert plots.written(ODD) == ["<b>bold</b>", r"\$a\$", "#2", "a class with …", "{{ 7 }}"]
+
+
+def test_a_run_imports_nothing_that_draws_before_it_draws() -> None:
+    code = (
+        "import sys, run, mnist.report, mnist.predict; "
+        "print({'matplotlib', 'jinja2.environment', 'optuna_dashboard'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done
+
+
+def artifacts(folder: Path) -> dict[str, int]:
+    """Name and time of change of each attached picture."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "artifacts").iterdir()}
+
+
+def load(folder: Path) -> optuna.Study:
+    name = "digits-linear-quick"
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{folder}/db.sqlite3")
+
+
+def of_trial(made: optuna.Study, number: int) -> set[str]:
+    """Files that the dashboard shows with a trial."""
+    from optuna_dashboard.artifact._backend import list_trial_artifacts
+
+    trial = made.trials[number]
+    attrs = made._storage.get_study_system_attrs(made._study_id)
+    return {about["filename"] for about in list_trial_artifacts(attrs, trial.system_attrs, trial)}
+
+
+def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
+    run: Command, tmp_path: Path, digits: data.Dataset
+) -> None:
+    done = run(*DIGITS, "--trials", "2", "--confirm", "0")
+    assert done.returncode == 0, done.stderr
+    name, entry = registry.record(tmp_path / "saved_models")
+    page = tmp_path / "saved_models" / f"{name}.report.html"
+    assert f"report: saved_models/{name}.report.html" in done.stdout
+    assert len(pictures(page.read_text())) == 7
+    with np.load(registry.file(tmp_path / "saved_models", name, "predictions")) as file:
+        test = digits.open_test()
+        assert 0 < len(file["mistakes"]) <= 24
+        assert (file["images"] == test.images.numpy()[file["mistakes"]]).all()
+        assert (file["probabilities"].argmax(1) != file["labels"])[file["mistakes"]].all()
+    made, before = load(tmp_path), artifacts(tmp_path)
+    metas = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(made)}
+    assert set(metas) == {"history.png", "curves.png", "slice.png", "parallel.png"}
+    store = FileSystemArtifactStore(tmp_path / "artifacts")
+    download_artifact(
+        artifact_store=store, artifact_id=metas["curves.png"], file_path=str(tmp_path / "c.png")
+    )
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    winner = entry["study"]["trial"]
+    model = {"confusion.png", "calibration.png", "mistakes.png"}
+    assert of_trial(made, winner) == model
+
+    page.unlink()
+    assert run(*DIGITS, "--trials", "2", "--confirm", "0").stderr == ""
+    assert page.exists()
+    assert artifacts(tmp_path) == before
+
+    more = run(*DIGITS, "--trials", "4", "--confirm", "0", "--final-epochs", "2", "--json")
+    last = json.loads(more.stdout)
+    assert last["name"] != name
+    made, after = load(tmp_path), artifacts(tmp_path)
+    assert len(get_all_artifact_meta(made)) == 4
+    assert all(after[key] > before[key] for key in metas.values())
+    assert of_trial(made, winner) == of_trial(made, last["study"]["trial"]) == model
+    from optuna_dashboard import get_note
+
+    note = get_note(made)
+    assert "The best batch_size, optimizer and lr for the network linear" in note
+    assert f"`saved_models/{last['name']}.report.html`" in note
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_report_that_cannot_be_made_costs_one_line_and_comes_with_the_next_run(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no ink")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "draw", broken)
+        done = run(*DIGITS, "--trials", "1", "--confirm", "0")
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == "run.py: the report could not be made: no ink"
+    name, _ = registry.record(tmp_path / "saved_models")
+    assert "report:" not in done.stdout
+    assert not artifacts(tmp_path)
+    assert run(*DIGITS, "--trials", "1", "--confirm", "0").stderr == ""
+    assert (tmp_path / "saved_models" / f"{name}.report.html").exists()
+    assert artifacts(tmp_path)
