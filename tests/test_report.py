@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 from PIL import Image
 
 from mnist import data, plots, registry, report
-from mnist.study import SPACE
+from mnist.space import DEFAULT
 from tests.conftest import DIGITS, ROOT, Command
 
 ODD = ["<b>bold</b>", "$a$", "お", "a class with a very long name", "{{ 7 }}"]
@@ -40,7 +40,7 @@ def study(states: str) -> optuna.Study:
             state=TrialState[kinds[letter]],
             value=chance.random() if letter in "cp" else None,
             params={} if letter == "w" else params,
-            distributions={} if letter == "w" else SPACE,
+            distributions={} if letter == "w" else DEFAULT,
             intermediate_values=values,
             user_attrs={"fail_reason": "nan: the loss is nan"} if letter == "f" else {},
         )
