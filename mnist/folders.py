@@ -178,8 +178,8 @@ def _warn_of_loss(files: list[Path], size: int, channels: int) -> None:
     if sides and (side := round(statistics.median(sides))) > FAR_LARGER * size:
         log.warning(
             "the pictures are typically %d pixels long and are read at %d: fine detail is lost; "
-            "--image-size %d keeps more of it",
-            *(side, size, 2 * size),
+            "a larger --image-size keeps more of it",
+            *(side, size),
         )
     if tints and statistics.median(tints) > COLOURFUL:
         log.warning("the pictures are colourful and are read as grey; --color keeps their colors")

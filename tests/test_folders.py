@@ -162,7 +162,7 @@ def test_what_is_lost_is_warned_of_and_what_is_not_is_not(
     assert caplog.text == ""
     load(fill(tmp_path / "large", {"cat": 10, "dog": 10}, (150, 90), colour=False))
     assert "typically 150 pixels long and are read at 28" in caplog.text
-    assert "--image-size 56" in caplog.text
+    assert "a larger --image-size" in caplog.text
 
 
 def test_twenty_to_one_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
