@@ -208,6 +208,8 @@ def show(study: optuna.Study, report: Report, artifacts: Path, where: str) -> No
     """Attach the model's pictures to its trial, the others to the study, and write the note."""
     from optuna_dashboard import save_note
 
+    if report.name in _shown(study):  # by another member, meanwhile
+        return
     trial_id = study.get_trials(deepcopy=False)[report.best.number]._trial_id
     attach(study, "artifacts:", report.of_study, artifacts)
     # A finished trial takes no attributes any more; the dashboard looks here for its artifacts too.

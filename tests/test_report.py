@@ -254,6 +254,7 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     last = json.loads(more.stdout)
     assert last["name"] != name
     made, after = load(tmp_path), artifacts(tmp_path)
+    assert made.user_attrs["reports"] == [name, last["name"]]
     assert len(get_all_artifact_meta(made)) == 4
     assert all(after[key] > before[key] for key in metas.values())
     assert of_trial(made, winner) == of_trial(made, last["study"]["trial"]) == model
