@@ -18,9 +18,10 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from mnist import data, models, registry, search, training
+from mnist import data, export, models, registry, search, training
 from mnist import study as studies
 from mnist.display import Display, words
+from mnist.inference import Classifier
 from mnist.members import Member
 from mnist.options import Options
 from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore
@@ -239,14 +240,17 @@ def save(job: Job, best: FrozenTrial, weights: dict[str, torch.Tensor]) -> dict[
     options, dataset = job.options, job.dataset
     model = network(job.options, job.dataset, job.device)
     model.load_state_dict(weights)
-    errors = training.errors(model, dataset, dataset.calibration)
+    exported = export.export(model, dataset)
     state, predictions = io.BytesIO(), io.BytesIO()
     torch.save(weights, state)
-    digest = hashlib.sha256(state.getvalue()).hexdigest()
-    probabilities, labels = evaluate(job, model, job.folder / f"test-{digest[:16]}.pt")
-    scores = training.scores(probabilities, labels, dataset.classes)
+    files = {"weights": (".pth", state.getvalue())} | exported.files
+    used = files["weights"][1] + files.get(exported.served.engine, ("", b""))[1]
+    digest = hashlib.sha256(used).hexdigest()
+    found = evaluate(job, model, exported.served, job.folder / f"test-{digest[:16]}.pt")
+    scores = training.scores(found["probabilities"], found["labels"], dataset.classes)
+    served_errors = export.errors(found["served"].numpy(), found["labels"].numpy())
     record = {
-        "dataset": dataset.record(len(labels)),
+        "dataset": dataset.record(scores["n"]),
         "model": {"name": options.model, "parameters": models.parameters(model)},
         "hyperparameters": best.params,
         "study": {
@@ -257,34 +261,41 @@ def save(job: Job, best: FrozenTrial, weights: dict[str, torch.Tensor]) -> dict[
         },
         "metrics": {
             "validation": validation(job, best),
-            "calibration": {"errors": errors, "n": len(dataset.calibration)},
-            "test": scores | {"served_errors": scores["errors"]},  # the .pth is what is served
+            "calibration": exported.metrics,
+            "test": scores | {"served_errors": served_errors},
         },
+        "calibration": {"temperature": exported.served.temperature},
+        "engines": {"served": exported.served.engine, "left_out": exported.left_out},
         "quick": options.quick,
         **origin(options),
     }
-    np.savez_compressed(predictions, probabilities=probabilities.numpy(), labels=labels)
-    files = {
-        "weights": (".pth", state.getvalue()),
-        "predictions": (".test.npz", predictions.getvalue()),
-    }
+    parts: dict[str, Any] = {key: part.numpy() for key, part in found.items()}
+    np.savez_compressed(predictions, **parts)
+    files["predictions"] = (".test.npz", predictions.getvalue())
     name = registry.save(options.output, files, record, options.promote)
     return registry.record(options.output, name)[1] | {"name": name}
 
 
-def evaluate(job: Job, model: torch.nn.Module, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (N, classes) and labels (N,) on the test split, which is opened here only.
+def evaluate(
+    job: Job, model: torch.nn.Module, served: Classifier, path: Path
+) -> dict[str, torch.Tensor]:
+    """What is found on the test split, which is opened here only.
 
+    Probabilities (N, classes) of the weights, those of the file that is `served`, and labels (N,).
     They are kept at `path` until the model is saved: who takes over from a process that was killed
     in between does not evaluate again.
     """
     kept = restore(path)
     if kept is None:
         test = job.dataset.open_test()
-        probabilities = training.predict(model, job.dataset, test.images.to(job.device))
-        kept = {"probabilities": probabilities, "labels": test.labels}
+        images = test.images.to(job.device)
+        kept = {
+            "probabilities": training.predict(model, job.dataset, images, served.temperature),
+            "served": torch.from_numpy(served(test.images.numpy())),
+            "labels": test.labels,
+        }
         keep(kept, path, job.options.disk_quota)
-    return kept["probabilities"], kept["labels"]
+    return kept
 
 
 def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:

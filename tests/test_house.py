@@ -12,7 +12,8 @@ ALLOWED = {  # who may import what of the project
     "mnist/data.py": {"mnist.images"},
     "mnist/images.py": set(),
     "mnist/models.py": set(),
-    "mnist/training.py": {"mnist.data"},
+    "mnist/training.py": {"mnist.data", "mnist.inference"},
+    "mnist/export.py": {"mnist.data", "mnist.inference", "mnist.training"},
     "mnist/study.py": {"mnist.data", "mnist.training"},
     "mnist/members.py": {"mnist.study"},
     "mnist/workers.py": {"mnist.data", "mnist.models", "mnist.training"},
@@ -28,6 +29,8 @@ ALLOWED = {  # who may import what of the project
     "mnist/finish.py": {
         "mnist.data",
         "mnist.display",
+        "mnist.export",
+        "mnist.inference",
         "mnist.members",
         "mnist.models",
         "mnist.options",
