@@ -145,9 +145,10 @@ def better(new: Record, current: Record | None) -> bool:
 
 
 def use(folder: Path, name: str) -> None:
-    """Make `name` the current model, after its weights were verified."""
+    """Make `name` the current model, after its files were verified."""
     with _locked(folder):
-        file(folder, name)
+        for kind in record(folder, name)[1]["files"]:
+            file(folder, name, kind)
         _write_info(folder, read(folder) | {"current": name})
 
 

@@ -1,5 +1,6 @@
 """mnist.inference: a saved model answers alike in every engine, or another engine answers."""
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -284,10 +285,9 @@ def test_the_server_s_requirements_are_enough_for_it(
 def post(port: int, body: bytes) -> dict[str, Any]:
     """The answer, as soon as there is a server."""
     for _ in range(300):
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection), contextlib.suppress(ConnectionRefusedError):
             connection.request("POST", "/predict", body, {"content-type": "image/png"})
             return json.load(connection.getresponse())
-        except ConnectionRefusedError:
-            time.sleep(0.1)
+        time.sleep(0.1)
     raise AssertionError("the server does not answer")
