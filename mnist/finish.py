@@ -18,9 +18,10 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from mnist import data, models, registry, search, training
+from mnist import data, export, models, registry, search, training
 from mnist import study as studies
 from mnist.display import Display, words
+from mnist.inference import Classifier
 from mnist.members import Member
 from mnist.options import Options
 from mnist.space import Space
@@ -258,15 +259,17 @@ def save(job: Job, trained: Trained) -> dict[str, Any]:
     options, dataset, best, weights = job.options, job.dataset, trained.best, trained.weights
     model = network(job.options, job.dataset, job.device)
     model.load_state_dict(weights)
-    errors = training.errors(model, dataset, dataset.calibration)
+    exported = export.export(model, dataset)
     state, predictions = io.BytesIO(), io.BytesIO()
     torch.save(weights, state)
-    digest = hashlib.sha256(state.getvalue()).hexdigest()
-    kept = evaluate(job, model, job.folder / f"test-{digest[:16]}.pt")
-    probabilities, labels = kept["probabilities"], kept["labels"]
-    scores = training.scores(probabilities, labels, dataset.classes)
+    files = {"weights": (".pth", state.getvalue())} | exported.files
+    used = files["weights"][1] + files.get(exported.served.engine, ("", b""))[1]
+    digest = hashlib.sha256(used).hexdigest()
+    found = evaluate(job, model, exported.served, job.folder / f"test-{digest[:16]}.pt")
+    scores = training.scores(found["probabilities"], found["labels"], dataset.classes)
+    served_errors = export.errors(found["served"].numpy(), found["labels"].numpy())
     record = {
-        "dataset": dataset.record(len(labels)),
+        "dataset": dataset.record(scores["n"]),
         "model": {"name": options.model, "parameters": models.parameters(model)},
         "hyperparameters": best.params,
         "training": {"samples": trained.samples, "seconds": trained.seconds},
@@ -278,37 +281,45 @@ def save(job: Job, trained: Trained) -> dict[str, Any]:
         },
         "metrics": {
             "validation": validation(job, best),
-            "calibration": {"errors": errors, "n": len(dataset.calibration)},
-            "test": scores | {"served_errors": scores["errors"]},  # the .pth is what is served
+            "calibration": exported.metrics,
+            "test": scores | {"served_errors": served_errors},
         },
+        "calibration": {"temperature": exported.served.temperature},
+        "engines": {"served": exported.served.engine, "left_out": exported.left_out},
         "quick": options.quick,
         **origin(options),
     }
-    arrays: Any = {key: tensor.numpy() for key, tensor in kept.items()}
-    np.savez_compressed(predictions, **arrays)
-    files = {
-        "weights": (".pth", state.getvalue()),
-        "predictions": (".test.npz", predictions.getvalue()),
-    }
+    parts: dict[str, Any] = {key: part.numpy() for key, part in found.items()}
+    np.savez_compressed(predictions, **parts)
+    files["predictions"] = (".test.npz", predictions.getvalue())
     name = registry.save(options.output, files, record, options.promote)
     return registry.record(options.output, name)[1] | {"name": name}
 
 
-def evaluate(job: Job, model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """What the model makes of the test split, which is opened here only.
+def evaluate(
+    job: Job, model: torch.nn.Module, served: Classifier, path: Path
+) -> dict[str, torch.Tensor]:
+    """What is found on the test split, which is opened here only.
 
-    `probabilities` (N, classes) float32, `labels` (N,) int64, and of the worst MISTAKES their
-    indices `mistakes` (M,) int64 and `images` (M, channels, size, size) uint8.
+    `probabilities` (N, classes) float32 of the weights and, as `served`, those of the file that is
+    served, `labels` (N,) int64; of the weights' worst MISTAKES the indices `mistakes` (M,) int64
+    and `images` (M, channels, size, size) uint8.
     They are kept at `path` until the model is saved: who takes over from a process that was killed
     in between does not evaluate again.
     """
     kept = restore(path)
     if kept is None:
         test = job.dataset.open_test()
-        probabilities = training.predict(model, job.dataset, test.images.to(job.device))
+        images = test.images.to(job.device)
+        probabilities = training.predict(model, job.dataset, images, served.temperature)
         worst = training.worst(probabilities, test.labels, MISTAKES)
-        kept = {"probabilities": probabilities, "labels": test.labels}
-        kept |= {"mistakes": worst, "images": test.images[worst]}
+        kept = {
+            "probabilities": probabilities,
+            "served": torch.from_numpy(served(test.images.numpy())),
+            "labels": test.labels,
+            "mistakes": worst,
+            "images": test.images[worst],
+        }
         keep(kept, path, job.options.disk_quota)
     return kept
 

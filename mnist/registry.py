@@ -100,9 +100,10 @@ def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, pr
     """Keep a new model and return its name.
 
     `files` maps a kind ("weights") to the file's ending (".pth") and content; `entry` is the
-    record without `created` and `files`; `promote` is "better", "always" or "never". Files come
-    first, the record last, each under its final name only when it is complete: a crash at any
-    moment leaves the registry as it was, and what it left in the folder goes with the next save.
+    record without `created`, `files` and `golden`; `promote` is "better", "always" or "never".
+    Files come first, the record last, each under its final name only when it is complete: a crash
+    at any moment leaves the registry as it was, and what it left in the folder goes with the next
+    save.
     """
     with _locked(folder):
         info = read(folder)
@@ -116,6 +117,8 @@ def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, pr
             _write(path, content)
             digest = hashlib.sha256(content).hexdigest()
             entry["files"][kind] = {"file": path.name, "sha256": digest, "bytes": len(content)}
+        if "golden" in files:
+            entry["golden"] = entry["files"]["golden"]["file"]
         info["models"][name] = entry
         current = info["models"].get(info["current"])
         if promote == "always" or (promote == "better" and better(entry, current)):
@@ -142,9 +145,10 @@ def better(new: Record, current: Record | None) -> bool:
 
 
 def use(folder: Path, name: str) -> None:
-    """Make `name` the current model, after its weights were verified."""
+    """Make `name` the current model, after its files were verified."""
     with _locked(folder):
-        file(folder, name)
+        for kind in record(folder, name)[1]["files"]:
+            file(folder, name, kind)
         _write_info(folder, read(folder) | {"current": name})
 
 

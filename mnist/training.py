@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mnist.data import Dataset, Split
+from mnist.inference import probabilities
 
 OPTIMIZERS = ("Adam", "AdamW", "RMSprop", "SGD")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -279,11 +280,13 @@ def _resume(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: Dataset, images: torch.Tensor) -> torch.Tensor:
+def predict(
+    model: nn.Module, dataset: Dataset, images: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """Probabilities (N, classes) float32, on the CPU, for uint8 images (N, C, H, W)."""
     model.eval()
-    parts = [model(standardise(part, dataset)).softmax(1) for part in images.split(250)]
-    return torch.cat(parts).cpu()
+    parts = [model(standardise(part, dataset)).float() for part in images.split(250)]
+    return torch.from_numpy(probabilities(torch.cat(parts).cpu().numpy(), temperature))
 
 
 def errors(model: nn.Module, dataset: Dataset, split: Split) -> int:

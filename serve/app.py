@@ -63,12 +63,14 @@ async def health() -> dict[str, str]:
 
 
 @app.get("/ready", response_model=None)
-async def ready(request: Request) -> dict[str, str] | JSONResponse:
-    """A model is loaded and has answered once."""
+async def ready(request: Request) -> dict[str, Any] | JSONResponse:
+    """A model is loaded and has answered once; `passed_over`: engines that cannot run it."""
     engine: Engine = request.app.state.engine
     if engine.current is None:
         return JSONResponse({"status": "unavailable", "reason": engine.reason}, 503)
-    return {"status": "ready", "model": engine.current.name, "engine": "torch"}
+    classify = engine.current.classify
+    answer = {"status": "ready", "model": engine.current.name, "engine": classify.engine}
+    return answer | ({"passed_over": classify.passed_over} if classify.passed_over else {})
 
 
 @app.get("/models")

@@ -15,7 +15,7 @@ from PIL import Image
 from mnist import images, inference, registry
 from serve.settings import Settings
 
-LOADED = 3  # models kept in memory; `parallel` takes 113 MB
+LOADED = 3  # models kept in memory; `parallel` takes 113 MB in torch
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "inference")
 
     async def start(self) -> None:
-        """Load the current model and try it on a picture; where that fails, keep the reason."""
+        """Load the current model, which tries it on pictures; where that fails, keep the reason."""
         try:
             self.current = await self._run(self._first)
         except registry.RegistryError as error:
@@ -68,18 +68,16 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     def _first(self) -> Model:
-        name, record = registry.record(self.settings.models)
-        model = self._load(name)
-        data = record["dataset"]
-        model.classify(np.zeros((1, data["channels"], data["size"], data["size"]), np.uint8))
-        return model
+        return self._load(registry.record(self.settings.models)[0])
 
     def _named(self, name: str) -> Model:
         registry.record(self.settings.models, name)  # it may have been removed since it was loaded
         return self._load(name)
 
     def _read(self, name: str) -> Model:
-        classify = inference.load(self.settings.models, name, self.settings.threads)
+        classify = inference.load(
+            self.settings.models, name, self.settings.threads, self.settings.engine
+        )
         return Model(name, registry.record(self.settings.models, name)[1], classify)
 
     def _answer(

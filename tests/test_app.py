@@ -30,6 +30,7 @@ from serve.app import app
 from serve.engine import Engine
 from serve.settings import Settings
 from tests.conftest import ROOT
+from tests.test_inference import change, other_golden
 from tests.test_registry import entry
 
 
@@ -64,13 +65,33 @@ def refused(response: object, status: int, code: str) -> str:
 def test_the_server_lives_and_is_ready(client: TestClient, saved: Path) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     name, _ = registry.record(saved)
-    assert client.get("/ready").json() == {"status": "ready", "model": name, "engine": "torch"}
+    assert client.get("/ready").json() == {"status": "ready", "model": name, "engine": "onnx_int8"}
 
 
-def test_a_training_image_posted_as_png_gets_the_probabilities_python_gives(
-    client: TestClient, digits: data.Dataset, saved: Path
+def test_ready_says_which_better_engine_was_passed_over_and_why(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classify = inference.load(saved)
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    other_golden(folder, "onnx_int8")
+    monkeypatch.setenv("MODELS", str(folder))
+    with TestClient(app) as client:
+        answer = client.get("/ready").json()
+    assert answer["engine"] == "onnx"
+    assert "golden inputs" in answer["passed_over"]["onnx_int8"]
+
+
+@pytest.mark.parametrize("engine", inference.FILES)
+def test_a_training_image_posted_as_png_gets_the_probabilities_python_gives(
+    engine: str, saved: Path, digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELS", str(saved))
+    monkeypatch.setenv("ENGINE", engine)
+    with TestClient(app) as client:
+        assert client.get("/ready").json()["engine"] == engine
+        compare(client, inference.load(saved, engine=engine), digits)
+
+
+def compare(client: TestClient, classify: inference.Classifier, digits: data.Dataset) -> None:
     for i in range(20):
         image = digits.validation.images[i].numpy()
         body = png(image[0])
@@ -238,7 +259,9 @@ def test_a_removed_model_is_unknown_even_where_it_was_loaded(
         refused(client.post(post, content=picture), 404, "unknown_model")
 
 
-@pytest.mark.parametrize("harm", ["none", "altered", "missing", "shape", "network", "unforeseen"])
+@pytest.mark.parametrize(
+    "harm", ["none", "altered", "missing", "shape", "network", "engine", "unforeseen"]
+)
 def test_without_a_usable_model_the_server_lives_but_is_not_ready(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: bytes, harm: str
 ) -> None:
@@ -246,15 +269,19 @@ def test_without_a_usable_model_the_server_lives_but_is_not_ready(
     if harm != "none":
         shutil.copytree(saved, folder)
         info = folder / "model_info.json"
-        weights = folder / f"{registry.record(folder)[0]}.pth"
+        served = folder / f"{registry.record(folder)[0]}.int8.onnx"
     if harm == "missing":
-        weights.unlink()
+        served.unlink()
     elif harm == "altered":
-        weights.write_bytes(b"x")
+        served.write_bytes(b"x")
     elif harm == "shape":
         info.write_text('{"schema": 1, "models": []}')
     elif harm == "network":
         info.write_text(info.read_text().replace('"name": "linear"', '"name": "parallel"'))
+        monkeypatch.setenv("ENGINE", "torch")  # ONNX has the network in its file
+    elif harm == "engine":
+        change(folder, lambda record: record["files"].pop("onnx"))
+        monkeypatch.setenv("ENGINE", "onnx")
     elif harm == "unforeseen":
         monkeypatch.setattr(inference, "load", lambda *_: 1 / 0)
     monkeypatch.setenv("MODELS", str(folder))
@@ -269,6 +296,7 @@ def test_without_a_usable_model_the_server_lives_but_is_not_ready(
             "missing": "No such file",
             "shape": "models is missing or malformed",
             "network": "cannot be loaded",
+            "engine": "onnx: there is no onnx file",
             "unforeseen": "ZeroDivisionError",
         }
         assert expected[harm] in answer.json()["reason"]

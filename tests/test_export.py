@@ -1,0 +1,272 @@
+"""mnist.export: whatever network, its ONNX files answer as it does, or are left out."""
+
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from mnist import data, export, inference, models, registry, training
+from tests.conftest import DIGITS, Command
+
+
+def small(channels: int, size: int, classes: int) -> data.Dataset:
+    """The first classes of `digits`, in another size and in colour."""
+    digits = data.load("digits")
+
+    def split(part: data.Split) -> data.Split:
+        some = part.labels < classes
+        images = nn.functional.interpolate(part.images[some].float(), (size, size), mode="bilinear")
+        tints = torch.linspace(1, 0.5, channels)[:, None, None]
+        return data.Split((images * tints).to(torch.uint8), part.labels[some])
+
+    parts = {name: split(getattr(digits, name)) for name in ("train", "validation", "calibration")}
+    names = digits.classes[:classes]
+    return replace(digits, **parts, channels=channels, size=size, classes=names)
+
+
+class Normed(nn.Module):
+    """Batch norm after convolution and layer, dropout, average pooling, a skip, a concatenation."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16))
+        self.second = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.GELU())
+        self.layer = nn.Sequential(
+            nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5)
+        )
+        self.output = nn.Linear(32, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.first(images).relu()
+        x = torch.cat([x, x + self.second(x)], 1)
+        x = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1) + x.amax((2, 3))
+        return self.output(self.layer(x))
+
+
+class Tokens(nn.Module):
+    """Attention over patches, with layer norm and dropout."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(channels, 16, size // 3, stride=size // 3)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.output = nn.Linear(16, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.output(self.block(self.patches(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+def trained(dataset: data.Dataset) -> nn.Module:
+    """A linear network that reads most of it right."""
+    torch.manual_seed(0)
+    model = models.build("linear", dataset.channels, dataset.size, len(dataset.classes))
+    for _ in training.fit(model, dataset, dataset.train, samples=3_000, augmented=False):
+        pass
+    return model
+
+
+def fresh(network: type[nn.Module], dataset: data.Dataset) -> nn.Module:
+    """Random weights, but batch norms that have seen the data."""
+    torch.manual_seed(0)
+    model = network(dataset.channels, dataset.size, len(dataset.classes))
+    model.train()(training.standardise(dataset.train.images[:200], dataset))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("network", "channels", "size", "classes"),
+    [(network, 3, 13, 2) for network in (*models.NETWORKS.values(), Normed, Tokens)]
+    + [(network, 1, 28, 10) for network in (Normed, Tokens)],
+)
+def test_any_network_answers_in_onnx_as_in_torch_and_in_int8_nearly(
+    network: type[nn.Module], channels: int, size: int, classes: int
+) -> None:
+    dataset = small(channels, size, classes)
+    model = fresh(network, dataset)
+    float32 = export.to_onnx(model, dataset)
+    int8 = export.to_int8(float32, dataset)
+    wanted = inference.by_torch(model, dataset.mean, dataset.std)
+    for n in (1, 2, 20):  # the size of a batch is free
+        images = dataset.validation.images[:n].numpy()
+        largest = float(np.abs(wanted(images)).max())
+        for content, tolerance in ((float32, 1e-4), (int8, 0.1)):
+            found = inference.by_onnx(content)(images)
+            assert found.shape == (n, classes)
+            assert found == pytest.approx(wanted(images), abs=tolerance * largest)
+
+
+def test_the_graph_standardises_pixels_itself() -> None:
+    dataset = small(1, 16, 3)
+    content = export.to_onnx(trained(dataset), dataset)
+    (pixels,) = onnx.load_from_string(content).graph.input
+    assert pixels.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [dim.dim_value for dim in pixels.type.tensor_type.shape.dim] == [0, 1, 16, 16]
+
+
+def test_exporting_leaves_the_model_as_it_was_and_repeats_exactly() -> None:
+    dataset = small(1, 16, 3)
+    model = fresh(Normed, dataset)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    one, two = export.export(model, dataset), export.export(model, dataset)
+    assert one.files == two.files  # so who takes over from a killed process goes on with the same
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_files_say_nothing_of_the_machine_that_made_them() -> None:
+    dataset = small(1, 16, 3)
+    for _, content in export.export(fresh(Normed, dataset), dataset).files.values():
+        assert str(Path(__file__).parents[1]).encode() not in content
+        assert b"site-packages" not in content
+
+
+class Hidden(models.Linear):
+    """Goes through NumPy, where no exporter sees it."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.from_numpy(images.detach().numpy() * 1))
+
+
+class Foreign(models.Linear):
+    """Uses an operator that the exporter does not know."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.mT)
+
+
+@pytest.mark.parametrize("network", [Hidden, Foreign])
+def test_a_network_that_cannot_be_exported_is_served_by_torch(
+    network: type[nn.Module],
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    exported = export.export(fresh(network, small(1, 16, 3)), small(1, 16, 3))
+    assert list(exported.files) == ["golden"]
+    assert exported.served.engine == "torch"
+    assert exported.left_out["onnx"]
+    assert "saved without onnx" in caplog.text
+    assert capfd.readouterr().out == ""  # run.py --json writes there
+
+
+def test_int8_with_more_errors_than_allowed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = small(1, 16, 3)
+    model = trained(dataset)
+    wrong = export.to_onnx(models.build("linear", 1, 16, 3), dataset)  # of other weights
+    monkeypatch.setattr(export, "to_int8", lambda *_: wrong)
+    exported = export.export(model, dataset)
+    assert exported.served.engine == "onnx"
+    assert set(exported.files) == {"onnx", "golden"}
+    assert "more errors of" in exported.left_out["onnx_int8"]
+
+
+@pytest.mark.parametrize(("more", "taken"), [(0, True), (1, True), (2, False)])
+def test_int8_may_make_one_more_error(more: int, taken: bool) -> None:
+    labels = np.arange(200) % 2
+    wanted = np.eye(2)[labels]
+    wanted[:5] = wanted[:5, ::-1]  # 5 errors
+    found = wanted.copy()
+    found[5 : 5 + more] = found[5 : 5 + more, ::-1]
+    if taken:
+        export._check("onnx_int8", found, wanted, labels)
+    else:
+        with pytest.raises(ValueError, match="2 more errors"):
+            export._check("onnx_int8", found, wanted, labels)
+
+
+def drawn(n: int, sharper: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that are `sharper` times too large for the labels drawn from them."""
+    generator = np.random.default_rng(0)
+    fair = generator.normal(0, 2, (n, 5))
+    shares = inference.probabilities(fair)
+    labels = (shares.cumsum(1) < generator.random((n, 1))).sum(1)
+    return fair * sharper, labels
+
+
+@pytest.mark.parametrize("sharper", [0.5, 1.0, 3.0])
+def test_the_temperature_undoes_what_made_a_model_too_sure(sharper: float) -> None:
+    logits, labels = drawn(20_000, sharper)
+    temperature = export.fit_temperature(logits, labels)
+    assert temperature == pytest.approx(sharper, rel=0.05)
+    after = export.calibration_error(inference.probabilities(logits, temperature), labels)
+    assert after < 0.015
+    if sharper != 1:
+        before = export.calibration_error(inference.probabilities(logits), labels)
+        assert before > 5 * after
+
+
+def test_without_an_error_there_is_no_temperature_to_fit() -> None:
+    logits = np.eye(3)
+    assert export.fit_temperature(logits, np.arange(3)) == 1.0
+
+
+def test_calibration_error_is_what_its_definition_says() -> None:
+    # Two bins of 15 are used: 0.9 sure three times, right twice; 0.6 sure once, and right.
+    shares = np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.6, 0.4]])
+    labels = np.array([0, 1, 1, 0])
+    expected = 3 / 4 * abs(2 / 3 - 0.9) + 1 / 4 * abs(1 - 0.6)
+    assert export.calibration_error(shares, labels) == pytest.approx(expected, abs=1e-5)
+    assert export.calibration_error(np.array([[1.0, 0.0]]), np.array([0])) == 0
+
+
+def test_probabilities_are_the_softmax_over_the_temperature() -> None:
+    logits = np.array([[1.0, 2.0, 500.0], [0.0, 0.0, math.log(2)]], np.float32)
+    for temperature in (0.5, 1.0, 4.0):
+        wanted = torch.softmax(torch.from_numpy(logits) / temperature, 1).numpy()
+        found = inference.probabilities(logits, temperature)
+        assert found.dtype == np.float32
+        assert found == pytest.approx(wanted, abs=1e-6)
+
+
+def test_golden_images_range_from_the_least_to_the_most_certain() -> None:
+    dataset = small(1, 16, 3)
+    exported = export.export(trained(dataset), dataset)
+    with np.load(io.BytesIO(exported.files["golden"][1])) as golden:
+        assert set(golden) == {"images", "torch", "onnx", "onnx_int8"}
+        assert golden["images"].shape == (export.GOLDEN, 1, 16, 16)
+        sure = golden["onnx_int8"].max(1)
+        assert np.all(np.diff(sure) >= 0)
+        every = exported.served(dataset.calibration.images.numpy()).max(1)
+        assert (sure[0], sure[-1]) == pytest.approx((every.min(), every.max()), abs=1e-6)
+
+
+def test_run_saves_what_serving_needs(saved: Path) -> None:
+    name, record = registry.record(saved)
+    assert set(record["files"]) == {"weights", "onnx", "onnx_int8", "golden", "predictions"}
+    assert record["golden"] == f"{name}.golden.npz"
+    assert record["files"]["onnx_int8"]["file"] == f"{name}.int8.onnx"
+    assert record["engines"] == {"served": "onnx_int8", "left_out": {}}
+    assert 0.1 < record["calibration"]["temperature"] < 10
+    calibration = record["metrics"]["calibration"]
+    assert calibration["served_errors"] <= calibration["errors"] + 1
+    assert 0 <= calibration["ece"] < 0.5
+    with np.load(registry.file(saved, name, "predictions")) as kept:
+        assert set(kept) == {"probabilities", "served", "labels"}
+        wrong = export.errors(kept["served"], kept["labels"])
+        assert record["metrics"]["test"]["served_errors"] == wrong
+        assert kept["served"].shape == kept["probabilities"].shape == (257, 10)
+
+
+def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
+    run: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: Any) -> bytes:
+        raise RuntimeError("of one's own")
+
+    monkeypatch.setattr(export, "to_onnx", broken)
+    assert run(*DIGITS, "--trials", "1", "--confirm", "1").returncode == 0
+    assert "saved without onnx: of one's own" in caplog.text
+    _, record = registry.record(tmp_path / "saved_models")
+    assert set(record["files"]) == {"weights", "golden", "predictions"}
+    assert record["engines"] == {"served": "torch", "left_out": {"onnx": "of one's own"}}
+    classifier = inference.load(tmp_path / "saved_models")
+    assert classifier.engine == "torch"
+    assert classifier.passed_over["onnx"] == "of one's own"
