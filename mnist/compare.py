@@ -21,7 +21,9 @@ NOISE = 0.05  # two models differ where chance alone would make so large a diffe
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table; `p` and `best` as in `chance`, None for the best itself."""
+    """One model of the table; `p` is the chance() of so large a difference from the best of its
+    data set, times the number of models compared with it (Bonferroni); None for the best itself.
+    """
 
     name: str
     dataset: str
@@ -33,7 +35,6 @@ class Row:
     training_s: float | None
     latency_ms: float
     bytes: int
-    best: bool
     p: float | None
 
 
@@ -52,7 +53,7 @@ def rows(folder: Path, names: Sequence[str]) -> list[Row]:
         first = next(other for other in ranked if records[other]["dataset"]["name"] == data)
         others = sum(each["dataset"]["name"] == data for each in records.values()) - 1
         p = None if first == name else min(1.0, others * chance(folder, first, name))
-        found.append(_row(folder, name, record, first == name, p))
+        found.append(_row(folder, name, record, p))
     return found
 
 
@@ -75,9 +76,10 @@ def chance(folder: Path, one: str, other: str) -> float:
     return binomtest(alone[0], sum(alone)).pvalue if sum(alone) else 1.0
 
 
-def _row(folder: Path, name: str, record: dict[str, Any], best: bool, p: float | None) -> Row:
+def _row(folder: Path, name: str, record: dict[str, Any], p: float | None) -> Row:
     test = record["metrics"]["test"]
     low, high = test["interval95"]
+    classify = inference.load(folder, name)
     return Row(
         name=name,
         dataset=record["dataset"]["name"],
@@ -87,16 +89,14 @@ def _row(folder: Path, name: str, record: dict[str, Any], best: bool, p: float |
         interval95=(low, high),
         parameters=record["model"]["parameters"],
         training_s=record.get("training", {}).get("seconds"),
-        latency_ms=latency_ms(folder, name, record),
-        bytes=record["files"]["weights"]["bytes"],
-        best=best,
+        latency_ms=latency_ms(classify, record),
+        bytes=record["files"][inference.FILES[classify.engine]]["bytes"],
         p=p,
     )
 
 
-def latency_ms(folder: Path, name: str, record: dict[str, Any]) -> float:
+def latency_ms(classify: inference.Classifier, record: dict[str, Any]) -> float:
     """Milliseconds for one image, the median of CALLS, on this machine's CPU."""
-    classify = inference.load(folder, name)
     channels, size = record["dataset"]["channels"], record["dataset"]["size"]
     image = np.random.default_rng(0).integers(0, 256, (1, channels, size, size), np.uint8)
     times = []
@@ -118,7 +118,7 @@ def verdict(row: Row) -> str:
 def show(found: Sequence[Row], stderr: bool = False) -> None:
     """Print the table."""
     columns = ("data set", "network", "test errors", "accuracy (95 %)", "parameters", "training")
-    table = Table(*columns, "one image", "weights", "", box=None)
+    table = Table(*columns, "one image", "served file", "", box=None)
     for row in found:
         table.add_row(*words(row))
     console = Console(stderr=stderr, highlight=False)
