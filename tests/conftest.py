@@ -75,7 +75,17 @@ def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry with one model that run.py saved, of `linear` on `digits`; not to be changed."""
     folder = tmp_path_factory.mktemp("saved")
-    command = [sys.executable, str(ROOT / "run.py"), *DIGITS, "--final-epochs", "20"]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        *DIGITS,
+        "--trials",
+        "1",
+        "--confirm",
+        "0",
+        "--final-epochs",
+        "20",
+    ]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder / "saved_models"
 

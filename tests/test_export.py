@@ -67,7 +67,7 @@ def trained(dataset: data.Dataset) -> nn.Module:
     """A linear network that reads most of it right."""
     torch.manual_seed(0)
     model = models.build("linear", dataset.channels, dataset.size, len(dataset.classes))
-    for _ in training.fit(model, dataset, dataset.train, samples=3_000, augmented=False):
+    for _ in training.fit(model, dataset, dataset.train, samples=3_000, augmentation=0):
         pass
     return model
 
@@ -246,7 +246,7 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
     assert calibration["served_errors"] <= calibration["errors"] + 1
     assert 0 <= calibration["ece"] < 0.5
     with np.load(registry.file(saved, name, "predictions")) as kept:
-        assert set(kept) == {"probabilities", "served", "labels"}
+        assert set(kept) == {"probabilities", "served", "labels", "mistakes", "images"}
         wrong = export.errors(kept["served"], kept["labels"])
         assert record["metrics"]["test"]["served_errors"] == wrong
         assert kept["served"].shape == kept["probabilities"].shape == (257, 10)
