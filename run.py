@@ -252,7 +252,11 @@ def show_all(options: Options, outcomes: list[dict[str, Any]]) -> None:
     """Compare the models of several studies, as far as they are in this registry."""
     here = registry.read(options.output)["models"]
     names = [outcome["name"] for outcome in outcomes if outcome["name"] in here]
-    compare.show(compare.rows(options.output, names), stderr=options.json)
+    rows = compare.rows(options.output, names)
+    compare.show(rows, stderr=options.json)
+    page = options.output / "comparison.html"
+    page.write_text(compare.write(rows))
+    click.echo(f"the same as a page: {page}", err=options.json)
 
 
 def guarded(arguments: list[str]) -> int:

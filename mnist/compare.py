@@ -1,4 +1,4 @@
-"""Several saved models side by side: one table, and whether differences are more than noise."""
+"""Several saved models side by side: a table and a page; whether they differ by more than noise."""
 
 import statistics
 import time
@@ -15,6 +15,10 @@ from scipy.stats import binomtest
 from mnist import inference, registry
 
 CALLS = 50  # single images behind a latency
+COLUMNS = (
+    *("data set", "network", "test errors", "accuracy (95 %)"),
+    *("parameters", "final training", "one image", "served file", "beside the best"),
+)
 WIDTH = 200  # of the table where there is no terminal
 NOISE = 0.05  # two models differ where chance alone would make so large a difference less often
 
@@ -36,6 +40,11 @@ class Row:
     latency_ms: float
     bytes: int
     p: float | None
+
+    @property
+    def most(self) -> float:
+        """The error rate (0..1) that is still likely."""
+        return 1 - self.interval95[0]
 
 
 def rows(folder: Path, names: Sequence[str]) -> list[Row]:
@@ -107,6 +116,19 @@ def latency_ms(classify: inference.Classifier, record: dict[str, Any]) -> float:
     return statistics.median(times) * 1000
 
 
+def write(found: Sequence[Row]) -> str:
+    """The page: HTML that needs nothing but itself."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("comparison.html")
+    groups: dict[str, list[tuple[Row, list[str]]]] = {}
+    for row in found:
+        groups.setdefault(row.dataset, []).append((row, words(row)[1:]))
+    names = [row.name for row in found]
+    return template.render(groups=groups, columns=COLUMNS[1:], names=names)
+
+
 def verdict(row: Row) -> str:
     """In words: how the row stands to the best of its data set."""
     if row.p is None:
@@ -117,8 +139,7 @@ def verdict(row: Row) -> str:
 
 def show(found: Sequence[Row], stderr: bool = False) -> None:
     """Print the table."""
-    columns = ("data set", "network", "test errors", "accuracy (95 %)", "parameters", "training")
-    table = Table(*columns, "one image", "served file", "", box=None)
+    table = Table(*COLUMNS, box=None)
     for row in found:
         table.add_row(*words(row))
     console = Console(stderr=stderr, highlight=False)

@@ -333,6 +333,9 @@ def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> No
     assert re.search(r"digits +linear .* of 257 .* 7,850 ", table)
     assert re.search(r"digits +compact .* of 257 ", table)
     assert re.search(r"kB +best *\n", table)
+    page = (tmp_path / "saved_models/comparison.html").read_text()
+    for cell in ("linear", "7,850", "compact", "best"):
+        assert f"<td>{cell}</td>" in page
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 2
     both = json.loads(run(*options, "--json").stdout)
     assert [each["model"]["name"] for each in both] == ["linear", "compact"]
