@@ -2,8 +2,8 @@
 
 python -m benchmarks.study_overhead                # SQLite and PostgreSQL; some minutes
 
-Both ask, report three times and tell, with the same sampler, pruner and trials already in the
-study; they take turns, a trial each. "ours" is a Member's way (mnist/members.py), "bare" is
+Both ask, report three times and tell, in one study, with the same sampler and pruner; they take
+turns, a trial each. "ours" is a Member's way (mnist/members.py), "bare" is
 study.optimize with an objective that trains nothing.
 """
 
@@ -34,7 +34,7 @@ def accuracy(params: dict[str, Any], step: int) -> float:
 
 
 def fill(study: optuna.Study, n: int) -> None:
-    """n trials, every third complete, the rest pruned at the first report."""
+    """n more trials, every third complete, the rest pruned at the first report."""
     random = np.random.default_rng(0)
     for i in range(n):
         params = {
@@ -85,13 +85,12 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def compare(storage: str, n: int, repeats: int) -> tuple[float, float]:
-    """Median milliseconds per trial, ours and bare, with n trials in each study."""
-    with Member(storage, f"ours-{n}", threads=1) as member:
+    """Median milliseconds per trial, ours and bare, with at least n trials in their study."""
+    with Member(storage, "study", threads=1) as member:
         member.study.pruner = studies.pruner(SAMPLES)
-        bare = studies.open_study(storage, f"bare-{n}")
+        bare = studies.open_study(storage, "study")
         bare.pruner, bare.sampler = studies.pruner(SAMPLES), optuna.samplers.TPESampler(seed=0)
-        fill(member.study, n)
-        fill(bare, n)
+        fill(bare, n - len(bare.get_trials(deepcopy=False)))
         times = [
             (seconds(lambda: ours(member)), seconds(lambda: bare.optimize(objective, 1)))
             for _ in range(repeats + 2)

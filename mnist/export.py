@@ -20,6 +20,7 @@ from torch import nn
 from mnist import inference, training
 from mnist.data import Dataset
 from mnist.inference import Classifier, probabilities
+from mnist.scores import calibration_error
 
 # Layers with weights, and what int8 passes through between them; norms and softmax stay float32.
 QUANTISED = ["Conv", "Gemm", "MatMul", "Relu", "Add", "Concat"]
@@ -27,7 +28,6 @@ QUANTISED += ["MaxPool", "AveragePool", "GlobalAveragePool"]
 RANGE_IMAGES = 512  # training images on which int8 learns the range of every layer
 MORE_ERRORS = 1  # than torch that int8 may make on the calibration split
 GOLDEN = 16  # images
-BINS = 15  # of the calibration error, as in its paper
 MOST_TEMPERATURE = 10.0  # and its inverse is the least
 
 log = logging.getLogger(__name__)
@@ -213,14 +213,3 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     limit = float(np.log(MOST_TEMPERATURE))
     found = minimize_scalar(loss, bounds=(-limit, limit), method="bounded")
     return round(float(np.exp(found.x)), 4)
-
-
-def calibration_error(shares: np.ndarray, labels: np.ndarray) -> float:
-    """Expected calibration error of probabilities (N, classes): 0 where 90 % sure is 90 % right.
-
-    Guo et al. 2017, arXiv 1706.04599: the mean gap of confidence and accuracy over BINS bins.
-    """
-    sure = shares.max(1)
-    gaps = (shares.argmax(1) == labels) - sure
-    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
-    return round(float(np.abs(np.bincount(bins, gaps)).sum() / len(labels)), 5)

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import binomtest
 
+from mnist.scores import Floats, Labels, reliability
+
 if TYPE_CHECKING:
     import optuna
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
 VALUE = "validation accuracy"
 COLOURS = 128  # enough for a drawing, in a third of the bytes
 LONGEST = 14  # letters of a class's name in a picture
@@ -36,9 +37,6 @@ STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
 }
-
-Floats = NDArray[np.floating[Any]]
-Labels = NDArray[np.int64]
 
 
 def of_study(study: "optuna.Study", winner: int, shares: bool) -> dict[str, bytes]:
@@ -316,29 +314,6 @@ def confusion(names: Sequence[str], found: Labels, labels: Labels) -> "Figure":
     axes.set(xlabel="read as", ylabel="is")
     _calm(axes).grid(visible=False)
     return figure
-
-
-def reliability(probabilities: Floats, labels: Labels) -> NDArray[np.float64]:
-    """How far confidence can be believed, as (bins, 3): images, their mean confidence, accuracy.
-
-    Confidence is the probability of the class that is read, in BINS bins of equal width; empty
-    bins are left out.
-    """
-    confidence = probabilities.max(1).astype(np.float64)
-    right = (probabilities.argmax(1) == labels).astype(np.float64)
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    n, sure, true = (np.bincount(place, part, BINS) for part in (None, confidence, right))
-    there = n > 0
-    return np.stack([n[there], sure[there] / n[there], true[there] / n[there]], 1)
-
-
-def calibration_error(probabilities: Floats, labels: Labels) -> float:
-    """The expected calibration error (0..1): how far confidence and accuracy are apart.
-
-    Guo et al. 2017, arXiv 1706.04599; over the bins of reliability(), weighted by their images.
-    """
-    n, sure, true = reliability(probabilities, labels).T
-    return float(n @ np.abs(true - sure) / n.sum())
 
 
 def calibration(probabilities: Floats, labels: Labels) -> "Figure":

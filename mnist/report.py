@@ -21,6 +21,7 @@ from mnist import plots, registry
 from mnist import study as studies
 from mnist.display import words
 from mnist.members import Member
+from mnist.scores import calibration_error
 
 ENDING = ".report.html"
 
@@ -189,7 +190,7 @@ def write(report: Report) -> str:
             for key, png in (report.of_study | report.of_model).items()
         },
         counts=np.bincount(kept["labels"], minlength=len(classes)).tolist(),
-        error=plots.calibration_error(kept["probabilities"], kept["labels"]),
+        error=calibration_error(kept["probabilities"], kept["labels"]),
         mistakes=mistakes(classes, kept),
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist import data, export, inference, models, registry, training
+from mnist import data, export, inference, models, registry, scores, training
 from tests.conftest import DIGITS, Command
 
 
@@ -193,25 +193,16 @@ def test_the_temperature_undoes_what_made_a_model_too_sure(sharper: float) -> No
     logits, labels = drawn(20_000, sharper)
     temperature = export.fit_temperature(logits, labels)
     assert temperature == pytest.approx(sharper, rel=0.05)
-    after = export.calibration_error(inference.probabilities(logits, temperature), labels)
+    after = scores.calibration_error(inference.probabilities(logits, temperature), labels)
     assert after < 0.015
     if sharper != 1:
-        before = export.calibration_error(inference.probabilities(logits), labels)
+        before = scores.calibration_error(inference.probabilities(logits), labels)
         assert before > 5 * after
 
 
 def test_without_an_error_there_is_no_temperature_to_fit() -> None:
     logits = np.eye(3)
     assert export.fit_temperature(logits, np.arange(3)) == 1.0
-
-
-def test_calibration_error_is_what_its_definition_says() -> None:
-    # Two bins of 15 are used: 0.9 sure three times, right twice; 0.6 sure once, and right.
-    shares = np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.6, 0.4]])
-    labels = np.array([0, 1, 1, 0])
-    expected = 3 / 4 * abs(2 / 3 - 0.9) + 1 / 4 * abs(1 - 0.6)
-    assert export.calibration_error(shares, labels) == pytest.approx(expected, abs=1e-5)
-    assert export.calibration_error(np.array([[1.0, 0.0]]), np.array([0])) == 0
 
 
 def test_probabilities_are_the_softmax_over_the_temperature() -> None:

@@ -158,35 +158,6 @@ def test_the_best_trial_is_told_beside_the_first() -> None:
     assert report.won(best, fresh).endswith("On 2 fresh seeds it is 94.00% ± 1.00%.")
 
 
-def test_calibration_error_is_that_of_a_computation_by_hand() -> None:
-    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.35, 0.65], [0.0, 1.0]], np.float32)
-    labels = np.array([0, 1, 1, 1])
-    # bins of 1/15: 0.9 twice, once right; 0.65 right; 1.0 right
-    assert plots.calibration_error(probabilities, labels) == pytest.approx(
-        (2 * abs(0.5 - 0.9) + abs(1 - 0.65) + 0) / 4
-    )
-
-
-@pytest.mark.parametrize("classes", [2, 10, 47])
-def test_calibration_error_equals_an_independent_one(classes: int) -> None:
-    chance = np.random.default_rng(classes)
-    probabilities = chance.dirichlet(np.full(classes, 0.2), 2_000)
-    labels = chance.integers(0, classes, 2_000)
-    bins: dict[int, list[tuple[float, bool]]] = {}
-    for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
-        sure = max(row)
-        edge = next(i for i in range(15) if sure < (i + 1) / 15 or i == 14)
-        bins.setdefault(edge, []).append((sure, row.index(sure) == label))
-    expected = sum(
-        abs(sum(right for _, right in each) - sum(sure for sure, _ in each)) / 2_000
-        for each in bins.values()
-    )
-    assert plots.calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-12)
-    assert [n for n, *_ in plots.reliability(probabilities, labels)] == [
-        len(bins[i]) for i in sorted(bins)
-    ]
-
-
 def test_names_that_a_font_lacks_are_numbers_and_long_ones_are_cut() -> None:
     assert plots.written(ODD) == ["<b>bold</b>", r"\$a\$", "#2", "a class with …", "{{ 7 }}"]
 
