@@ -243,6 +243,7 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
         assert kept["served"].shape == kept["probabilities"].shape == (257, 10)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
     run: Command,
     tmp_path: Path,

@@ -190,6 +190,7 @@ def of_trial(made: optuna.Study, number: int) -> set[str]:
     return {about["filename"] for about in list_trial_artifacts(attrs, trial.system_attrs, trial)}
 
 
+@pytest.mark.slow
 def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     run: Command, tmp_path: Path, digits: data.Dataset
 ) -> None:

@@ -107,11 +107,13 @@ def line_is_printed(words: str) -> Callable[[subprocess.Popen[str]], bool]:
     return check
 
 
+SLOW = pytest.mark.slow
 LONG = [*DIGITS, "--trials", "3", "--epochs", "12", "--final-epochs", "5"]
 
 
 @pytest.mark.parametrize(
-    "sig", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    "sig",
+    [signal.SIGKILL, *(pytest.param(s, marks=SLOW) for s in (signal.SIGINT, signal.SIGTERM))],
 )
 def test_a_run_stopped_in_mid_trial_loses_no_finished_trial(
     run: Command, tmp_path: Path, sig: int
@@ -198,6 +200,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_timeout_keeps_what_finished_and_says_so(run: Command, tmp_path: Path) -> None:
     done = run(*DIGITS, "--trials", "100000", "--timeout", "24s", "--epochs", "2")
     assert done.returncode == 0, done.stderr
@@ -393,7 +396,7 @@ def test_a_short_real_search_beats_97_per_cent(
     done = run(
         *("--data-dir", str(DATA_DIR), "--json"),
         *("--model", "parallel-split", "--quick", "--trials", "1", "--confirm", "0"),
-        *("--epochs", "0.02", "--final-epochs", "0.15"),
+        *("--epochs", "0.02", "--final-epochs", "0.12"),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

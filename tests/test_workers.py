@@ -246,6 +246,7 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().split(") ")[1][0] != "Z"
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_command_that_started_them(tmp_path: Path) -> None:
     code = f"""
 import functools, os, signal
