@@ -2,8 +2,8 @@
 
 python -m benchmarks.study_overhead                # SQLite and PostgreSQL; some minutes
 
-Both ask, report three times and tell, in one study, with the same sampler and pruner; they take
-turns, a trial each. "ours" is a Member's way (mnist/members.py), "bare" is
+Both ask, report three times and tell, with the same sampler, pruner and trials already in the
+study; they take turns, a trial each. "ours" is a Member's way (mnist/members.py), "bare" is
 study.optimize with an objective that trains nothing.
 """
 
@@ -85,12 +85,13 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def compare(storage: str, n: int, repeats: int) -> tuple[float, float]:
-    """Median milliseconds per trial, ours and bare, with at least n trials in their study."""
-    with Member(storage, "study", threads=1) as member:
+    """Median milliseconds per trial, ours and bare, with at least n trials in each study."""
+    with Member(storage, "ours", threads=1) as member:
         member.study.pruner = studies.pruner(SAMPLES)
-        bare = studies.open_study(storage, "study")
+        bare = studies.open_study(storage, "bare")
         bare.pruner, bare.sampler = studies.pruner(SAMPLES), optuna.samplers.TPESampler(seed=0)
-        fill(bare, n - len(bare.get_trials(deepcopy=False)))
+        for study in (member.study, bare):
+            fill(study, n - len(study.get_trials(deepcopy=False)))
         times = [
             (seconds(lambda: ours(member)), seconds(lambda: bare.optimize(objective, 1)))
             for _ in range(repeats + 2)
