@@ -176,7 +176,7 @@ class Options:
         callback=_load_own,
         type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
     )
-    quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
+    quick: bool = option(False, "The whole path in about two minutes.", is_flag=True)
     json: bool = option(False, "The result as JSON on standard output.", is_flag=True)
 
     @property
