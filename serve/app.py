@@ -1,40 +1,33 @@
 """The routes. `uvicorn serve.app:app`"""
 
+import asyncio
+import base64
 import re
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from mnist import images, registry
+from serve import front, schemas
+from serve.batches import Busy
 from serve.engine import Engine
+from serve.front import Front, problem
+from serve.metrics import Metrics
 from serve.settings import Settings
 
 IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
-UPLOAD = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
-            },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
+FORM_BYTES = 10_000  # for what a form has around each of its files
+UPLOAD_S = 30  # within which a body must have come
+ANSWERS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
 
 
 class Refused(Exception):
@@ -47,13 +40,27 @@ class Refused(Exception):
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    app.state.engine = Engine(Settings())
+    front.log_as_json()
+    metrics = Metrics()
+    app.state.engine = Engine(Settings(), metrics)
     await app.state.engine.start()
     yield
-    app.state.engine.stop()
+    await app.state.engine.stop()
+    metrics.close()
 
 
 app = FastAPI(title="Small-image classifier", lifespan=lifespan)
+app.add_middleware(Front)
+
+
+def _engine(request: Request) -> Engine:
+    return request.app.state.engine
+
+
+Live = Annotated[Engine, Depends(_engine)]
+Name = Annotated[str | None, Query(description="a saved model; by default the current one")]
+Top = Annotated[int, Query(ge=1, description="how many of the likeliest classes to list")]
+View = Annotated[bool, Query(description="whether to return what the model saw")]
 
 
 @app.get("/health")
@@ -62,21 +69,25 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@app.get("/ready", response_model=None)
-async def ready(request: Request) -> dict[str, Any] | JSONResponse:
-    """A model is loaded and has answered once; `passed_over`: engines that cannot run it."""
-    engine: Engine = request.app.state.engine
+@app.get("/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Unavailable}})
+async def ready(engine: Live) -> JSONResponse:
+    """A model is loaded and has answered."""
+    extra: dict[str, Any] = {"refused": engine.refused} if engine.refused else {}
     if engine.current is None:
-        return JSONResponse({"status": "unavailable", "reason": engine.reason}, 503)
-    classify = engine.current.classify
-    answer = {"status": "ready", "model": engine.current.name, "engine": classify.engine}
-    return answer | ({"passed_over": classify.passed_over} if classify.passed_over else {})
+        return JSONResponse({"status": "unavailable", "reason": engine.reason} | extra, 503)
+    run = engine.current.run
+    if run.passed_over:
+        extra["passed_over"] = dict(run.passed_over)
+    if engine.canary:
+        extra["canary"] = engine.canary.name
+    answer = {"status": "ready", "model": engine.current.name, "engine": run.engine}
+    return JSONResponse(answer | extra)
 
 
-@app.get("/models")
-def models(request: Request) -> dict[str, Any]:
+@app.get("/models", response_model=schemas.Models, responses=schemas.problems(503))
+def models(engine: Live) -> JSONResponse:
     """Every saved model in brief."""
-    info = registry.read(request.app.state.engine.settings.models)
+    info = registry.read(engine.settings.models)
     brief = [
         {
             "name": name,
@@ -87,59 +98,159 @@ def models(request: Request) -> dict[str, Any]:
         }
         for name, record in info["models"].items()
     ]
-    return {"current": info["current"], "models": brief}
+    return JSONResponse({"current": info["current"], "models": brief})
 
 
-@app.get("/models/{name}")
-def model(name: str, request: Request) -> dict[str, Any]:
+@app.get("/models/{name}", responses=schemas.problems(404, 503))
+def model(name: str, engine: Live) -> dict[str, Any]:
     """All that is recorded of one model."""
-    return registry.record(request.app.state.engine.settings.models, name)[1]
+    return registry.record(engine.settings.models, name)[1]
 
 
-@app.post("/predict", openapi_extra=UPLOAD)
+@app.get("/metrics", response_class=Response, responses=schemas.problems(401))
+def metrics(engine: Live) -> Response:
+    """Requests, latencies, batches, models and predictions, as Prometheus reads them."""
+    return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+@app.post(
+    "/predict",
+    openapi_extra=schemas.ONE,
+    response_model=schemas.Answer,
+    responses=ANSWERS,
+)
 async def predict(
-    request: Request,
-    model: str | None = None,
-    top: Annotated[int, Query(ge=1)] = 3,
-    view: bool = False,
-) -> dict[str, Any]:
+    request: Request, engine: Live, model: Name = None, top: Top = 3, view: View = False
+) -> JSONResponse:
     """Classify a raw picture, sent as the multipart field `file` or as the body itself."""
-    engine: Engine = request.app.state.engine
+    live = await engine.model(model)
     data, filename = await _picture(request, engine.settings.max_upload_bytes)
-    return await engine.answer(data, filename, model, top, view)
+    return JSONResponse(await engine.answer(live, data, filename, top, view))
+
+
+@app.post(
+    "/predict/base64",
+    openapi_extra=schemas.body("application/json", schemas.Base64.model_json_schema()),
+    response_model=schemas.Answer,
+    responses=ANSWERS,
+)
+async def predict_base64(
+    request: Request, engine: Live, model: Name = None, top: Top = 3, view: View = False
+) -> JSONResponse:
+    """Classify a raw picture, sent in base64."""
+    live = await engine.model(model)
+    limit = engine.settings.max_upload_bytes
+    try:
+        body = schemas.Base64.model_validate_json(await _body(request, limit * 4 // 3 + FORM_BYTES))
+        data = base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", body.image), validate=True)
+    except (ValidationError, ValueError) as error:
+        message = 'the body must be {"image": "..."} with a picture in base64'
+        raise Refused(400, "bad_request", message) from error
+    if len(data) > limit:
+        raise _too_large(limit)
+    return JSONResponse(await engine.answer(live, _sent(data), None, top, view))
+
+
+@app.post(
+    "/predict/batch",
+    openapi_extra=schemas.SEVERAL,
+    response_model=schemas.Batch,
+    responses=schemas.problems(400, 401, 404, 413, 422, 429, 503),
+)
+async def predict_batch(
+    request: Request, engine: Live, model: Name = None, top: Top = 3, view: View = False
+) -> JSONResponse:
+    """Classify several raw pictures, each sent as the multipart field `files`."""
+    live = await engine.model(model)
+    files = await _files(request, engine.settings)
+
+    async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
+        try:
+            if len(data) > engine.settings.max_upload_bytes:
+                raise _too_large(engine.settings.max_upload_bytes)
+            return await engine.answer(live, _sent(data), filename, top, view)
+        except (Refused, images.ImageError) as error:
+            request_id = request.state.request_id
+            about = {"code": error.code, "message": str(error), "request_id": request_id}
+            return {"filename": filename, "error": about}
+
+    return JSONResponse({"results": await asyncio.gather(*(answer(*file) for file in files))})
+
+
+# --- what a request holds ------------------------------------------------------------------------
 
 
 async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
     """The picture's bytes and its file's name, read into memory only, at most `limit` bytes."""
-
-    async def bounded() -> AsyncGenerator[bytes]:
-        refused = Refused(413, "too_large", f"the upload is over {limit} bytes (MAX_UPLOAD_BYTES)")
-        if _content_length(request) > limit:
-            raise refused
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise refused
-            yield chunk
-
     kind = request.headers.get("content-type", "").lower()
     if not kind.startswith("multipart/form-data"):
-        data, filename = b"".join([chunk async for chunk in bounded()]), None
-    else:
-        parser = MultiPartParser(request.headers, bounded(), max_files=1)
-        parser.spool_max_size = limit  # below it, Starlette keeps a file in memory
-        try:
-            form = await parser.parse()
-        except (MultiPartException, KeyError) as error:
-            raise Refused(400, "bad_request", f"the form cannot be read: {error}") from error
+        return _sent(await _body(request, limit)), None
+    async with _form(request, limit + FORM_BYTES, 1) as form:
         file, data, filename = form.get("file"), b"", None
         if isinstance(file, UploadFile):
             data, filename = await file.read(), file.filename
+    if len(data) > limit:
+        raise _too_large(limit)
+    return _sent(data), filename
+
+
+async def _files(request: Request, settings: Settings) -> list[tuple[bytes, str | None]]:
+    """The pictures of a form's field `files`, and their names."""
+    most = settings.max_batch_files
+    limit = most * (settings.max_upload_bytes + FORM_BYTES)
+    async with _form(request, limit, most) as form:
+        parts = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
+        files = [(await part.read(), part.filename) for part in parts]
+    if not files:
+        raise Refused(422, "missing_file", "no picture was sent; send some as `files`")
+    return files
+
+
+@asynccontextmanager
+async def _form(request: Request, limit: int, most: int) -> AsyncIterator[Any]:
+    """A multipart form of at most `limit` bytes and `most` files, kept in memory."""
+    parser = MultiPartParser(request.headers, _bounded(request, limit), max_files=most)
+    parser.spool_max_size = limit  # below it, Starlette keeps a file in memory
+    try:
+        async with _in_time():
+            form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            message = f"the form has over {most} files (MAX_BATCH_FILES)"
+            raise Refused(413, "too_many_files", message) from error
+        raise Refused(400, "bad_request", f"the form cannot be read: {error.message}") from error
+    except (KeyError, ValueError, AssertionError) as error:
+        raise Refused(400, "bad_request", f"the form cannot be read: {error!r}") from error
+    try:
+        yield form
+    finally:
         await form.close()
-    if not data:
-        raise Refused(422, "missing_file", "no picture was sent; send it as `file` or as the body")
-    return data, filename
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    async with _in_time():
+        return b"".join([chunk async for chunk in _bounded(request, limit)])
+
+
+async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes]:
+    """The body in chunks, as long as it is no larger than allowed."""
+    if _content_length(request) > limit:
+        raise _too_large(limit)
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        yield chunk
+
+
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(UPLOAD_S):
+            yield
+    except TimeoutError as error:
+        raise Refused(400, "bad_request", f"the upload took over {UPLOAD_S} s") from error
 
 
 def _content_length(request: Request) -> int:
@@ -151,53 +262,67 @@ def _content_length(request: Request) -> int:
     return int(length)
 
 
-def _error(request: Request, status: int, code: str, message: str) -> JSONResponse:
-    request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-    body = {"error": {"code": code, "message": message, "request_id": request_id}}
-    return JSONResponse(body, status, {"X-Request-ID": request_id})
+def _sent(data: bytes) -> bytes:
+    if not data:
+        raise Refused(422, "missing_file", "no picture was sent; send it as `file` or as the body")
+    return data
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, "too_large", f"the upload is over {limit} bytes (MAX_UPLOAD_BYTES)")
+
+
+# --- errors --------------------------------------------------------------------------------------
 
 
 @app.exception_handler(Refused)
-def _refused(request: Request, error: Refused) -> JSONResponse:
-    return _error(request, error.status, error.code, str(error))
+async def _refused(request: Request, error: Refused) -> JSONResponse:
+    return problem(request.scope, error.status, error.code, str(error))
 
 
 @app.exception_handler(images.ImageError)
-def _no_picture(request: Request, error: images.ImageError) -> JSONResponse:
-    return _error(request, IMAGE_STATUS[error.code], error.code, str(error))
+async def _no_picture(request: Request, error: images.ImageError) -> JSONResponse:
+    return problem(request.scope, IMAGE_STATUS[error.code], error.code, str(error))
+
+
+@app.exception_handler(Busy)
+async def _busy(request: Request, error: Busy) -> JSONResponse:
+    return front.busy(request.scope, error)
 
 
 @app.exception_handler(registry.RegistryError)
-def _no_model(request: Request, error: registry.RegistryError) -> JSONResponse:
-    return _error(request, 503, "no_model", str(error))
+async def _no_model(request: Request, error: registry.RegistryError) -> JSONResponse:
+    return problem(request.scope, 503, "no_model", str(error))
 
 
 @app.exception_handler(registry.UnknownModel)
-def _unknown_model(request: Request, error: registry.UnknownModel) -> JSONResponse:
-    return _error(request, 404, "unknown_model", str(error))
+async def _unknown_model(request: Request, error: registry.UnknownModel) -> JSONResponse:
+    return problem(request.scope, 404, "unknown_model", str(error))
 
 
 @app.exception_handler(ClientDisconnect)
-def _gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-    return _error(request, 400, "bad_request", "the client left before the end of the upload")
+async def _gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+    message = "the client left before the end of the upload"
+    return problem(request.scope, 400, "bad_request", message)
 
 
 @app.exception_handler(Exception)
-def _internal(request: Request, error: Exception) -> JSONResponse:
+async def _internal(request: Request, error: Exception) -> JSONResponse:
     """Starlette raises the error again after this answer, so that the server logs its traceback."""
-    response = _error(request, 500, "internal", "the server failed; its log says why")
-    error.add_note(f"request_id {response.headers['x-request-id']}")
+    response = problem(request.scope, 500, "internal", "the server failed; its log says why")
+    error.add_note(f"request_id {request.state.request_id}")
+    response.headers["x-request-id"] = request.state.request_id  # it does not pass the Front
     return response
 
 
 @app.exception_handler(RequestValidationError)
-def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first.get('input')!r}"
-    return _error(request, 400, "bad_request", message)
+    return problem(request.scope, 400, "bad_request", message)
 
 
 @app.exception_handler(HTTPException)
-def _http(request: Request, error: HTTPException) -> JSONResponse:
+async def _http(request: Request, error: HTTPException) -> JSONResponse:
     code = "not_found" if error.status_code == 404 else "bad_request"
-    return _error(request, error.status_code, code, str(error.detail))
+    return problem(request.scope, error.status_code, code, str(error.detail), error.headers)

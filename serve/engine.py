@@ -1,115 +1,220 @@
-"""The loaded models, and the one thread in which pictures are decoded and classified."""
+"""The live models: loaded beside what answers, swapped without a pause, kept where that fails."""
 
 import asyncio
 import base64
 import io
 import logging
+import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mnist import images, inference, registry
+from serve.batches import Batches
+from serve.metrics import Metrics
 from serve.settings import Settings
 
-LOADED = 3  # models kept in memory; `parallel` takes 113 MB in torch
+LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in int8, 113 in torch
+WATCH_S = 0.5  # how often the registry is looked at
+
+log = logging.getLogger("serve")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model that can answer."""
 
     name: str
     record: registry.Record
-    classify: inference.Classifier
+    run: inference.Classifier
+    max_pixels: int
 
-
-class Engine:
-    """Answers for pictures with the model that was current at the start, or another by name.
-
-    Everything slow runs in one thread, never on the event loop. `reason` says why there is no
-    model, where there is none.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.current: Model | None = None
-        self.reason = "starting"
-        self._load = lru_cache(LOADED)(self._read)
-        self._thread = ThreadPoolExecutor(1, "inference")
-
-    async def start(self) -> None:
-        """Load the current model, which tries it on pictures; where that fails, keep the reason."""
-        try:
-            self.current = await self._run(self._first)
-        except registry.RegistryError as error:
-            self.reason = str(error)
-        except Exception as error:  # whatever it is, the server lives and says so
-            logging.getLogger(__name__).exception("the current model cannot be used")
-            self.reason = f"the current model cannot be used: {error!r}"
-
-    def stop(self) -> None:
-        self._thread.shutdown()
-
-    async def answer(
-        self, data: bytes, filename: str | None, name: str | None, top: int, view: bool
-    ) -> dict[str, Any]:
-        """CONTRACT's answer for one picture's bytes.
-
-        Raises images.ImageError for the picture, registry.UnknownModel where `name` names none,
-        another registry.RegistryError where the model cannot answer.
-        """
-        return await self._run(self._answer, data, filename, name, top, view)
-
-    async def _run(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-
-    def _first(self) -> Model:
-        return self._load(registry.record(self.settings.models)[0])
-
-    def _named(self, name: str) -> Model:
-        registry.record(self.settings.models, name)  # it may have been removed since it was loaded
-        return self._load(name)
-
-    def _read(self, name: str) -> Model:
-        classify = inference.load(
-            self.settings.models, name, self.settings.threads, self.settings.engine
-        )
-        return Model(name, registry.record(self.settings.models, name)[1], classify)
-
-    def _answer(
-        self, data: bytes, filename: str | None, name: str | None, top: int, view: bool
-    ) -> dict[str, Any]:
-        model = self.current if name is None else self._named(name)
-        if model is None:
-            raise registry.RegistryError(self.reason)
-        about, study = model.record["dataset"], model.record["study"]
-        picture = images.normalise(
+    def normalise(self, data: bytes) -> np.ndarray:
+        """A raw picture -> uint8 (channels, size, size); raises images.ImageError."""
+        about = self.record["dataset"]
+        return images.normalise(
             data,
             size=about["size"],
             channels=about["channels"],
             recipe=about["recipe"],
-            max_pixels=self.settings.max_pixels,
+            max_pixels=self.max_pixels,
         )
-        shares = [float(share) for share in model.classify(picture[None])[0]]
-        ranked = sorted(zip(about["classes"], shares, strict=True), key=lambda pair: -pair[1])
+
+    def classify(self, pictures: np.ndarray) -> list[list[float]]:
+        """Probabilities, one row for each picture."""
+        return self.run(pictures).tolist()
+
+    def answer(self, shares: list[float], top: int) -> dict[str, Any]:
+        """CONTRACT's answer, but for the picture's own fields."""
+        classes, study = self.record["dataset"]["classes"], self.record["study"]
+        ranked = sorted(zip(classes, shares, strict=True), key=lambda pair: -pair[1])
         prediction, probability = ranked[0]
-        answer = {
-            "filename": filename,
+        return {
             "prediction": prediction,
             "probability": probability,
-            "probabilities": dict(zip(about["classes"], shares, strict=True)),
+            "probabilities": dict(zip(classes, shares, strict=True)),
             "top": ranked[:top],
-            "uncertain": probability
-            < model.record.get("calibration", {}).get("uncertain_below", 0),
-            "model": model.name,
+            "uncertain": probability < self.record.get("calibration", {}).get("uncertain_below", 0),
+            "model": self.name,
             "study": study["name"],
             "trial": study["trial"],
         }
+
+
+class Engine:
+    """Answers for pictures with the registry's current model, or another one by name.
+
+    It watches the registry: a new current model is loaded and tried while the old one answers, and
+    takes over only then. `refused` says which one could not, and why; `reason`, why there is no
+    model where there is none.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.current: Model | None = None
+        self.canary: Model | None = None
+        self.reason = "starting"
+        self.refused: dict[str, str] = {}
+        self._loaded: dict[str, Model] = {}  # by name, the last one used at the end
+        self._paths = [settings.models / registry.INFO]
+        self._seen: list[tuple[int, ...] | None] = []
+        self._loader = ThreadPoolExecutor(1, "loader")
+        self._batches = Batches(settings, metrics)
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the current model, and from then on each new one."""
+        await self._run(self._look)
+        self._watch = asyncio.create_task(self._keep_looking())
+
+    async def stop(self) -> None:
+        if self._watch:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        self._loader.shutdown()
+        self._batches.stop()
+
+    def admit(self) -> None:
+        """Raises batches.Busy where one more picture cannot be answered in time."""
+        self._batches.admit()
+
+    async def model(self, name: str | None) -> Model:
+        """The named model; without a name the current one, or for its share of requests the canary.
+
+        Raises registry.UnknownModel where `name` names none, another registry.RegistryError where
+        there is no model, or the model cannot be loaded.
+        """
+        if name is not None:
+            return await self._run(self._named, name)
+        if self.canary and self.settings.canary and random.random() < self.settings.canary[1]:
+            return self.canary
+        if self.current is None:
+            raise registry.RegistryError(self.reason)
+        return self.current
+
+    async def answer(
+        self, model: Model, data: bytes, filename: str | None, top: int = 3, view: bool = False
+    ) -> dict[str, Any]:
+        """CONTRACT's answer for one picture's bytes.
+
+        Raises images.ImageError for the picture, batches.Busy where it would take too long.
+        """
+        picture, shares = await self._batches.classify(data, model)
+        answer = {"filename": filename, **model.answer(shares, top)}  # type: ignore[arg-type]
+        labels = model.name, answer["prediction"], str(answer["uncertain"]).lower()
+        self.metrics.predictions.labels(*labels).inc()
+        self.metrics.confidence.labels(model.name).observe(answer["probability"])
         return answer | ({"view": _png(picture)} if view else {})
+
+    # --- in the loading thread ---
+
+    async def _run(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, function, *args)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            await self._run(self._look)
+
+    def _look(self) -> None:
+        """Where the registry changed, load what is to answer; whatever fails, go on as before."""
+        if self._seen == [_state(path) for path in self._paths]:
+            return
+        canary = self.settings.canary[0] if self.settings.canary else None
+        self._paths = self._files(canary)
+        self._seen = [_state(path) for path in self._paths]
+        self.refused = {}
+        self.current = self._renew("current", None, self.current)
+        if canary is not None:
+            self.canary = self._renew("canary", canary, self.canary)
+
+    def _files(self, canary: str | None) -> list[Path]:
+        """What tells of a change: the registry's record, and the files of who is to answer."""
+        folder = self.settings.models
+        paths = [folder / registry.INFO]
+        with suppress(registry.RegistryError):
+            info = registry.read(folder)
+            named = [info["models"][name] for name in {info["current"], canary} & {*info["models"]}]
+            paths += [folder / file["file"] for each in named for file in each["files"].values()]
+        return paths
+
+    def _renew(self, role: str, name: str | None, old: Model | None) -> Model | None:
+        """The model that is to have this role, or the old one where it cannot be had."""
+        try:
+            name = registry.record(self.settings.models, name)[0]
+            if old is not None and old.name == name:
+                return old
+            new = self._load(name)
+        except Exception as error:  # whatever it is, the server lives and says so
+            known = isinstance(error, registry.RegistryError)
+            reason = str(error) if known else f"the model cannot be used: {error!r}"
+            if not known:
+                log.exception("unforeseen")
+            self.refused[role] = f"{name}: {reason}" if name and name not in reason else reason
+            self.reason = reason
+            self.metrics.refused.labels(name or "").inc()
+            log.error("refused", extra={"role": role, "model": name, "reason": reason})
+            return old
+        self._tell(role, old, new)
+        return new
+
+    def _tell(self, role: str, old: Model | None, new: Model) -> None:
+        log.info("swapped", extra={"role": role, "model": new.name, "engine": new.run.engine})
+        for model, n in ((old, 0), (new, 1)):
+            if model is not None:
+                self.metrics.models.labels(model.name, model.run.engine, role).set(n)
+        if old is not None and role == "current":
+            self.metrics.swaps.inc()
+
+    def _named(self, name: str) -> Model:
+        registry.record(self.settings.models, name)  # it may have been removed since it was loaded
+        for model in (self.current, self.canary, self._loaded.pop(name, None)):
+            if model is not None and model.name == name:
+                self._loaded[name] = model
+                return model
+        self._loaded[name] = model = self._load(name)
+        while len(self._loaded) > LOADED:
+            self._loaded.pop(next(iter(self._loaded)))
+        return model
+
+    def _load(self, name: str) -> Model:
+        settings = self.settings
+        run = inference.load(settings.models, name, settings.threads, settings.engine)
+        return Model(name, registry.record(settings.models, name)[1], run, settings.max_pixels)
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _png(picture: np.ndarray) -> str:

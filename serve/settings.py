@@ -1,10 +1,15 @@
 """Every setting of the server, read from the environment."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode
+
+from mnist import registry
+
+Words = Annotated[tuple[str, ...], NoDecode]
+"""Words with commas between them."""
 
 
 class Settings(BaseSettings):
@@ -15,5 +20,43 @@ class Settings(BaseSettings):
         "auto", description="what runs a model; auto: the first of the others that can"
     )
     threads: int | None = Field(None, ge=1, description="inference threads; all cores by default")
-    max_upload_bytes: int = Field(10_000_000, ge=1, description="largest request, in bytes")
+    max_upload_bytes: int = Field(10_000_000, ge=1, description="largest picture, in bytes")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, in pixels")
+    max_batch_files: int = Field(64, ge=1, description="most pictures in one request")
+    max_queue: int = Field(256, ge=1, description="most pictures that wait for the model")
+    deadline_ms: int = Field(1000, ge=1, description="longest wait for an answer, in ms")
+    api_keys: Words = Field(
+        (), validate_default=False, description="keys, one of which POST and /metrics then need"
+    )
+    cors_origins: Words = Field(
+        (), validate_default=False, description="web origins that may ask; * for all"
+    )
+    canary: Annotated[tuple[str, float] | None, NoDecode] = Field(
+        None,
+        validate_default=False,
+        description="NAME:SHARE, a model that answers this share (0..1) of the requests",
+    )
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _words(cls, text: str) -> tuple[str, ...]:
+        return tuple(word.strip() for word in text.split(",") if word.strip())
+
+    @field_validator("canary", mode="before")
+    @classmethod
+    def _canary(cls, text: str) -> tuple[str, float] | None:
+        name, _, share = text.partition(":")
+        try:
+            if registry.NAME.fullmatch(name) and 0 <= float(share) <= 1:
+                return name, float(share)
+        except ValueError:
+            pass
+        raise ValueError("it must be a model's name, a colon and a share from 0 to 1")
+
+
+def problems(error: ValidationError) -> str:
+    """Which settings are wrong and why, in one line."""
+    return "; ".join(
+        f"{'_'.join(map(str, each['loc'])).upper()}={each['input']}: {each['msg']}"
+        for each in error.errors()
+    )

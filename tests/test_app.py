@@ -28,6 +28,7 @@ import serve.app
 from mnist import data, images, inference, models, registry, training
 from serve.app import app
 from serve.engine import Engine
+from serve.metrics import Metrics
 from serve.settings import Settings
 from tests.conftest import ROOT
 from tests.test_inference import change, other_golden
@@ -317,9 +318,9 @@ def test_inference_never_holds_up_the_event_loop(
     monkeypatch.setattr(images, "normalise", slow)
 
     async def scenario() -> int:
-        engine = Engine(Settings(models=saved))
+        engine = Engine(Settings(models=saved), Metrics())
         await engine.start()
-        answering = asyncio.create_task(engine.answer(picture, None, None, 3, False))
+        answering = asyncio.create_task(engine.answer(await engine.model(None), picture, None))
         beats = 0
         while not answering.done():
             await asyncio.sleep(0.01)
@@ -345,7 +346,7 @@ def test_a_model_s_record_is_not_read_on_the_event_loop(
     assert client.post(f"/predict?model={name}", content=picture).status_code == 200
     refused(client.post("/predict?model=nothing", content=picture), 404, "unknown_model")
     assert threads
-    assert all(thread.startswith("inference") for thread in threads)
+    assert all(thread.startswith("loader") for thread in threads)
 
 
 @contextmanager

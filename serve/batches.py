@@ -1,0 +1,150 @@
+"""Pictures that wait together are classified together; who would wait too long is turned away."""
+
+import asyncio
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from serve.metrics import Metrics
+from serve.settings import Settings
+
+LARGEST = 8  # pictures in a batch: larger ones are hardly faster, and answer all of theirs later
+# While one thread decodes, which takes Python's lock, the other one has its batch inferred.
+THREADS = min(2, os.cpu_count() or 1)
+MARGIN = 0.75  # of the deadline may be spent waiting; the rest is for the answer itself
+START_PACE_S = 0.002  # for a picture, until it was measured
+SMOOTH = 0.1  # share of the newest batch in the measured pace
+
+
+class Busy(Exception):
+    """The queue is full or the deadline cannot be met; try again after `retry_after_s` seconds."""
+
+    def __init__(self, why: str, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.why, self.retry_after_s = why, retry_after_s
+
+
+class Model(Protocol):
+    """What turns pictures' bytes into model input, and that into what is known of them."""
+
+    def normalise(self, data: bytes) -> np.ndarray: ...
+
+    def classify(self, pictures: np.ndarray) -> Sequence[object]: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """One picture; `answer` becomes its normalised form and its row of classify()."""
+
+    data: bytes
+    model: Model
+    answer: asyncio.Future[tuple[np.ndarray, object]]
+    since: float = field(default_factory=time.monotonic)
+
+
+class Batches:
+    """The queue before the model, and the threads that empty it.
+
+    A picture that finds an idle thread starts at once; while all are busy, others gather.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._jobs: deque[Job] = deque()
+        self._lock = threading.Lock()
+        self._active = 0
+        self._pace_s = START_PACE_S
+        self._threads = ThreadPoolExecutor(THREADS, "inference")
+        self._loop = asyncio.get_running_loop()
+
+    def stop(self) -> None:
+        self._threads.shutdown()
+
+    def admit(self) -> None:
+        """Raises Busy where one more picture would find no room, or could not be in time."""
+        waiting, settings = len(self._jobs), self._settings
+        if waiting >= settings.max_queue:
+            raise self._busy("queue", f"{waiting} pictures are waiting (MAX_QUEUE)")
+        if waiting * self._pace_s > MARGIN * settings.deadline_ms / 1000:
+            raise self._busy(
+                "deadline", f"no answer within {settings.deadline_ms} ms (DEADLINE_MS)"
+            )
+
+    async def classify(self, data: bytes, model: Model) -> tuple[np.ndarray, object]:
+        """The picture's normalised form, and its row of model.classify().
+
+        Raises Busy, and what model.normalise() raises.
+        """
+        self.admit()
+        job = Job(data, model, self._loop.create_future())
+        with self._lock:
+            self._jobs.append(job)
+            idle = self._active < THREADS
+            self._active += idle
+        if idle:
+            self._threads.submit(self._work)
+        return await job.answer
+
+    def _busy(self, why: str, reason: str) -> Busy:
+        after = max(1, math.ceil(len(self._jobs) * self._pace_s))
+        self._metrics.turned_away.labels(why).inc()
+        return Busy(why, f"the server is busy: {reason}; try again in {after} s", after)
+
+    def _work(self) -> None:
+        """One thread: batch after batch, until none is left."""
+        while jobs := self._take():
+            start = time.monotonic()
+            late = [job for job in jobs if start > job.since + self._settings.deadline_ms / 1000]
+            answers: dict[Job, Any] = {job: self._busy("deadline", "too slow") for job in late}
+            answers |= self._carry_out([job for job in jobs if job not in answers])
+            seconds = (time.monotonic() - start) / len(jobs) / self._active
+            self._pace_s += SMOOTH * (seconds - self._pace_s)
+            self._loop.call_soon_threadsafe(_deliver, answers)
+
+    def _take(self) -> list[Job]:
+        with self._lock:
+            jobs = [self._jobs.popleft() for _ in range(min(LARGEST, len(self._jobs)))]
+            self._active -= not jobs
+            self._metrics.waiting.set(len(self._jobs))
+        return jobs
+
+    def _carry_out(self, jobs: list[Job]) -> dict[Job, Any]:
+        """For each job its answer, or the exception that it gets instead."""
+        answers: dict[Job, Any] = {}
+        ready: dict[Model, list[tuple[Job, np.ndarray]]] = {}
+        for job in jobs:
+            try:
+                picture = job.model.normalise(job.data)
+                ready.setdefault(job.model, []).append((job, picture))
+            except Exception as error:  # noqa: BLE001 - it is raised where the job is awaited
+                answers[job] = error
+        for model, pairs in ready.items():
+            pictures = np.stack([picture for _, picture in pairs])
+            self._metrics.batches.observe(len(pairs))
+            try:
+                rows = model.classify(pictures)
+                answers |= {
+                    job: (picture, row) for (job, picture), row in zip(pairs, rows, strict=True)
+                }
+            except Exception as error:  # noqa: BLE001
+                answers |= {job: error for job, _ in pairs}
+        return answers
+
+
+def _deliver(answers: dict[Job, Any]) -> None:
+    """On the event loop."""
+    for job, answer in answers.items():
+        if job.answer.done():  # who asked has gone
+            continue
+        if isinstance(answer, Exception):
+            job.answer.set_exception(answer)
+        else:
+            job.answer.set_result(answer)

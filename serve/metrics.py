@@ -1,0 +1,77 @@
+"""What the server counts, for Prometheus; right with several uvicorn workers, too."""
+
+import hashlib
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+if multiprocessing.parent_process() is not None:  # one of several workers of one uvicorn
+    # They share their parent's authkey, and nobody else does.
+    _shared = hashlib.sha256(multiprocessing.current_process().authkey).hexdigest()[:16]
+    os.environ.setdefault(_DIRECTORY, f"{tempfile.gettempdir()}/serve-metrics-{_shared}")
+
+# It reads that variable when it is imported.
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram  # noqa: E402
+from prometheus_client import multiprocess as workers  # noqa: E402
+from prometheus_client.exposition import generate_latest  # noqa: E402
+
+TIMES_S = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0)
+SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
+PICTURES = (1, 2, 4, 8, 16, 32)
+
+
+class Metrics:
+    """The counters of one process."""
+
+    def __init__(self) -> None:
+        self.several = _DIRECTORY in os.environ
+        if self.several:
+            Path(os.environ[_DIRECTORY]).mkdir(parents=True, exist_ok=True)
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "requests", "Answered requests", ["method", "route", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "request_seconds", "From the request's head to its answer", ["route"],
+            buckets=TIMES_S, registry=registry,
+        )  # fmt: skip
+        self.turned_away = Counter(
+            "turned_away", "Requests refused with 429", ["why"], registry=registry
+        )
+        self.waiting = Gauge(
+            "queue_pictures", "Pictures that wait for the model",
+            registry=registry, multiprocess_mode="livesum",
+        )  # fmt: skip
+        self.batches = Histogram(
+            "batch_pictures", "Pictures classified together", buckets=PICTURES, registry=registry
+        )
+        self.models = Gauge(
+            "model_in_use", "Processes that answer with this model",
+            ["model", "engine", "role"], registry=registry, multiprocess_mode="livesum",
+        )  # fmt: skip
+        self.swaps = Counter("model_swaps", "Changes of the current model", registry=registry)
+        self.refused = Counter(
+            "models_refused", "Models that could not be loaded", ["model"], registry=registry
+        )
+        self.predictions = Counter(
+            "predictions", "Answers", ["model", "prediction", "uncertain"], registry=registry
+        )
+        self.confidence = Histogram(
+            "prediction_probability", "Probability of the class answered", ["model"],
+            buckets=SHARES, registry=registry,
+        )  # fmt: skip
+
+    def text(self) -> bytes:
+        """Of all workers, in Prometheus's text format."""
+        if not self.several:
+            return generate_latest(self._registry)
+        together = CollectorRegistry()
+        workers.MultiProcessCollector(together)
+        return generate_latest(together)
+
+    def close(self) -> None:
+        """What this process alone had, such as its queue, no longer counts."""
+        if self.several:
+            workers.mark_process_dead(os.getpid())

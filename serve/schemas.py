@@ -1,0 +1,118 @@
+"""The shapes of requests and answers, for OpenAPI."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+NAME = "20261121-120301"
+
+
+class Answer(BaseModel):
+    """What the model says of one picture."""
+
+    filename: str | None = Field(examples=["3.png"])
+    prediction: str = Field(examples=["3"])
+    probability: float = Field(examples=[0.998])
+    probabilities: dict[str, float] = Field(examples=[{"3": 0.998, "8": 0.002}])
+    top: list[tuple[str, float]] = Field(examples=[[["3", 0.998], ["8", 0.002]]])
+    uncertain: bool = Field(description="the picture does not look like any class")
+    model: str = Field(examples=[NAME])
+    study: str = Field(examples=["mnist-parallel"])
+    trial: int = Field(examples=[17])
+    view: str | None = Field(None, description="with view=true: what the model saw, a data: URL")
+
+
+class Mistake(BaseModel):
+    code: str = Field(examples=["not_an_image"])
+    message: str
+    request_id: str
+
+
+class Problem(BaseModel):
+    """The body of every error."""
+
+    error: Mistake
+
+
+class Unread(BaseModel):
+    """In place of an answer, for a picture of a batch that got none."""
+
+    filename: str | None
+    error: Mistake
+
+
+class Batch(BaseModel):
+    results: list[Answer | Unread]
+
+
+class Base64(BaseModel):
+    """A picture in base64, with or without `data:image/png;base64,` before it."""
+
+    image: str
+
+
+class Ready(BaseModel):
+    status: str = Field(examples=["ready"])
+    model: str = Field(examples=[NAME])
+    engine: str = Field(examples=["onnx_int8"])
+    passed_over: dict[str, str] = Field(
+        {}, description="better engines that cannot run it, and why"
+    )
+    canary: str | None = Field(None, description="the model that answers CANARY's share")
+    refused: dict[str, str] = Field({}, description="models that could not take over, and why")
+
+
+class Unavailable(BaseModel):
+    status: str = Field(examples=["unavailable"])
+    reason: str
+    refused: dict[str, str] = {}
+
+
+class Brief(BaseModel):
+    name: str = Field(examples=[NAME])
+    dataset: str = Field(examples=["mnist"])
+    network: str = Field(examples=["parallel"])
+    test_accuracy: float = Field(examples=[0.9942])
+    created: str = Field(examples=["2026-11-21T12:03:01Z"])
+
+
+class Models(BaseModel):
+    current: str | None = Field(examples=[NAME])
+    models: list[Brief]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: these have a Problem as their body."""
+    return {status: {"model": Problem, "description": WHEN[status]} for status in statuses}
+
+
+WHEN = {
+    400: "bad_request: a form, JSON or parameter that cannot be read",
+    401: "unauthorised: keys are set, none or a wrong one in X-API-Key",
+    404: "unknown_model: the name is no model's",
+    413: "too_large, too_many_pixels, too_many_files: over a limit",
+    415: "not_an_image: no decoder reads it, or it ends early",
+    422: "blank: nothing is drawn; missing_file: nothing was sent",
+    429: "busy: the queue is full or the deadline cannot be met; see Retry-After",
+    503: "no_model: nothing to answer with",
+}
+
+
+def body(kind: str, schema: dict[str, Any], **others: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI's request body of one media type, or of `others` as well."""
+    content = {kind: {"schema": schema}} | {key: {"schema": each} for key, each in others.items()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def form(field: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A multipart form with one field."""
+    return {"type": "object", "required": [field], "properties": {field: schema}}
+
+
+PICTURE = {"type": "string", "format": "binary"}
+ONE = body(
+    "multipart/form-data",
+    form("file", PICTURE),
+    **{"application/octet-stream": PICTURE, "image/*": PICTURE},
+)
+SEVERAL = body("multipart/form-data", form("files", {"type": "array", "items": PICTURE}))

@@ -1,0 +1,136 @@
+"""serve/batches.py: what waits together is answered together, what cannot be in time is refused."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve import batches
+from serve.batches import Batches, Busy
+from serve.metrics import Metrics
+from serve.settings import Settings
+
+
+class Sums:
+    """A model that answers with the sum of a picture's bytes, once it may."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.may = threading.Event()
+        self.may.set()
+
+    def normalise(self, data: bytes) -> np.ndarray:
+        if data == b"bad":
+            raise ValueError("bad")
+        return np.frombuffer(data, np.uint8)
+
+    def classify(self, pictures: np.ndarray) -> list[int]:
+        self.may.wait(10)
+        self.sizes.append(len(pictures))
+        return [int(row.sum()) for row in pictures]
+
+
+def within(scenario: Any, **settings: Any) -> Any:
+    """The result of scenario(queue, model) with these settings."""
+
+    async def run() -> Any:
+        model, queue = Sums(), Batches(Settings(**settings), Metrics())
+        try:
+            return await scenario(queue, model)
+        finally:
+            model.may.set()
+            queue.stop()
+
+    return asyncio.run(run())
+
+
+async def all_of(*waiting: Coroutine[Any, Any, Any]) -> list[Any]:
+    return await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def test_each_gets_its_own_answer_and_those_that_wait_share_a_batch() -> None:
+    async def scenario(queue: Batches, model: Sums) -> list[int]:
+        model.may.clear()
+        pictures = [bytes([i, 1]) for i in range(30)]
+        answers = [asyncio.create_task(queue.classify(each, model)) for each in pictures]
+        await asyncio.sleep(0.1)
+        model.may.set()
+        found = await asyncio.gather(*answers)
+        assert [answer for _, answer in found] == [i + 1 for i in range(30)]
+        assert found[3][0].tolist() == [3, 1]
+        return model.sizes
+
+    sizes = within(scenario)
+    assert sum(sizes) == 30
+    assert max(sizes) == batches.LARGEST
+    assert len(sizes) < 10
+
+
+def test_a_bad_picture_spoils_no_other() -> None:
+    async def scenario(queue: Batches, model: Sums) -> list[Any]:
+        return await all_of(*(queue.classify(each, model) for each in (b"bad", b"\1", b"bad")))
+
+    first, second, third = within(scenario)
+    assert (str(first), str(third)) == ("bad", "bad")
+    assert second[1] == 1
+
+
+def test_a_model_that_fails_tells_all_who_asked_it_and_the_next_is_answered() -> None:
+    async def scenario(queue: Batches, model: Sums) -> list[Any]:
+        broken = Sums()
+        broken.classify = lambda _: [][1]  # type: ignore[method-assign]
+        return await all_of(queue.classify(b"\1", broken), queue.classify(b"\2", model))
+
+    failed, answered = within(scenario)
+    assert isinstance(failed, IndexError)
+    assert answered[1] == 2
+
+
+def test_a_full_queue_turns_away_and_takes_again_when_it_has_room() -> None:
+    async def scenario(queue: Batches, model: Sums) -> None:
+        model.may.clear()
+        first = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(batches.THREADS)]
+        await asyncio.sleep(0.1)  # they are taken up
+        waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Busy, match="MAX_QUEUE") as busy:
+            await queue.classify(b"\1", model)
+        assert busy.value.retry_after_s >= 1
+        model.may.set()
+        await asyncio.gather(*first, *waiting)
+        assert (await queue.classify(b"\1", model))[1] == 1
+
+    within(scenario, max_queue=3)
+
+
+def test_who_waited_past_the_deadline_is_turned_away_rather_than_answered() -> None:
+    async def scenario(queue: Batches, model: Sums) -> list[Any]:
+        model.may.clear()
+        asked = [queue.classify(b"\1", model) for _ in range(batches.THREADS + 2)]
+        answers = asyncio.create_task(all_of(*asked))
+        await asyncio.sleep(0.2)
+        model.may.set()
+        return await answers
+
+    *first, late, last = within(scenario, deadline_ms=100)
+    assert all(answer[1] == 1 for answer in first)  # they were begun in time
+    assert isinstance(late, Busy)
+    assert isinstance(last, Busy)
+
+
+def test_who_cannot_be_in_time_is_turned_away_at_once() -> None:
+    async def scenario(queue: Batches, model: Sums) -> None:
+        model.classify = lambda rows: time.sleep(0.1) or [0] * len(rows)  # type: ignore
+        for _ in range(30):  # it learns the pace
+            await queue.classify(b"\1", model)
+        waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(30)]
+        await asyncio.sleep(0)
+        with pytest.raises(Busy, match="DEADLINE_MS"):
+            queue.admit()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    within(scenario, deadline_ms=500)

@@ -1,0 +1,143 @@
+"""serve/engine.py: new models take over without a pause, bad ones never."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from mnist import registry
+from serve import engine
+from serve.app import app
+from tests.test_inference import change, other_golden
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry of our own, which the server looks at all the time."""
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    monkeypatch.setenv("MODELS", str(folder))
+    monkeypatch.setattr(engine, "WATCH_S", 0.02)
+    return folder
+
+
+@pytest.fixture
+def client(folder: Path) -> Iterator[TestClient]:
+    with TestClient(app) as client:
+        yield client
+
+
+def another(folder: Path, promote: str = "always") -> str:
+    """The same model once more, under a new name."""
+    name, record = registry.record(folder)
+    files = {
+        kind: (each["file"].removeprefix(name), (folder / each["file"]).read_bytes())
+        for kind, each in record["files"].items()
+    }
+    return registry.save(folder, files, record, promote)
+
+
+def until(client: TestClient, true: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """What /ready says as soon as that is so."""
+    end = time.monotonic() + 20
+    while not true(answer := client.get("/ready").json()):
+        assert time.monotonic() < end, answer
+        time.sleep(0.01)
+    return answer
+
+
+def test_a_new_current_model_takes_over_by_itself(client: TestClient, folder: Path) -> None:
+    old = client.get("/ready").json()["model"]
+    new = another(folder)
+    until(client, lambda ready: ready["model"] == new)
+    registry.use(folder, old)
+    until(client, lambda ready: ready["model"] == old)
+    metrics = client.get("/metrics").text
+    for name, n in ((old, 1), (new, 0)):
+        labels = f'engine="onnx_int8",model="{name}",role="current"'
+        assert f"model_in_use{{{labels}}} {n}.0" in metrics
+    assert "model_swaps_total 2.0" in metrics
+
+
+def test_a_server_without_a_model_takes_the_first_that_comes(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELS", str(tmp_path / "registry"))
+    monkeypatch.setattr(engine, "WATCH_S", 0.02)
+    with TestClient(app) as client:
+        assert client.get("/ready").status_code == 503
+        shutil.copytree(saved, tmp_path / "registry")
+        until(client, lambda ready: ready["status"] == "ready")
+
+
+@pytest.mark.parametrize("harm", ["altered", "missing", "shape", "golden", "record"])
+def test_a_bad_new_model_is_refused_and_the_old_one_answers_on(
+    client: TestClient, folder: Path, harm: str
+) -> None:
+    old = client.get("/ready").json()["model"]
+    new = another(folder, "never")
+    weights = folder / f"{new}.int8.onnx"
+    before, info = weights.read_bytes(), (folder / registry.INFO).read_text()
+    if harm == "altered":
+        weights.write_bytes(before[:-1] + b"?")
+    elif harm == "missing":
+        weights.unlink()
+    record = registry.read(folder)
+    record["current"] = new
+    registry._write_info(folder, record)
+    if harm == "shape":
+        change(folder, lambda entry: entry["dataset"]["classes"].pop())
+    elif harm == "golden":
+        for each in ("onnx_int8", "onnx", "torch"):
+            other_golden(folder, each)
+    elif harm == "record":
+        (folder / registry.INFO).write_text("{")
+    expected = {
+        "altered": "was altered",
+        "missing": "No such file",
+        "shape": "it gives no 9 probabilities",
+        "golden": "golden inputs",
+        "record": "cannot be read",
+    }
+    ready = until(client, lambda ready: expected[harm] in str(ready.get("refused")))
+    assert ready["model"] == old
+    assert "models_refused_total" in client.get("/metrics").text
+    if harm == "record":
+        (folder / registry.INFO).write_text(info)
+        until(client, lambda ready: "refused" not in ready)
+    elif harm in ("altered", "missing"):  # put back, it is tried again
+        weights.write_bytes(before)
+        until(client, lambda ready: ready["model"] == new)
+
+
+def test_a_canary_answers_its_share_and_is_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, digits: Any
+) -> None:
+    from tests.test_app import png
+
+    new, old = another(folder, "never"), registry.record(folder)[0]
+    monkeypatch.setenv("CANARY", f"{new}:0.5")
+    picture = png(digits.validation.images[0, 0].numpy())
+    with TestClient(app) as client:
+        assert client.get("/ready").json()["canary"] == new
+        found = [client.post("/predict", content=picture).json()["model"] for _ in range(60)]
+        metrics = client.get("/metrics").text
+        assert client.post(f"/predict?model={old}", content=picture).json()["model"] == old
+    assert 10 < found.count(new) < 50
+    counted = [line for line in metrics.splitlines() if line.startswith("predictions_total{")]
+    assert any(
+        f'model="{new}"' in line and line.endswith(f" {found.count(new)}.0") for line in counted
+    )
+
+
+def test_a_canary_that_cannot_be_loaded_is_refused_and_the_current_model_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANARY", "20000101-000000:0.5")
+    with TestClient(app) as client:
+        ready = client.get("/ready").json()
+    assert ready["status"] == "ready"
+    assert "no model '20000101-000000'" in ready["refused"]["canary"]

@@ -1,0 +1,160 @@
+"""serve/front.py and serve/settings.py: ids, keys, origins, admission, the log, bad settings."""
+
+import base64
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from serve import front
+from serve.app import app
+from serve.batches import Batches, Busy
+from tests.conftest import ROOT
+from tests.test_app import png, refused
+
+
+@pytest.fixture
+def models(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MODELS", str(saved))
+    return saved
+
+
+def test_a_request_id_is_taken_from_the_client_or_made(models: Path) -> None:
+    with TestClient(app) as client:
+        given = client.get("/health", headers={"X-Request-ID": "mine-1"})
+        assert given.headers["x-request-id"] == "mine-1"
+        for bad in ("x" * 200, "two words"):
+            made = client.get("/health", headers={"X-Request-ID": bad}).headers["x-request-id"]
+            assert made != bad
+            assert len(made) == 32
+
+
+def test_with_keys_posts_and_metrics_need_one(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEYS", "first, second")
+    with TestClient(app) as client:
+        assert client.get("/ready").status_code == 200
+        for headers in ({}, {"X-API-Key": "third"}, {"X-API-Key": "first, second"}):
+            refused(client.post("/predict", headers=headers), 401, "unauthorised")
+            refused(client.get("/metrics", headers=headers), 401, "unauthorised")
+        for key in ("first", "second"):
+            assert client.get("/metrics", headers={"X-API-Key": key}).status_code == 200
+            refused(client.post("/predict", headers={"X-API-Key": key}), 422, "missing_file")
+
+
+def test_other_origins_may_ask_only_where_they_are_named(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = {"Origin": "https://a.example"}
+    with TestClient(app) as client:
+        assert "access-control-allow-origin" not in client.get("/health", headers=headers).headers
+    monkeypatch.setenv("CORS_ORIGINS", "https://a.example")
+    with TestClient(app) as client:
+        allowed = client.get("/health", headers=headers).headers["access-control-allow-origin"]
+        assert allowed == "https://a.example"
+        other = client.get("/health", headers={"Origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_busy_server_refuses_before_it_reads_the_body(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Batches) -> None:
+        raise Busy("queue", "the server is busy", 7)
+
+    def body() -> Iterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    with TestClient(app) as client:
+        monkeypatch.setattr(Batches, "admit", full)
+        answer = client.post("/predict", headers={"content-length": "10"})
+        assert "busy" in refused(answer, 429, "busy")
+        assert answer.headers["retry-after"] == "7"
+        assert client.get("/ready").status_code == 200
+
+
+def test_each_request_is_one_json_line_in_the_log_and_one_in_the_count(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    with TestClient(app) as client:
+        monkeypatch.setattr(front.log.handlers[0], "stream", stream)
+        client.post("/predict?model=none", headers={"X-Request-ID": "mine"})
+        client.get("/nothing/here")
+        metrics = client.get("/metrics").text
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert lines[0]["request_id"] == "mine"
+    assert (lines[0]["status"], lines[0]["code"]) == (404, "unknown_model")
+    assert lines[1]["path"] == "/nothing/here"
+    assert 'requests_total{method="POST",route="/predict",status="404"} 1.0' in metrics
+    assert 'requests_total{method="GET",route="other",status="404"} 1.0' in metrics
+    assert not logging.getLogger("uvicorn.access").hasHandlers()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ENGINE", "tensorflow"),
+        ("THREADS", "0"),
+        ("MAX_PIXELS", "many"),
+        ("CANARY", "../x:0.5"),
+        ("CANARY", "20261121-120301:2"),
+        ("CANARY", "20261121-120301"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, value: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "serve.app:app", "--port", "0"],
+        cwd=ROOT, env=os.environ | {name: value}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert f"{name}={value}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_openapi_page_names_every_status_that_is_given(models: Path) -> None:
+    with TestClient(app) as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    predict = paths["/predict"]["post"]
+    assert {*predict["responses"]} == {
+        "200", "400", "401", "404", "413", "415", "422", "429", "503"
+    }  # fmt: skip
+    for status, response in predict["responses"].items():
+        name = "Answer" if status == "200" else "Problem"
+        assert response["content"]["application/json"]["schema"]["$ref"].endswith(name)
+
+
+def test_a_picture_in_base64_is_answered_as_its_file_is(models: Path, digits: object) -> None:
+    picture = png(digits.validation.images[0, 0].numpy())  # type: ignore[attr-defined]
+    text = base64.b64encode(picture).decode()
+    with TestClient(app) as client:
+        expected = client.post("/predict", content=picture).json()
+        for image in (text, f"data:image/png;base64,{text}"):
+            assert client.post("/predict/base64", json={"image": image}).json() == expected
+        refused(client.post("/predict/base64", content=b"{"), 400, "bad_request")
+        refused(client.post("/predict/base64", json={"image": "?"}), 400, "bad_request")
+        refused(client.post("/predict/base64", json={"image": ""}), 422, "missing_file")
+
+
+def test_a_batch_has_an_answer_or_an_error_for_each_file(
+    models: Path, digits: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_BATCH_FILES", "3")
+    picture = png(digits.validation.images[0, 0].numpy())  # type: ignore[attr-defined]
+    files = [("files", ("a.png", picture)), ("files", ("b.png", b"no")), ("files", ("c.png", b""))]
+    with TestClient(app) as client:
+        first, second, third = client.post("/predict/batch", files=files).json()["results"]
+        assert first == client.post("/predict", files={"file": ("a.png", picture)}).json()
+        assert (second["filename"], second["error"]["code"]) == ("b.png", "not_an_image")
+        assert third["error"]["code"] == "missing_file"
+        refused(client.post("/predict/batch", files=files * 2), 413, "too_many_files")
+        refused(client.post("/predict/batch", files={"x": b"x"}), 422, "missing_file")
