@@ -129,9 +129,21 @@ def pruner(trial_samples: int) -> optuna.pruners.BasePruner:
     return optuna.pruners.SuccessiveHalvingPruner(rungs(trial_samples)[0], REDUCTION)
 
 
-SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+class _Tpe(optuna.samplers.TPESampler):
+    """TPE that is told the space, where Optuna's goes through all trials to find what they share:
+    47 of 460 ms for a trial in a study of 10,000."""
+
+    def __init__(self, seed: int, space: Space) -> None:
+        super().__init__(seed=seed)
+        self._told = {name: each for name, each in sorted(space.items()) if not each.single()}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Space:
+        return self._told
+
+
+SAMPLERS: dict[str, Callable[[int, Space], optuna.samplers.BaseSampler]] = {
+    "tpe": _Tpe,
+    "random": lambda seed, _: optuna.samplers.RandomSampler(seed=seed),
 }
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "halving": pruner,
@@ -155,7 +167,7 @@ def ask(
     if not past and (first := inside(space, FIRST)):
         study.enqueue_trial(first)
     waiting = (trial.number for trial in past if trial.state == TrialState.WAITING)
-    study.sampler = SAMPLERS[sampler](seed_of(seed, next(waiting, len(past))))
+    study.sampler = SAMPLERS[sampler](seed_of(seed, next(waiting, len(past))), space)
     return study.ask(space)
 
 

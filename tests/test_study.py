@@ -8,6 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from mnist import space
 from mnist import study as studies
 from mnist.data import Dataset
 from mnist.options import Options
@@ -46,6 +47,21 @@ def test_another_seed_asks_for_other_trials(study: optuna.Study) -> None:
     ]
     assert asked[0][0] == asked[1][0]
     assert asked[0][1] != asked[1][1]
+
+
+@pytest.mark.parametrize("space", [space.DEFAULT, space.WIDE])
+def test_told_the_space_tpe_proposes_what_it_would_have_found_out(space: space.Space) -> None:
+    def asked(sampler: Any) -> list[dict[str, Any]]:
+        study, found = optuna.create_study(direction="maximize"), []
+        for number in range(20):
+            study.sampler = sampler(studies.seed_of(0, number))
+            trial = study.ask(space)
+            found.append(trial.params)
+            study.tell(trial, -abs(trial.params["lr"] - 0.001))
+        return found
+
+    theirs = asked(lambda seed: optuna.samplers.TPESampler(seed=seed))
+    assert asked(lambda seed: studies.SAMPLERS["tpe"](seed, space)) == theirs
 
 
 def test_trials_that_cannot_be_compared_are_refused_in_one_line(
