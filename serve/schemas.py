@@ -1,6 +1,6 @@
 """The shapes of requests and answers, for OpenAPI."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
@@ -14,7 +14,9 @@ class Answer(BaseModel):
     prediction: str = Field(examples=["3"])
     probability: float = Field(examples=[0.998])
     probabilities: dict[str, float] = Field(examples=[{"3": 0.998, "8": 0.002}])
-    top: list[tuple[str, float]] = Field(examples=[[["3", 0.998], ["8", 0.002]]])
+    top: list[Annotated[list[str | float], Field(min_length=2, max_length=2)]] = Field(
+        examples=[[["3", 0.998], ["8", 0.002]]]
+    )
     uncertain: bool = Field(description="the picture does not look like any class")
     model: str = Field(examples=[NAME])
     study: str = Field(examples=["mnist-parallel"])
@@ -48,7 +50,7 @@ class Batch(BaseModel):
 class Base64(BaseModel):
     """A picture in base64, with or without `data:image/png;base64,` before it."""
 
-    image: str
+    image: str = Field(json_schema_extra={"format": "byte"})
 
 
 class Ready(BaseModel):
@@ -115,4 +117,6 @@ ONE = body(
     form("file", PICTURE),
     **{"application/octet-stream": PICTURE, "image/*": PICTURE},
 )
-SEVERAL = body("multipart/form-data", form("files", {"type": "array", "items": PICTURE}))
+SEVERAL = body(
+    "multipart/form-data", form("files", {"type": "array", "minItems": 1, "items": PICTURE})
+)

@@ -1,6 +1,7 @@
 """run.py as a person uses it: in a process of its own, killed and continued too."""
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import sqlalchemy
 from fastapi.testclient import TestClient
 from optuna.trial import TrialState
+from PIL import Image
 
 from mnist import data, models, registry
 from serve.app import app
@@ -381,6 +383,45 @@ def test_a_network_of_ones_own_is_searched_and_saved(
     assert broken.returncode == 2
     assert broken.stderr.count("\n") == 1
     assert "own.py, line 1: ModuleNotFoundError" in broken.stderr
+
+
+OWN_DATA = """
+import numpy as np
+from mnist.data import DATASETS, Source
+
+def read(data_dir, part):
+    random = np.random.default_rng(part == "test")
+    labels = np.arange(200) % 2
+    images = random.integers(0, 100, (200, 3, 16, 16)).astype(np.uint8)
+    images[labels == 1, 0] += 150
+    return images, labels
+
+DATASETS["reds"] = Source(read, ("dull", "red"))
+"""
+
+
+def test_a_data_set_of_ones_own_is_searched_saved_and_served_without_its_python(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
+    file = tmp_path / "own.py"
+    file.write_text(OWN_DATA)
+    options = ["--import", str(file), "--dataset", "reds", "--model", "compact", *SHORT]
+    done = run(*options, "--final-epochs", "20")
+    assert done.returncode == 0, done.stderr
+    _, record = registry.record(tmp_path / "saved_models")
+    about = record["dataset"]
+    assert (about["name"], about["size"], about["channels"]) == ("reds", 16, 3)
+    del data.DATASETS["reds"]
+    monkeypatch.setenv("MODELS", str(tmp_path / "saved_models"))
+    picture = np.random.default_rng(0).integers(0, 100, (60, 90, 3)).astype(np.uint8)
+    picture[:, :, 0] += 150
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    with TestClient(app) as client:
+        answer = client.post("/predict", content=stream.getvalue()).json()
+    assert answer["prediction"] == "red"
+    assert set(answer["probabilities"]) == {"dull", "red"}
 
 
 def test_help_lists_networks_and_hyperparameters(run: Command) -> None:

@@ -1,0 +1,197 @@
+"""Requests to a server from outside, and how they were answered. `python -m benchmarks.load`
+
+It runs in a process of its own, so that it can be kept on one core.
+"""
+
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import uvloop
+
+HEAD = re.compile(rb"HTTP/1\.1 (\d{3}).*?\r\ncontent-length: (\d+)\r\n", re.I | re.S)
+MOST_CONNECTIONS = 1000  # of an open loop
+PATIENCE_S = 10.0  # for one answer
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of one stage: the seconds each answer took, its status, and how often it was tried.
+
+    Status 0: the connection was closed before any byte of an answer; -1: later, or it took too
+    long. A request with status 0 is tried once more, as clients may with such a one.
+    """
+
+    seconds: np.ndarray
+    statuses: np.ndarray
+    tries: np.ndarray
+    length_s: float
+
+    def of(self, status: int = 200) -> np.ndarray:
+        return self.seconds[self.statuses == status]
+
+    def count(self, status: int = 200) -> int:
+        return int((self.statuses == status).sum())
+
+    @property
+    def rate(self) -> float:
+        """Right answers a second."""
+        return self.count() / self.length_s
+
+    def ms(self, percent: float) -> float:
+        good = self.of()
+        return float(np.percentile(good, percent)) * 1000 if len(good) else float("nan")
+
+
+class Connection:
+    """One kept-alive connection."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._reader: asyncio.StreamReader | None = None
+
+    async def ask(self, request: bytes, since: float) -> tuple[float, int, int]:
+        """Seconds since then, status and tries, as Found has them."""
+        status, tries = await self._ask(request), 1
+        if not status:
+            status, tries = await self._ask(request), 2
+        return time.perf_counter() - since, status, tries
+
+    async def _ask(self, request: bytes) -> int:
+        head = b""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                if self._reader is None:
+                    self._reader, self._writer = await asyncio.open_connection(
+                        "127.0.0.1", self._port
+                    )
+                self._writer.write(request)
+                head = await self._reader.readuntil(b"\r\n\r\n")
+                found = HEAD.match(head)
+                assert found is not None, head
+                await self._reader.readexactly(int(found[2]))
+        except asyncio.IncompleteReadError as error:
+            self.close()
+            return -1 if head or error.partial else 0
+        except (OSError, TimeoutError) as error:
+            self.close()
+            return -1 if head or isinstance(error, TimeoutError) else 0
+        if b"connection: close" in head.lower():
+            self.close()
+        return int(found[1])
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._writer.close()
+        self._reader = None
+
+
+async def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> list:
+    """Each connection asks again as soon as it was answered."""
+    found, end = [], time.perf_counter() + seconds
+
+    async def one(i: int) -> None:
+        connection = Connection(port)
+        while (start := time.perf_counter()) < end:
+            found.append(await connection.ask(requests[i % len(requests)], start))
+            i += 1
+        connection.close()
+
+    await asyncio.gather(*(one(7 * i) for i in range(connections)))
+    return found
+
+
+async def open_(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> list:
+    """Requests come at random at this rate, whether or not the earlier ones were answered."""
+    found: list[tuple[float, int, int]] = []
+    idle: list[Connection] = []
+    chance, tasks, at, i = random.Random(0), set(), time.perf_counter(), 0
+    end = at + seconds
+
+    async def one(due: float, request: bytes) -> None:
+        connection = idle.pop() if idle else Connection(port)
+        found.append(await connection.ask(request, due))
+        idle.append(connection)
+
+    while at < end:
+        at, i = at + chance.expovariate(rate), i + 1
+        await asyncio.sleep(at - time.perf_counter())
+        if len(tasks) < MOST_CONNECTIONS:
+            task = asyncio.create_task(one(at, requests[i % len(requests)]))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        else:
+            found.append((0.0, -1, 1))
+    await asyncio.gather(*tasks)
+    for connection in idle:
+        connection.close()
+    return found
+
+
+def request(path: str, picture: bytes, kind: str = "image/png") -> bytes:
+    """A POST with the picture as its body."""
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+    return head.encode() + f"Content-Length: {len(picture)}\r\n\r\n".encode() + picture
+
+
+def form(path: str, picture: bytes, field: str = "file") -> bytes:
+    """A POST with the picture in a multipart form, as a browser or curl sends it."""
+    disposition = f'Content-Disposition: form-data; name="{field}"; filename="x.png"'
+    start = f"--XX\r\n{disposition}\r\nContent-Type: image/png\r\n\r\n".encode()
+    return request(path, start + picture + b"\r\n--XX--\r\n", "multipart/form-data; boundary=XX")
+
+
+class Load:
+    """A stage that runs in another process; found() waits for its end."""
+
+    def __init__(
+        self,
+        port: int,
+        requests: Path,
+        seconds: float,
+        *,
+        connections: int | None = None,
+        rate: float | None = None,
+    ) -> None:
+        how = ["--rate", str(rate)] if rate else ["--connections", str(connections)]
+        command = [sys.executable, "-m", "benchmarks.load", str(port), str(requests), str(seconds)]
+        self._process = subprocess.Popen([*command, *how], stdout=subprocess.PIPE)
+
+    def found(self) -> Found:
+        output = self._process.communicate()[0]
+        length_s, rows = json.loads(output)
+        columns = [np.array(column) for column in zip(*rows, strict=True)]
+        return Found(*columns, length_s)
+
+
+@click.command()
+@click.argument("port", type=int)
+@click.argument("requests", type=click.Path(path_type=Path))
+@click.argument("seconds", type=float)
+@click.option("--connections", type=int, default=1)
+@click.option("--rate", type=float)
+def main(port: int, requests: Path, seconds: float, connections: int, rate: float | None) -> None:
+    """Send the requests in the folder REQUESTS, one a file, to PORT, for so many SECONDS."""
+    if hasattr(os, "sched_setaffinity"):  # the last core; a server may use it, too
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    bodies = [path.read_bytes() for path in sorted(requests.iterdir())]
+    stage = (
+        open_(port, bodies, rate, seconds) if rate else closed(port, bodies, connections, seconds)
+    )
+    start = time.perf_counter()
+    found = uvloop.run(stage)
+    json.dump([time.perf_counter() - start, found], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Servers as other processes: ours, and what it is compared with; their start and memory."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+OURS = ("-m", "uvicorn", "serve.app:app", "--log-level", "warning")
+
+
+@dataclass
+class Server:
+    """A server that answered; `ready_s` after its process began."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    ready_s: float
+
+    def memory_mb(self) -> list[float]:
+        """Resident memory of each of its processes, its own first."""
+        return [_resident_mb(pid) for pid in below(self.process.pid)]
+
+
+@contextmanager
+def server(
+    folder: Path, first: bytes, command: Sequence[str] = OURS, **settings: str
+) -> Iterator[Server]:
+    """One that answers the request `first` with 200, for models in `folder`.
+
+    It is started as python COMMAND --port PORT, with the settings in its environment.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment: Mapping[str, str] = os.environ | {"MODELS": str(folder.resolve())} | settings
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *command, "--port", str(port)], env=environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not answers(port, first):
+            if process.poll() is not None:
+                raise RuntimeError(f"python {' '.join(command)} has ended")
+            time.sleep(0.005)
+        yield Server(process, port, time.perf_counter() - start)
+    finally:
+        pids = below(process.pid)
+        process.terminate()
+        process.wait()
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            time.sleep(0.05)
+
+
+def answers(port: int, request: bytes) -> bool:
+    """Whether the server's answer to one request is 200."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            connection.sendall(request)
+            return connection.recv(1000).startswith(b"HTTP/1.1 200")
+    except OSError:
+        return False
+
+
+def below(pid: int) -> list[int]:
+    """A process and all that it started."""
+    found = [pid]
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += below(int(child))
+    except OSError:
+        return found
+    return found
+
+
+def _resident_mb(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    return next(int(line.split()[1]) / 1000 for line in status.splitlines() if "VmRSS" in line)

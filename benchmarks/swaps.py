@@ -1,0 +1,152 @@
+"""Requests while models are swapped, and while the server itself is restarted.
+
+python -m benchmarks.swaps                      # the current model of saved_models; two minutes
+
+At half of the server's peak, 20 times another model becomes current; four of them cannot answer
+(corrupt, of a wrong shape, failing its golden inputs) or come slowly (float32 only). Then a server
+of two workers is restarted with SIGHUP.
+"""
+
+import io
+import json
+import shutil
+import signal
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks import load, servers
+from benchmarks.serving import keep, pictures
+from mnist import data, registry
+
+SWAPS = 20
+PAUSE_S = 1.5  # between two swaps: longer than one takes
+
+
+def another(folder: Path) -> str:
+    """The current model once more, under a new name and not current."""
+    name, record = registry.record(folder)
+    files = {
+        kind: (each["file"].removeprefix(name), (folder / each["file"]).read_bytes())
+        for kind, each in record["files"].items()
+    }
+    return registry.save(folder, files, record, "never")
+
+
+def edit(folder: Path, name: str, **changes: Any) -> None:
+    """Other values in a model's record, as no command of ours would write them."""
+    info = registry.read(folder)
+    info["models"][name] |= changes
+    (folder / registry.INFO).write_text(json.dumps(info))
+
+
+def make_current(folder: Path, name: str) -> None:
+    """Without the checks of registry.use."""
+    info = registry.read(folder) | {"current": name}
+    temporary = folder / ".info"
+    temporary.write_text(json.dumps(info))
+    temporary.replace(folder / registry.INFO)
+
+
+def bad(folder: Path, harm: str) -> str:
+    """A model that must not answer, or, where `harm` is "slow", takes long to load."""
+    name = another(folder)
+    record = registry.record(folder, name)[1]
+    files = record["files"]
+    if harm == "corrupt":
+        path = folder / files["onnx_int8"]["file"]
+        path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+    elif harm == "shape":
+        about = record["dataset"]
+        edit(folder, name, dataset=about | {"classes": about["classes"][:-1]})
+    elif harm == "golden":
+        path = folder / files["golden"]["file"]
+        with np.load(path) as kept:
+            parts = {
+                key: part if key == "images" else np.roll(part, 1, 1) for key, part in kept.items()
+            }
+        stream = io.BytesIO()
+        np.savez(stream, **parts)
+        path.write_bytes(stream.getvalue())
+        digest = __import__("hashlib").sha256(stream.getvalue()).hexdigest()
+        edit(folder, name, files=files | {"golden": files["golden"] | {"sha256": digest}})
+    else:
+        edit(
+            folder, name, files={kind: each for kind, each in files.items() if kind != "onnx_int8"}
+        )
+    return name
+
+
+def ready(port: int) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready") as answer:
+        return json.load(answer)
+
+
+def swap(port: int, folder: Path) -> list[str]:
+    """All of them, one after the other; what /ready said after each."""
+    good = [registry.record(folder)[0], another(folder)]
+    odd = {harm: bad(folder, harm) for harm in ("corrupt", "shape", "slow", "golden")}
+    order = [good[(i + 1) % 2] for i in range(SWAPS - len(odd))]
+    for i, name in enumerate(odd.values()):
+        order.insert(4 * i + 3, name)
+    seen = []
+    for name in order:
+        make_current(folder, name)
+        time.sleep(PAUSE_S)
+        answer = ready(port)
+        expected = name not in (odd["corrupt"], odd["shape"], odd["golden"])
+        assert (answer["model"] == name) == expected, (name, odd, answer)
+        seen.append(answer["model"])
+    return seen
+
+
+def line(what: str, found: load.Found) -> str:
+    lost = len(found.statuses) - found.count(200)
+    return (
+        f"{what}: {len(found.statuses)} requests, {lost} failed ({int((found.tries > 1).sum())} "
+        f"were tried again), p50 {found.ms(50):.1f} ms, p99 {found.ms(99):.1f} ms"
+    )
+
+
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("saved_models"))
+@click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
+@click.option(
+    "--workers", default=1, show_default=True, help="uvicorn's, while models are swapped."
+)
+def main(folder: Path, data_dir: Path | None, workers: int) -> None:
+    """Measure and print."""
+    requests = [load.form("/predict", each) for each in pictures(data.load("mnist", data_dir))]
+    command = servers.OURS if workers == 1 else (*servers.OURS, "--workers", str(workers))
+    length = SWAPS * PAUSE_S + 5
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = keep(Path(temporary) / "requests", requests)
+        models = Path(shutil.copytree(folder, Path(temporary) / "models"))
+        with servers.server(models, requests[0], command) as server:
+            load.Load(server.port, kept, 2.0, connections=16).found()
+            rate = load.Load(server.port, kept, 5.0, connections=16).found().rate / 2
+            click.echo(f"half of the peak: {rate:.0f} requests a second")
+            click.echo(
+                line("without swaps", load.Load(server.port, kept, length, rate=rate).found())
+            )
+            during = load.Load(server.port, kept, length, rate=rate)
+            seen = swap(server.port, models)
+            click.echo(line(f"{len(seen)} swaps", during.found()))
+        two = (*servers.OURS, "--workers", "2", "--timeout-worker-healthcheck", "30")
+        with servers.server(models, requests[0], two) as server:
+            before = set(servers.below(server.process.pid))
+            during = load.Load(server.port, kept, 20.0, rate=rate)
+            time.sleep(3)
+            server.process.send_signal(signal.SIGHUP)
+            click.echo(line("rolling restart", during.found()))
+            new = len(set(servers.below(server.process.pid)) - before)
+            click.echo(f"{new} of its processes are new")
+
+
+if __name__ == "__main__":
+    main()

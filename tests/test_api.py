@@ -1,0 +1,68 @@
+"""The running server against its own OpenAPI page, and against what would harm it."""
+
+import base64
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import load, servers
+from tests import hostile
+
+schemathesis = pytest.importorskip("schemathesis", reason="it is in requirements-dev.txt")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from hypothesis.errors import Unsatisfiable  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+def _pictures() -> list[bytes]:
+    """Drawn bars, each of which can be answered."""
+    found = []
+    for form in ("PNG", "JPEG", "WEBP"):
+        page = np.full((60, 50), 255, np.uint8)
+        page[10:50, 22:28] = 0
+        stream = io.BytesIO()
+        Image.fromarray(page).save(stream, form)
+        found.append(stream.getvalue())
+    return found
+
+
+PICTURES = st.sampled_from(_pictures())
+for kind in ("image/*", "application/octet-stream"):
+    schemathesis.openapi.media_type(kind, PICTURES)
+schemathesis.openapi.format("binary", PICTURES)
+schemathesis.openapi.format("byte", PICTURES.map(lambda each: base64.b64encode(each).decode()))
+
+
+@pytest.fixture(scope="module")
+def api(saved: Path) -> Iterator[Any]:
+    first = load.request("/predict", _pictures()[0])
+    with servers.server(saved, first) as server:
+        yield schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
+
+
+def test_every_answer_is_one_that_is_documented(api: Any) -> None:
+    """For each route, with data that follow its description and data that do not."""
+    operations = [each.ok() for each in api.get_all_operations()]
+    assert len(operations) == 8
+    for operation in operations:
+        for mode in schemathesis.GenerationMode:
+
+            @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def check(case: Any) -> None:
+                case.call_and_validate()
+
+            with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with `GET /health`
+                check()
+
+
+def test_hostile_files_get_a_4xx_and_cost_no_memory(saved: Path) -> None:
+    print(hostile.attack(saved, 300))
