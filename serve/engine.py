@@ -94,7 +94,8 @@ class Engine:
             recipe=about["recipe"],
             max_pixels=self.settings.max_pixels,
         )
-        shares = [float(share) for share in model.classify(picture[None])[0]]
+        (probabilities,), (uncertain,) = model.classify.read(picture[None])
+        shares = [float(share) for share in probabilities]
         ranked = sorted(zip(about["classes"], shares, strict=True), key=lambda pair: -pair[1])
         prediction, probability = ranked[0]
         answer = {
@@ -103,8 +104,7 @@ class Engine:
             "probability": probability,
             "probabilities": dict(zip(about["classes"], shares, strict=True)),
             "top": ranked[:top],
-            "uncertain": probability
-            < model.record.get("calibration", {}).get("uncertain_below", 0),
+            "uncertain": bool(uncertain),
             "model": model.name,
             "study": study["name"],
             "trial": study["trial"],
