@@ -1,4 +1,4 @@
-"""A trained model -> ONNX, int8, temperature, golden inputs: what serving needs beside weights."""
+"""A trained model -> ONNX, int8, temperature, threshold, golden inputs: all that serving needs."""
 
 import copy
 import io
@@ -17,9 +17,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import nn
 
-from mnist import inference, training
+from mnist import inference, likeness, models, training
 from mnist.data import Dataset
-from mnist.inference import Classifier, probabilities
+from mnist.inference import Classifier, Outputs, probabilities
 from mnist.scores import calibration_error
 
 # Layers with weights, and what int8 passes through between them; norms and softmax stay float32.
@@ -29,6 +29,9 @@ RANGE_IMAGES = 512  # training images on which int8 learns the range of every la
 MORE_ERRORS = 1  # than torch that int8 may make on the calibration split
 GOLDEN = 16  # images
 MOST_TEMPERATURE = 10.0  # and its inverse is the least
+UNCERTAIN = 0.01  # of the calibration images, at most
+MOST_UNCERTAIN = 0.1  # of them by another engine than the one that is served; 1 to 2 % is usual
+LIKENESS_IMAGES = 5_000  # training images; with 2,500 of them 2 % less noise is flagged
 
 log = logging.getLogger(__name__)
 
@@ -39,26 +42,28 @@ class Export:
 
     `files` are as registry.save takes them; `served` is what a server will run; `left_out` has
     the engines that are not to run this model, and why; `metrics` was measured on the calibration
-    split, with the probabilities that are served.
+    split, with the probabilities that are served; `calibration` is what was decided there.
     """
 
     files: dict[str, tuple[str, bytes]]
     served: Classifier
     left_out: dict[str, str]
     metrics: dict[str, Any]
+    calibration: dict[str, Any]
 
 
 def export(model: nn.Module, dataset: Dataset) -> Export:
     """Bring a trained model into every form it can be served in, and see which of them is right.
 
     ONNX in float32 must give torch's probabilities, int8 at most MORE_ERRORS more errors than
-    torch on the calibration split, where the temperature is fitted, too. What cannot be had, of
-    a network of one's own perhaps, is left out with a warning; torch can always serve.
+    torch on the calibration split, where the temperature is fitted, too, and the score below
+    which a picture is uncertain. What cannot be had, of a network of one's own perhaps, is left
+    out with a warning; torch can always serve.
     """
     model, dataset = copy.deepcopy(model).cpu(), dataset.to(torch.device("cpu"))
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
     served = Classifier("torch", inference.by_torch(model, dataset.mean, dataset.std))
-    logits = {"torch": served.logits(images)}
+    outputs = {"torch": served.outputs(images)}
     files: dict[str, tuple[str, bytes]] = {}
     left_out: dict[str, str] = {}
     steps: list[tuple[str, str, Callable[[], bytes]]] = [
@@ -69,15 +74,19 @@ def export(model: nn.Module, dataset: Dataset) -> Export:
         try:
             content = make()
             candidate = Classifier(engine, inference.by_onnx(content))
-            found = candidate.logits(images)
-            _check(engine, found, logits["torch"], labels)
+            found = candidate.outputs(images)
+            _check(engine, found[0], outputs["torch"][0], labels)
         except Exception as error:  # noqa: BLE001 - whatever the exporter or a runtime raises
             left_out[engine] = textwrap.shorten(str(error) or repr(error), 150)
             log.warning("the model is saved without %s: %s", engine, left_out[engine])
             break
         files[engine] = (ending, content)
-        served, logits[engine] = candidate, found
+        served, outputs[engine] = candidate, found
+    logits = {engine: found[0] for engine, found in outputs.items()}
     temperature = fit_temperature(logits[served.engine], labels)
+    served = with_threshold(replace(served, temperature=temperature), outputs, dataset)
+    if served.likeness:
+        files["likeness"] = (".likeness.npz", served.likeness.to_bytes())
     given = {engine: probabilities(found, temperature) for engine, found in logits.items()}
     files["golden"] = (".golden.npz", golden(images, given, served.engine))
     metrics = {
@@ -87,7 +96,12 @@ def export(model: nn.Module, dataset: Dataset) -> Export:
         "ece": calibration_error(given[served.engine], labels),
         "ece_before": calibration_error(probabilities(logits[served.engine]), labels),
     }
-    return Export(files, replace(served, temperature=temperature), left_out, metrics)
+    calibration = {
+        "temperature": temperature,
+        "uncertain_below": served.uncertain_below,
+        "score": "likeness" if served.likeness else "logit",
+    }
+    return Export(files, served, left_out, metrics, calibration)
 
 
 def errors(scores: np.ndarray, labels: np.ndarray) -> int:
@@ -112,21 +126,21 @@ def _check(engine: str, found: np.ndarray, wanted: np.ndarray, labels: np.ndarra
 
 
 class _FromPixels(nn.Module):
-    """A network that standardises its input: images uint8 (N, C, H, W) -> logits (N, classes).
+    """A network that standardises its input: images uint8 (N, C, H, W) -> logits and features.
 
     So serving need not know how, and cannot do it otherwise than training.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:
         super().__init__()
-        self.model, self.dataset = model, dataset
+        self.model, self.dataset = models.WithFeatures(model), dataset
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.model(training.standardise(images, self.dataset))
 
 
 def to_onnx(model: nn.Module, dataset: Dataset) -> bytes:
-    """ONNX in float32: images uint8 (N, C, H, W), any N -> logits float32 (N, classes).
+    """ONNX in float32: images uint8 (N, C, H, W), any N -> logits float32 (N, classes), features.
 
     By the older of torch's two exporters: the newer needs onnxscript, takes 2 to 4 s more, and
     writes this machine's paths into the file. It traces the network; _check sees that what it
@@ -134,15 +148,18 @@ def to_onnx(model: nn.Module, dataset: Dataset) -> bytes:
     """
     # Where it fails it prints the graph; to standard output, if it is not told otherwise.
     torch._C._jit_set_onnx_log_output_stream("stderr")
+    network, images = _FromPixels(model, dataset).eval(), dataset.calibration.images[:2]
+    with torch.no_grad():
+        names = ["logits", *(f"features{i}" for i, _ in enumerate(network(images)[1:]))]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
-            _FromPixels(model, dataset).eval(),
-            (dataset.calibration.images[:2],),
+            network,
+            (images,),
             path,
             input_names=["images"],
-            output_names=["logits"],
-            dynamic_axes={"images": {0: "n"}, "logits": {0: "n"}},
+            output_names=names,
+            dynamic_axes={name: {0: "n"} for name in ("images", *names)},
             dynamo=False,
         )
         return path.read_bytes()
@@ -213,3 +230,35 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     limit = float(np.log(MOST_TEMPERATURE))
     found = minimize_scalar(loss, bounds=(-limit, limit), method="bounded")
     return round(float(np.exp(found.x)), 4)
+
+
+# --- what looks like no class --------------------------------------------------------------------
+
+
+def with_threshold(served: Classifier, outputs: dict[str, Outputs], dataset: Dataset) -> Classifier:
+    """The classifier with what it needs to know a picture that looks like no class.
+
+    `outputs` has those of each engine for the calibration images. The score is the features'
+    likeness to training images; the largest logit where they do not tell, or differ by engine.
+    """
+    some = dataset.train.head(LIKENESS_IMAGES)
+    try:
+        _, features = served.outputs(some.images.numpy())
+        by_features = replace(served, likeness=likeness.fit(features, some.labels.numpy()))
+        found = {engine: by_features.scores(*output) for engine, output in outputs.items()}
+        limit = threshold(found[served.engine])
+        for engine, scores in found.items():
+            share = float((scores < limit).mean())
+            if share > MOST_UNCERTAIN:
+                raise ValueError(f"{engine} is uncertain of {share:.1%} of calibration images")
+        return replace(by_features, uncertain_below=limit)
+    except ValueError as error:
+        log.warning("what looks like no class is told by logits, not by features: %s", error)
+        limit = threshold(outputs[served.engine][0].max(1))
+        return replace(served, likeness=None, uncertain_below=limit)
+
+
+def threshold(scores: np.ndarray) -> float:
+    """To four places the highest value that at most UNCERTAIN of the scores (N,) lie below."""
+    lowest = np.sort(scores)[int(UNCERTAIN * len(scores))]
+    return float(np.floor(np.float64(lowest) * 1e4) / 1e4)

@@ -284,7 +284,7 @@ def save(job: Job, trained: Trained) -> dict[str, Any]:
             "calibration": exported.metrics,
             "test": scores | {"served_errors": served_errors},
         },
-        "calibration": {"temperature": exported.served.temperature},
+        "calibration": exported.calibration,
         "engines": {"served": exported.served.engine, "left_out": exported.left_out},
         "quick": options.quick,
         **origin(options),

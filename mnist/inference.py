@@ -1,5 +1,6 @@
 """A saved record -> a function from images to probabilities; torch is imported only if needed."""
 
+import math
 import os
 import textwrap
 from collections.abc import Callable, Mapping
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist import registry
+from mnist import likeness, registry
+from mnist.likeness import Likeness
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,30 +24,51 @@ FILES = {"onnx_int8": "onnx_int8", "onnx": "onnx", "torch": "weights"}
 TOLERANCE = {"onnx_int8": 0.02, "onnx": 1e-4, "torch": 1e-4}
 PART = 250  # images at a time; more are no faster, and take memory
 
-Run = Callable[[np.ndarray], np.ndarray]
-"""images uint8 (N, channels, size, size), as images.normalise gives -> logits (N, classes)"""
+Outputs = tuple[np.ndarray, np.ndarray]
+"""Logits (N, classes) and features (N, d), both float32; old models have none: d is 0."""
+Run = Callable[[np.ndarray], Outputs]
+"""images uint8 (N, channels, size, size), as images.normalise gives -> Outputs"""
 
 
 @dataclass(frozen=True)
 class Classifier:
     """Called with images uint8 (N, channels, size, size), it gives their probabilities.
 
-    `engine` carries it out; `passed_over` has the better engines that do not, and why.
+    `engine` carries it out; `passed_over` has the better engines that do not, and why. What has a
+    score below `uncertain_below` does not look like any class; the score is that of `likeness`,
+    or, where there is none, the largest logit.
     """
 
     engine: str
     run: Run
     temperature: float = 1.0
     passed_over: Mapping[str, str] = field(default_factory=dict)
+    likeness: Likeness | None = None
+    uncertain_below: float = -math.inf
+
+    def outputs(self, images: np.ndarray) -> Outputs:
+        """Logits (N, classes), before the temperature, and features (N, d); float32."""
+        parts = [self.run(images[i : i + PART]) for i in range(0, len(images), PART)]
+        logits, features = zip(*parts, strict=True)
+        return np.concatenate(logits), np.concatenate(features)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """(N, classes) float32, before the temperature."""
-        parts = [self.run(images[i : i + PART]) for i in range(0, len(images), PART)]
-        return np.concatenate(parts)
+        return self.outputs(images)[0]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, classes) float32, each row of which has the sum 1."""
         return probabilities(self.logits(images), self.temperature)
+
+    def read(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The probabilities, and whether each image is uncertain: (N,) bool."""
+        logits, features = self.outputs(images)
+        uncertain = self.scores(logits, features) < self.uncertain_below
+        return probabilities(logits, self.temperature), uncertain
+
+    def scores(self, logits: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """(N,) float32, high for what looks like a class."""
+        return self.likeness(features) if self.likeness else logits.max(1)
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -74,7 +97,7 @@ def load(
         raise ValueError(f"unknown engine {engine!r}; known: auto, {', '.join(FILES)}")
     name, record = registry.record(folder, name)
     golden = _golden(folder, name, record)
-    temperature = record.get("calibration", {}).get("temperature", 1.0)
+    calibrated = _calibrated(folder, name, record)
     left_out = record.get("engines", {}).get("left_out", {})
     why: dict[str, str] = {}
     for candidate in FILES if engine == "auto" else [engine]:
@@ -84,7 +107,7 @@ def load(
         path = registry.file(folder, name, FILES[candidate])
         try:
             run = _torch(path, record, threads) if candidate == "torch" else by_onnx(path, threads)
-            classifier = Classifier(candidate, run, temperature, why)
+            classifier = Classifier(candidate, run, passed_over=why, **calibrated)
             _verify(classifier, golden, len(record["dataset"]["classes"]))
             return classifier
         except Exception as error:  # noqa: BLE001 - of a pickle or a runtime: no common class
@@ -104,20 +127,30 @@ def by_onnx(model: Path | bytes, threads: int | None = None) -> Run:
     options.log_severity_level = 3  # errors; what it warns of is not for who serves a model
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})[0]
+    return lambda images: _joined(*session.run(None, {name: images}))
 
 
 def by_torch(model: "nn.Module", mean: float, std: float) -> Run:
     """A network in torch, on the CPU; `mean` and `std` are those of its data set."""
     import torch
 
-    model.eval()
+    from mnist import models
+
+    watched = models.WithFeatures(model).eval()
 
     @torch.inference_mode()
-    def run(images: np.ndarray) -> np.ndarray:
-        return model((torch.from_numpy(images).float() / 255 - mean) / std).numpy()
+    def run(images: np.ndarray) -> Outputs:
+        outputs = watched((torch.from_numpy(images).float() / 255 - mean) / std)
+        return _joined(*(each.numpy() for each in outputs))
 
     return run
+
+
+def _joined(logits: np.ndarray, *features: np.ndarray) -> Outputs:
+    """Each layer's features brought to the length 1, in one row."""
+    lengths = [np.linalg.norm(part, axis=1, keepdims=True) for part in features]
+    parts = [part / np.maximum(n, 1e-9) for part, n in zip(features, lengths, strict=True)]
+    return logits, np.concatenate([np.empty((len(logits), 0), np.float32), *parts], 1)
 
 
 def _torch(path: Path, record: registry.Record, threads: int | None) -> Run:
@@ -132,6 +165,15 @@ def _torch(path: Path, record: registry.Record, threads: int | None) -> Run:
     model = models.build(network, data["channels"], data["size"], len(data["classes"]))
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return by_torch(model, data["mean"], data["std"])
+
+
+def _calibrated(folder: Path, name: str, record: registry.Record) -> dict[str, Any]:
+    """What a Classifier takes of the record's `calibration`; old records say less."""
+    about = record.get("calibration", {})
+    found = {key: about[key] for key in ("temperature", "uncertain_below") if key in about}
+    if "likeness" in record["files"]:
+        found["likeness"] = likeness.load(registry.file(folder, name, "likeness"))
+    return found
 
 
 def _golden(folder: Path, name: str, record: registry.Record) -> dict[str, np.ndarray]:

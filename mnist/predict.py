@@ -21,11 +21,13 @@ MOST_PLOTTED = 240  # a picture of more would be taller than matplotlib draws
 @dataclass(frozen=True)
 class Answer:
     """What one file is: `picture` uint8 (channels, size, size), as the model saw it; `top` are
-    the most likely classes with their probabilities, the first one is the answer."""
+    the most likely classes with their probabilities, the first one is the answer; `uncertain` if
+    the picture does not look like any class."""
 
     file: Path
     picture: np.ndarray
     top: list[tuple[str, float]]
+    uncertain: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,21 @@ def answer(file: Path, data: dict[str, Any], classify: inference.Classifier) -> 
         return Unreadable(file, "unreadable", error.strerror or str(error))
     except images.ImageError as error:
         return Unreadable(file, error.code, str(error))
-    shares = zip(data["classes"], map(float, classify(picture[None])[0]), strict=True)
-    return Answer(file, picture, sorted(shares, key=lambda pair: -pair[1])[:TOP])
+    (probabilities,), (uncertain,) = classify.read(picture[None])
+    shares = zip(data["classes"], map(float, probabilities), strict=True)
+    top = sorted(shares, key=lambda pair: -pair[1])[:TOP]
+    return Answer(file, picture, top, bool(uncertain))
 
 
 # --- what is shown
 
 
 def line(answer: Answer) -> str:
-    """ "3.png  3  99.8%  (3 99.8%, 5 0.1%, 8 0.0%)" """
+    """ "3.png  3  99.8%  (3 99.8%, 5 0.1%, 8 0.0%)", and "  not sure" where it is uncertain."""
     found, share = answer.top[0]
     likely = ", ".join(f"{name} {share:.1%}" for name, share in answer.top)
-    return f"{answer.file}  {found}  {share:.1%}  ({likely})"
+    doubt = "  not sure" if answer.uncertain else ""
+    return f"{answer.file}  {found}  {share:.1%}  ({likely}){doubt}"
 
 
 def entry(answer: Answer | Unreadable) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def entry(answer: Answer | Unreadable) -> dict[str, Any]:
         return {"filename": str(answer.file), "error": error}
     found, share = answer.top[0]
     about = {"filename": str(answer.file), "prediction": found, "probability": share}
-    return about | {"top": answer.top}
+    return about | {"top": answer.top, "uncertain": answer.uncertain}
 
 
 def show(picture: np.ndarray, stream: TextIO) -> None:
@@ -120,7 +125,7 @@ def plot(found: Sequence[Answer], file: Path) -> None:
     names = plots.written([answer.file.name for answer in found])
     classes = plots.written([answer.top[0][0] for answer in found])
     captions = [
-        f"{name}\n{read}: {answer.top[0][1]:.1%}"
+        f"{name}\n{read}: {'not sure' if answer.uncertain else f'{answer.top[0][1]:.1%}'}"
         for name, read, answer in zip(names, classes, found, strict=True)
     ]
     shown = np.stack([answer.picture for answer in found])

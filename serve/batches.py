@@ -37,7 +37,7 @@ class Model(Protocol):
 
     def normalise(self, data: bytes) -> np.ndarray: ...
 
-    def classify(self, pictures: np.ndarray) -> Sequence[object]: ...
+    def classify(self, pictures: np.ndarray) -> Sequence[Any]: ...
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Job:
 
     data: bytes
     model: Model
-    answer: asyncio.Future[tuple[np.ndarray, object]]
+    answer: asyncio.Future[tuple[np.ndarray, Any]]
     since: float = field(default_factory=time.monotonic)
 
 
@@ -78,7 +78,7 @@ class Batches:
                 "deadline", f"no answer within {settings.deadline_ms} ms (DEADLINE_MS)"
             )
 
-    async def classify(self, data: bytes, model: Model) -> tuple[np.ndarray, object]:
+    async def classify(self, data: bytes, model: Model) -> tuple[np.ndarray, Any]:
         """The picture's normalised form, and its row of model.classify().
 
         Raises Busy, and what model.normalise() raises.

@@ -45,11 +45,12 @@ class Model:
             max_pixels=self.max_pixels,
         )
 
-    def classify(self, pictures: np.ndarray) -> list[list[float]]:
-        """Probabilities, one row for each picture."""
-        return self.run(pictures).tolist()
+    def classify(self, pictures: np.ndarray) -> list[tuple[list[float], bool]]:
+        """For each picture its probabilities, and whether it is uncertain."""
+        probabilities, uncertain = self.run.read(pictures)
+        return list(zip(probabilities.tolist(), uncertain.tolist(), strict=True))
 
-    def answer(self, shares: list[float], top: int) -> dict[str, Any]:
+    def answer(self, shares: list[float], uncertain: bool, top: int) -> dict[str, Any]:
         """CONTRACT's answer, but for the picture's own fields."""
         classes, study = self.record["dataset"]["classes"], self.record["study"]
         ranked = sorted(zip(classes, shares, strict=True), key=lambda pair: -pair[1])
@@ -59,7 +60,7 @@ class Model:
             "probability": probability,
             "probabilities": dict(zip(classes, shares, strict=True)),
             "top": ranked[:top],
-            "uncertain": probability < self.record.get("calibration", {}).get("uncertain_below", 0),
+            "uncertain": uncertain,
             "model": self.name,
             "study": study["name"],
             "trial": study["trial"],
@@ -125,8 +126,8 @@ class Engine:
 
         Raises images.ImageError for the picture, batches.Busy where it would take too long.
         """
-        picture, shares = await self._batches.classify(data, model)
-        answer = {"filename": filename, **model.answer(shares, top)}  # type: ignore[arg-type]
+        picture, (shares, uncertain) = await self._batches.classify(data, model)
+        answer = {"filename": filename, **model.answer(shares, uncertain, top)}
         labels = model.name, answer["prediction"], str(answer["uncertain"]).lower()
         self.metrics.predictions.labels(*labels).inc()
         self.metrics.confidence.labels(model.name).observe(answer["probability"])

@@ -149,6 +149,18 @@ def test_an_answer_has_the_contract_s_fields(
     assert answer["trial"] == record["study"]["trial"]
 
 
+def test_a_picture_below_the_threshold_is_uncertain(
+    saved: Path, picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    monkeypatch.setenv("MODELS", str(folder))
+    for limit, uncertain in ((-1e9, False), (0.0, True)):
+        change(folder, lambda record, to=limit: record["calibration"].update(uncertain_below=to))
+        with TestClient(app) as client:
+            answer = client.post("/predict", files={"file": ("3.png", picture)}).json()
+        assert answer["uncertain"] is uncertain
+
+
 def test_body_top_view_and_model_do_what_they_say(
     client: TestClient, picture: bytes, saved: Path
 ) -> None:

@@ -95,11 +95,13 @@ def test_any_network_answers_in_onnx_as_in_torch_and_in_int8_nearly(
     wanted = inference.by_torch(model, dataset.mean, dataset.std)
     for n in (1, 2, 20):  # the size of a batch is free
         images = dataset.validation.images[:n].numpy()
-        largest = float(np.abs(wanted(images)).max())
+        logits, wanted_features = wanted(images)
+        largest = float(np.abs(logits).max())
         for content, tolerance in ((float32, 1e-4), (int8, 0.1)):
-            found = inference.by_onnx(content)(images)
+            found, features = inference.by_onnx(content)(images)
             assert found.shape == (n, classes)
-            assert found == pytest.approx(wanted(images), abs=tolerance * largest)
+            assert found == pytest.approx(logits, abs=tolerance * largest)
+            assert features == pytest.approx(wanted_features, abs=tolerance)
 
 
 def test_the_graph_standardises_pixels_itself() -> None:
@@ -147,7 +149,7 @@ def test_a_network_that_cannot_be_exported_is_served_by_torch(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     exported = export.export(fresh(network, small(1, 16, 3)), small(1, 16, 3))
-    assert list(exported.files) == ["golden"]
+    assert set(exported.files) == {"golden", "likeness"}
     assert exported.served.engine == "torch"
     assert exported.left_out["onnx"]
     assert "saved without onnx" in caplog.text
@@ -161,7 +163,7 @@ def test_int8_with_more_errors_than_allowed_is_left_out(monkeypatch: pytest.Monk
     monkeypatch.setattr(export, "to_int8", lambda *_: wrong)
     exported = export.export(model, dataset)
     assert exported.served.engine == "onnx"
-    assert set(exported.files) == {"onnx", "golden"}
+    assert set(exported.files) == {"onnx", "golden", "likeness"}
     assert "more errors of" in exported.left_out["onnx_int8"]
 
 
@@ -214,6 +216,61 @@ def test_probabilities_are_the_softmax_over_the_temperature() -> None:
         assert found == pytest.approx(wanted, abs=1e-6)
 
 
+class Bare(nn.Module):
+    """A network of which no layer is a module, so that there are no features."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels * size**2, classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) @ self.weight
+
+
+@pytest.mark.parametrize(("network", "score"), [(Normed, "likeness"), (Bare, "logit")])
+def test_at_most_one_in_a_hundred_calibration_images_is_uncertain(
+    network: type[nn.Module], score: str
+) -> None:
+    dataset = small(1, 16, 3)
+    dataset = replace(dataset, calibration=dataset.train)  # more of them
+    exported = export.export(fresh(network, dataset), dataset)
+    assert exported.calibration["score"] == score
+    assert ("likeness" in exported.files) == (score == "likeness")
+    _, uncertain = exported.served.read(dataset.calibration.images.numpy())
+    assert 0.005 < uncertain.mean() <= export.UNCERTAIN
+    assert exported.calibration["uncertain_below"] == exported.served.uncertain_below
+
+
+def test_noise_is_uncertain() -> None:
+    dataset = data.load("digits")
+    exported = export.export(trained(dataset), dataset)
+    shape = (100, 1, dataset.size, dataset.size)
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    assert exported.served.read(noise)[1].mean() > 0.95
+    assert exported.served.read(dataset.validation.images.numpy())[1].mean() < 0.1
+
+
+def test_logits_tell_where_the_features_of_an_engine_differ() -> None:
+    dataset = small(1, 16, 3)
+    model = trained(dataset)
+    exported = export.export(model, dataset)
+    images = dataset.calibration.images.numpy()
+    right = exported.served.outputs(images)
+    other = (right[0], -right[1])
+    engine = exported.served.engine
+    found = export.with_threshold(exported.served, {engine: right, "other": other}, dataset)
+    assert found.likeness is None
+
+
+@pytest.mark.parametrize("n", [10, 99, 100, 250, 2_500])
+def test_the_threshold_is_as_high_as_may_be(n: int) -> None:
+    scores = np.random.default_rng(0).normal(-1, 0.3, n).astype(np.float32)
+    limit = export.threshold(scores)
+    assert (scores < limit).sum() <= export.UNCERTAIN * n
+    assert (scores < limit + 1e-3).sum() >= int(export.UNCERTAIN * n)
+    assert limit == round(limit, 4)
+
+
 def test_golden_images_range_from_the_least_to_the_most_certain() -> None:
     dataset = small(1, 16, 3)
     exported = export.export(trained(dataset), dataset)
@@ -228,11 +285,14 @@ def test_golden_images_range_from_the_least_to_the_most_certain() -> None:
 
 def test_run_saves_what_serving_needs(saved: Path) -> None:
     name, record = registry.record(saved)
-    assert set(record["files"]) == {"weights", "onnx", "onnx_int8", "golden", "predictions"}
+    kinds = {"weights", "onnx", "onnx_int8", "golden", "likeness", "predictions"}
+    assert set(record["files"]) == kinds
     assert record["golden"] == f"{name}.golden.npz"
     assert record["files"]["onnx_int8"]["file"] == f"{name}.int8.onnx"
     assert record["engines"] == {"served": "onnx_int8", "left_out": {}}
     assert 0.1 < record["calibration"]["temperature"] < 10
+    assert record["calibration"]["score"] == "likeness"
+    assert record["calibration"]["uncertain_below"] < -1
     calibration = record["metrics"]["calibration"]
     assert calibration["served_errors"] <= calibration["errors"] + 1
     assert 0 <= calibration["ece"] < 0.5
@@ -257,7 +317,7 @@ def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
     assert run(*DIGITS, "--trials", "1", "--confirm", "1").returncode == 0
     assert "saved without onnx: of one's own" in caplog.text
     _, record = registry.record(tmp_path / "saved_models")
-    assert set(record["files"]) == {"weights", "golden", "predictions"}
+    assert set(record["files"]) == {"weights", "golden", "likeness", "predictions"}
     assert record["engines"] == {"served": "torch", "left_out": {"onnx": "of one's own"}}
     classifier = inference.load(tmp_path / "saved_models")
     assert classifier.engine == "torch"

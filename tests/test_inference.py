@@ -79,6 +79,31 @@ def test_every_engine_reads_pictures_as_the_others_do(
     assert alone == pytest.approx(found[:20], abs=1e-6)
 
 
+@pytest.mark.parametrize("engine", inference.FILES)
+def test_every_engine_is_uncertain_of_the_same_pictures(
+    saved: Path, digits: data.Dataset, engine: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 1, 28, 28), np.uint8)
+    images = np.concatenate([digits.validation.images.numpy(), noise])
+    wanted = inference.load(saved, engine="torch")
+    classify = inference.load(saved, engine=engine)
+    found = classify.scores(*classify.outputs(images))
+    assert found == pytest.approx(wanted.scores(*wanted.outputs(images)), rel=0.1)
+    shares, uncertain = classify.read(images)
+    assert np.array_equal(shares, classify(images))
+    assert np.array_equal(uncertain, found < classify.uncertain_below)
+
+
+def test_a_record_of_old_is_never_uncertain(folder: Path) -> None:
+    def old(record: dict[str, Any]) -> None:
+        del record["files"]["likeness"]
+        record["calibration"] = {"temperature": record["calibration"]["temperature"]}
+
+    noise = np.random.default_rng(0).integers(0, 256, (20, 1, 28, 28), np.uint8)
+    change(folder, old)
+    assert not inference.load(folder).read(noise)[1].any()
+
+
 def test_auto_takes_int8(saved: Path) -> None:
     assert inference.load(saved).engine == "onnx_int8"
 
@@ -136,7 +161,7 @@ def test_an_old_record_without_onnx_files_is_served_by_torch(folder: Path) -> No
     wanted = inference.load(folder, engine="torch")(np.zeros((1, 1, 28, 28), np.uint8))
 
     def old(record: dict[str, Any]) -> None:
-        for kind in ("onnx", "onnx_int8", "golden"):
+        for kind in ("onnx", "onnx_int8", "golden", "likeness"):
             del record["files"][kind]
         for key in ("golden", "engines", "calibration"):
             del record[key]
@@ -181,8 +206,8 @@ from serve.app import app
 async def scenario():
     async with app.router.lifespan_context(app):
         engine = app.state.engine
-        answer = await engine.answer(Path(sys.argv[1]).read_bytes(), None, None, 3, False)
-        print(json.dumps([answer["prediction"], engine.current.classify.engine, [*sys.modules]]))
+        answer = await engine.answer(engine.current, Path(sys.argv[1]).read_bytes(), None)
+        print(json.dumps([answer["prediction"], engine.current.run.engine, [*sys.modules]]))
 
 asyncio.run(scenario())
 """

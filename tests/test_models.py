@@ -33,6 +33,33 @@ def test_in_parallel_split_each_branch_reads_only_its_own_second_stage() -> None
     assert shape["fc1.weight"] == (1000, 512 * 7 * 7)
 
 
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [("parallel", [512, 500, 500]), ("linear", [392]), ("cnn", [64, 128, 64])],
+)
+def test_features_are_what_the_last_layers_are_given(name: str, widths: list[int]) -> None:
+    model = models.build(name, 1, 28, 10).eval()
+    images = torch.rand(3, 1, 28, 28)
+    logits, *features = models.WithFeatures(model)(images)
+    assert torch.equal(logits, model(images))
+    assert [tuple(part.shape) for part in features] == [(3, width) for width in widths]
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_features_of_maps_tokens_and_wide_rows_are_means() -> None:
+    layers = torch.nn.Conv2d(4, 2, 3), torch.nn.Linear(6, 2)
+    maps, tokens, wide = torch.rand(2, 4, 5, 5), torch.rand(2, 7, 6), torch.rand(2, 2 * 512 + 1)
+    assert torch.allclose(models._features(layers[0], maps), maps.mean((2, 3)))
+    assert torch.allclose(models._features(layers[1], tokens), tokens.mean(1))
+    narrow = models._features(layers[1], wide)
+    assert narrow.shape == (2, 342)  # of three each; the last are filled up with zeros
+    assert torch.allclose(narrow[:, :341], wide[:, :1023].reshape(2, 341, 3).mean(2))
+
+
+def test_a_network_of_other_layers_has_no_features() -> None:
+    assert len(models.WithFeatures(torch.nn.Flatten())(torch.rand(2, 1, 8, 8))) == 1
+
+
 def test_readme_lists_every_network() -> None:
     text = (ROOT / "README.md").read_text()
     for name in models.NETWORKS:

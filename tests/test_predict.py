@@ -1,6 +1,7 @@
 """mnist.predict as a person uses it: answers, pictures in the terminal, errors in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from mnist import images, inference, predict, registry
 from tests.conftest import ROOT, Done
+from tests.test_inference import change
 
 Predict = Callable[..., Done]
 
@@ -52,9 +54,20 @@ def test_a_line_says_what_the_model_itself_says(ask: Predict, seven: Path, saved
     likely = ", ".join(f"{record['dataset']['classes'][i]} {shares[i]:.1%}" for i in best)
     done = ask(seven)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{seven}  7  {shares[best[0]]:.1%}  ({likely})\n"
+    assert done.stdout.startswith(f"{seven}  7  {shares[best[0]]:.1%}  ({likely})")
     assert done.stderr == ""
     assert ask("--model", name, "--models", saved, seven).stdout == done.stdout
+
+
+def test_what_looks_like_no_class_is_not_sure(
+    ask: Predict, seven: Path, saved: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    for limit, ending in ((-1e9, "%)\n"), (0.0, "%)  not sure\n")):
+        change(folder, lambda record, to=limit: record["calibration"].update(uncertain_below=to))
+        assert ask("--models", folder, seven).stdout.endswith(ending)
+        (answer,) = json.loads(ask("--models", folder, "--json", seven).stdout)
+        assert answer["uncertain"] is (limit == 0)
 
 
 def test_json_has_every_file_in_order(ask: Predict, seven: Path, blank: Path) -> None:

@@ -1,0 +1,79 @@
+"""How much a picture's features are like those of the images a model was trained on."""
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+# In which the covariance is kept. Flagged of noise, letters and Fashion-MNIST with 64: 96, 77 and
+# 67 %; with 128: 97, 80 and 70 %; with all 2,012: 97, 81 and 72 % (`parallel`, 2026-11-21).
+DIRECTIONS = 64
+RIDGE = 0.1  # of the mean variance, added in every direction; 0.03 to 0.3 did as well
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Features (d,) as a normal distribution around each class's mean, with one covariance.
+
+    `means` is (classes, d). Distances count less along the columns of `directions` (d, k), by the
+    square of their length, the more, the more training images differ there; `unit` is the mean
+    squared distance of training images.
+    """
+
+    means: NDArray[np.float32]
+    directions: NDArray[np.float32]
+    unit: float
+
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores (N,) of features (N, d): about -1 for a training image, the lower the stranger.
+
+        Minus the squared distance to the nearest class, by Mahalanobis (Lee et al. 2018, arXiv
+        1807.03888), of features of unit length (Mueller and Hein 2025, arXiv 2505.18032).
+        """
+        squares = _squares(features, self.means)
+        squares -= _squares(features @ self.directions, self._along)
+        return -squares.min(1) / np.float32(self.unit)
+
+    @cached_property
+    def _along(self) -> NDArray[np.float32]:
+        return self.means @ self.directions
+
+    def to_bytes(self) -> bytes:
+        """As an .npz file, for load()."""
+        stream = io.BytesIO()
+        np.savez(stream, means=self.means, directions=self.directions, unit=self.unit)
+        return stream.getvalue()
+
+
+def load(path: Path) -> Likeness:
+    with np.load(path) as kept:
+        return Likeness(kept["means"], kept["directions"], float(kept["unit"]))
+
+
+def fit(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Likeness:
+    """From the features (N, d) of training images and their labels (N,).
+
+    Raises ValueError where there are none, or they do not differ within a class.
+    """
+    if not features.size:
+        raise ValueError("the network gives no features")
+    classes, index = np.unique(labels, return_inverse=True)
+    means = np.stack([features[labels == label].mean(0) for label in classes])
+    apart = features - means[index]
+    variances, axes = np.linalg.eigh(apart.T @ apart / len(apart))
+    ridge = RIDGE * variances.mean()
+    if not ridge > 0:
+        raise ValueError("the features of a class do not differ")
+    large = np.maximum(variances[-DIRECTIONS:], 0)
+    directions = axes[:, -DIRECTIONS:] * np.sqrt(large / (large + ridge))
+    likeness = Likeness(means, directions.astype(np.float32), 1.0)
+    return Likeness(means, likeness.directions, -float(likeness(features).mean()))
+
+
+def _squares(points: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Squared distances (N, M) of points (N, d) from centres (M, d)."""
+    lengths = (points**2).sum(1)[:, None] + (centres**2).sum(1)
+    return lengths - 2 * points @ centres.T
