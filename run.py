@@ -47,18 +47,26 @@ SPEED_BATCH = 64  # with which the machine is measured at the start
 
 def main(each: list[Options]) -> None:
     """One study after the other; nearly always there is just one."""
-    start, outcomes = time.monotonic(), []
+    start, outcomes, unfinished = time.monotonic(), [], []
     for i, options in enumerate(each):
         if options.timeout:
             left_s = start + options.timeout - time.monotonic()
             options = replace(options, timeout=max(1.0, left_s / (len(each) - i)))
         if len(each) > 1:
             click.echo(f"\n{options.study_name} ({i + 1} of {len(each)})", err=True)
-        outcomes.append(run(options))
+        try:
+            outcomes.append(run(options))
+        except search.Unfinished as error:
+            if len(each) == 1:
+                raise
+            click.echo(f"{options.study_name}: {error}", err=True)
+            unfinished.append(options.study_name)
     if len(each) > 1:
         show_all(each[0], outcomes)
     if each[0].json:
         click.echo(json.dumps(outcomes if len(each) > 1 else outcomes[0]))
+    if unfinished:
+        raise search.Unfinished(f"not finished: {', '.join(unfinished)}")
 
 
 def run(options: Options) -> dict[str, Any]:

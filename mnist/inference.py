@@ -3,6 +3,7 @@
 import math
 import os
 import textwrap
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 FILES = {"onnx_int8": "onnx_int8", "onnx": "onnx", "torch": "weights"}
-"""Engine -> the kind of file it runs, in the order in which "auto" tries them."""
+"""Engine -> the kind of file it runs, in the order in which "auto" tries them on a CPU."""
+NVIDIA = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of which one is there where a GPU is
 
 # Largest difference of a golden probability. Where the same files were carried out in another way
 # (ONNX Runtime without its optimisations), it was 0.007 in int8 and 1e-6 else, over 2,500 images.
@@ -84,11 +86,12 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 def load(
     folder: Path, name: str | None = None, threads: int | None = None, engine: str = "auto"
 ) -> Classifier:
-    """The classifier of one saved model, the current one by default; runs on the CPU.
+    """The classifier of one saved model, the current one by default.
 
-    `engine` is one of FILES, or "auto" for the first of them that can: its file is there, and
-    gives for the golden inputs what it gave when the model was saved, to within TOLERANCE. For
-    processors differ: int8 sums overflow on some. The golden inputs are the warm-up, too.
+    `engine` is one of FILES, or "auto" for the first of them that can, where there is a GPU torch
+    before the others, which run on the CPU. An engine can if its file is there and gives for the
+    golden inputs what it gave when the model was saved, to within TOLERANCE. For processors
+    differ: int8 sums overflow on some. The golden inputs are the warm-up, too.
 
     Raises ValueError for an unknown engine; registry.RegistryError where there is no such model,
     a file of it is missing or altered, or no engine can run it.
@@ -100,7 +103,8 @@ def load(
     calibrated = _calibrated(folder, name, record)
     left_out = record.get("engines", {}).get("left_out", {})
     why: dict[str, str] = {}
-    for candidate in FILES if engine == "auto" else [engine]:
+    order = sorted(FILES, key="torch".__ne__) if _has_gpu() else FILES
+    for candidate in order if engine == "auto" else [engine]:
         if FILES[candidate] not in record["files"]:
             why[candidate] = left_out.get(candidate, f"there is no {FILES[candidate]} file")
             continue
@@ -131,17 +135,20 @@ def by_onnx(model: Path | bytes, threads: int | None = None) -> Run:
 
 
 def by_torch(model: "nn.Module", mean: float, std: float) -> Run:
-    """A network in torch, on the CPU; `mean` and `std` are those of its data set."""
+    """A network in torch, where it is; `mean` and `std` are those of its data set."""
     import torch
 
     from mnist import models
 
     watched = models.WithFeatures(model).eval()
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    alone = threading.Lock()  # `watched` hangs what it looks for on the network's own layers
 
     @torch.inference_mode()
     def run(images: np.ndarray) -> Outputs:
-        outputs = watched((torch.from_numpy(images).float() / 255 - mean) / std)
-        return _joined(*(each.numpy() for each in outputs))
+        with alone:
+            outputs = watched((torch.from_numpy(images).to(device).float() / 255 - mean) / std)
+        return _joined(*(each.cpu().numpy() for each in outputs))
 
     return run
 
@@ -164,7 +171,21 @@ def _torch(path: Path, record: registry.Record, threads: int | None) -> Run:
     network = record["model"]["name"]
     model = models.build(network, data["channels"], data["size"], len(data["classes"]))
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    if _has_gpu():
+        torch.backends.cudnn.allow_tf32 = False  # it would be off by more than TOLERANCE
+        model.cuda()
     return by_torch(model, data["mean"], data["std"])
+
+
+def _has_gpu() -> bool:
+    """Whether torch can use one. Importing torch takes seconds, so the machine is asked first."""
+    if not any(path.exists() for path in NVIDIA):
+        return False
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
 
 
 def _calibrated(folder: Path, name: str, record: registry.Record) -> dict[str, Any]:

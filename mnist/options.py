@@ -202,8 +202,10 @@ def command(main: Callable[[list[Options]], None]) -> click.Command:
     """The command line of run.py, which calls `main` with the Options of each study."""
 
     def each(dataset: tuple[str, ...], model: tuple[str, ...], **values: Any) -> None:
-        networks = models.NETWORKS if ALL in model else dict.fromkeys(model)
-        pairs = [(d, m) for d in dict.fromkeys(dataset) for m in networks]
+        networks = dict.fromkeys(model)
+        if ALL in model:  # small ones first: of --timeout they leave some to the large ones
+            networks = dict.fromkeys(sorted(models.NETWORKS, key=_parameters))
+        pairs = [(d, m) for m in networks for d in dict.fromkeys(dataset)]
         if len(pairs) > 1 and values["study"]:
             raise click.UsageError(f"--study names one study; these options make {len(pairs)}")
         main([Options(dataset=d, model=m, **values) for d, m in pairs])
@@ -223,12 +225,12 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Networks, with their parameters (28x28, grey, 10 classes)"):
-            formatter.write_dl([(name, _parameters(name)) for name in models.NETWORKS])
+            formatter.write_dl([(name, f"{_parameters(name):,}") for name in models.NETWORKS])
         with formatter.section("Hyperparameters, for --space and --param"):
             known = spaces.HYPERPARAMETERS.items()
             formatter.write_dl([(name, f"{each.text} ({each.limits()})") for name, each in known])
 
 
-def _parameters(name: str) -> str:
+def _parameters(name: str) -> int:
     with torch.device("meta"):
-        return f"{models.parameters(models.build(name, 1, 28, 10)):,}"
+        return models.parameters(models.build(name, 1, 28, 10))

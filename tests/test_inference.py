@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,24 @@ def test_a_record_of_old_is_never_uncertain(folder: Path) -> None:
 
 def test_auto_takes_int8(saved: Path) -> None:
     assert inference.load(saved).engine == "onnx_int8"
+
+
+def test_on_a_gpu_auto_takes_torch(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "NVIDIA", (saved,))
+    assert inference.load(saved).engine == "onnx_int8"  # a device file alone is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda model: model)
+    assert inference.load(saved).engine == "torch"
+
+
+def test_torch_answers_several_threads_at_once(saved: Path, digits: data.Dataset) -> None:
+    classify = inference.load(saved, engine="torch")
+    images = digits.validation.images[:8].numpy()
+    expected, strange = classify.read(images)
+    with ThreadPoolExecutor(4) as threads:
+        for found, uncertain in threads.map(lambda _: classify.read(images), range(200)):
+            assert found == pytest.approx(expected, abs=1e-6)
+            assert (uncertain == strange).all()
 
 
 def test_more_images_than_one_part_are_all_answered(saved: Path) -> None:

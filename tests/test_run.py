@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -21,7 +22,8 @@ from fastapi.testclient import TestClient
 from optuna.trial import TrialState
 from PIL import Image
 
-from mnist import data, models, registry
+import run as run_module
+from mnist import data, models, registry, search
 from serve.app import app
 from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
 from tests.test_folders import fill
@@ -347,6 +349,22 @@ def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> No
     refused = run(*options, "--study", "one")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--study names one study; these options make 2" in refused.stderr
+
+
+def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
+    run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(job: Any, *_: Any) -> None:
+        if job.options.model == "linear":
+            raise search.Unfinished("--timeout: of linear")
+
+    real = run_module.find
+    monkeypatch.setattr(run_module, "find", lambda *a: fail(*a) or real(*a))
+    done = run("--dataset", "digits", "--model", "linear", "--model", "compact", *SHORT)
+    assert done.returncode == 1
+    assert "digits-linear: --timeout: of linear" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("run.py: not finished: digits-linear;")
+    assert re.search(r"digits +compact .* of 257 ", done.stdout)
 
 
 OWN = """
