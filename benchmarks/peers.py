@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import litserve as ls
 import numpy as np
 import torch
-from fastapi import FastAPI, UploadFile
+import uvicorn
+from fastapi import FastAPI, Request, UploadFile
 from PIL import Image
 
 from mnist import models, registry
@@ -51,8 +53,7 @@ class Network:
 
 
 def usual(port: int) -> None:
-    import uvicorn
-
+    """The model answers in the request's handler, on the event loop."""
     network, app = Network(), FastAPI()
 
     @app.post("/predict")
@@ -62,32 +63,31 @@ def usual(port: int) -> None:
     uvicorn.run(app, port=port, log_level="warning")
 
 
+class Api(ls.LitAPI):
+    """LitServe's: a process for the model, which gets batches."""
+
+    def setup(self, device: str) -> None:
+        self.network = Network()
+
+    def decode_request(self, request: Request) -> np.ndarray:
+        return plain(request["file"].file.read())  # type: ignore[index]  # it is the form
+
+    def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
+        return np.stack(inputs)
+
+    def predict(self, x: np.ndarray) -> list[list[float]]:
+        return self.network(x)
+
+    def unbatch(self, output: list[list[float]]) -> list[list[float]]:
+        return output
+
+    def encode_response(self, output: list[float]) -> dict[str, Any]:
+        return self.network.answer(output)
+
+
 def litserve(port: int) -> None:
-    import litserve as ls
-
-    class Api(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.network = Network()
-
-        def decode_request(self, request: Any) -> np.ndarray:
-            return plain(request["file"].file.read())
-
-        def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
-            return np.stack(inputs)
-
-        def predict(self, batch: np.ndarray) -> list[list[float]]:
-            return self.network(batch)
-
-        def unbatch(self, output: list[list[float]]) -> list[list[float]]:
-            return output
-
-        def encode_response(self, output: list[float]) -> dict[str, Any]:
-            return self.network.answer(output)
-
-    api = Api(max_batch_size=16, batch_timeout=0.005)
-    ls.LitServer(api, accelerator="cpu").run(
-        port=port, log_level="warning", generate_client_file=False
-    )
+    server = ls.LitServer(Api(max_batch_size=16, batch_timeout=0.005), accelerator="cpu")
+    server.run("127.0.0.1", port, log_level="warning", generate_client_file=False)
 
 
 @click.command()

@@ -1,15 +1,17 @@
 """Servers as other processes: ours, and what it is compared with; their start and memory."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+START_S, STOP_S = 60, 10  # longest start of a server, and its longest end
 OURS = ("-m", "uvicorn", "serve.app:app", "--log-level", "warning")
 
 
@@ -28,13 +30,14 @@ class Server:
 
 @contextmanager
 def server(
-    folder: Path, first: bytes, command: Sequence[str] = OURS, **settings: str
+    folder: Path, first: bytes, command: Sequence[str] = OURS, port: int = 0, **settings: str
 ) -> Iterator[Server]:
     """One that answers the request `first` with 200, for models in `folder`.
 
-    It is started as python COMMAND --port PORT, with the settings in its environment.
+    It is started as python COMMAND --port PORT, a free one by default, with the settings in its
+    environment.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
+    with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
     environment: Mapping[str, str] = os.environ | {"MODELS": str(folder.resolve())} | settings
     start = time.perf_counter()
@@ -43,16 +46,19 @@ def server(
     )
     try:
         while not answers(port, first):
-            if process.poll() is not None:
-                raise RuntimeError(f"python {' '.join(command)} has ended")
+            if process.poll() is not None or time.perf_counter() - start > START_S:
+                raise RuntimeError(f"python {' '.join(command)} has ended, or gives no answer")
             time.sleep(0.005)
         yield Server(process, port, time.perf_counter() - start)
     finally:
         pids = below(process.pid)
         process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        for pid in pids:  # LitServe's processes stay
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
-        while any(Path(f"/proc/{pid}").exists() for pid in pids):
-            time.sleep(0.05)
 
 
 def answers(port: int, request: bytes) -> bool:

@@ -5,11 +5,13 @@ import base64
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -17,7 +19,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from mnist import images, registry
-from serve import front, schemas
+from serve import feedback, front, schemas
 from serve.batches import Busy
 from serve.engine import Engine
 from serve.front import Front, problem
@@ -27,6 +29,11 @@ from serve.settings import Settings
 IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
 FORM_BYTES = 10_000  # for what a form has around each of its files
 UPLOAD_S = 30  # within which a body must have come
+STATIC = Path(__file__).parent / "static"
+POLICY = (  # of the page: nothing from elsewhere, nothing inline
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 ANSWERS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
 
 
@@ -80,6 +87,8 @@ async def ready(engine: Live) -> JSONResponse:
         extra["passed_over"] = dict(run.passed_over)
     if engine.canary:
         extra["canary"] = engine.canary.name
+    if engine.settings.feedback_dir:
+        extra["feedback"] = True
     answer = {"status": "ready", "model": engine.current.name, "engine": run.engine}
     return JSONResponse(answer | extra)
 
@@ -175,6 +184,43 @@ async def predict_batch(
             return {"filename": filename, "error": about}
 
     return JSONResponse({"results": await asyncio.gather(*(answer(*file) for file in files))})
+
+
+@app.post(
+    "/feedback",
+    status_code=201,
+    openapi_extra=schemas.CORRECTION,
+    response_model=schemas.Kept,
+    responses=schemas.problems(400, 401, 404, 413, 415, 422, 503),
+)
+async def put_right(request: Request, engine: Live) -> JSONResponse:
+    """Keep a picture with its true class, if FEEDBACK_DIR is set."""
+    settings = engine.settings
+    if settings.feedback_dir is None:
+        raise Refused(404, "not_found", "corrections are not kept here (FEEDBACK_DIR)")
+    live = await engine.model(None)
+    async with _form(request, settings.max_upload_bytes + FORM_BYTES, 1) as form:
+        file, label = form.get("file"), form.get("label")
+        picture = _sent(await file.read() if isinstance(file, UploadFile) else b"")
+    if label not in live.record["dataset"]["classes"]:
+        raise Refused(400, "bad_request", f"label {str(label)[:40]!r} is no class of {live.name}")
+    where, most = settings.feedback_dir, settings.feedback_max_bytes
+    try:
+        await asyncio.to_thread(feedback.keep, where, most, picture, label, settings.max_pixels)
+    except feedback.Full as error:
+        raise Refused(413, "too_large", str(error)) from error
+    return JSONResponse({"label": label}, 201)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+@app.get("/", include_in_schema=False)
+async def page() -> FileResponse:
+    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": POLICY})
+
+
+app.mount("/static", StaticFiles(directory=STATIC), "static")
 
 
 # --- what a request holds ------------------------------------------------------------------------

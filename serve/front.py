@@ -18,7 +18,11 @@ from serve.batches import Busy
 from serve.settings import Settings, problems
 
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client; anything else gets one of ours
-HEADERS = [(b"x-content-type-options", b"nosniff")]
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+]
 
 log = logging.getLogger("serve")
 

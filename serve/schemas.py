@@ -62,6 +62,7 @@ class Ready(BaseModel):
     )
     canary: str | None = Field(None, description="the model that answers CANARY's share")
     refused: dict[str, str] = Field({}, description="models that could not take over, and why")
+    feedback: bool = Field(False, description="whether POST /feedback keeps corrections")
 
 
 class Unavailable(BaseModel):
@@ -81,6 +82,12 @@ class Brief(BaseModel):
 class Models(BaseModel):
     current: str | None = Field(examples=[NAME])
     models: list[Brief]
+
+
+class Kept(BaseModel):
+    """A correction that was kept."""
+
+    label: str = Field(examples=["7"])
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -106,17 +113,18 @@ def body(kind: str, schema: dict[str, Any], **others: dict[str, Any]) -> dict[st
     return {"requestBody": {"required": True, "content": content}}
 
 
-def form(field: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """A multipart form with one field."""
-    return {"type": "object", "required": [field], "properties": {field: schema}}
+def form(**fields: dict[str, Any]) -> dict[str, Any]:
+    """A multipart form with these fields."""
+    return {"type": "object", "required": list(fields), "properties": fields}
 
 
 PICTURE = {"type": "string", "format": "binary"}
 ONE = body(
     "multipart/form-data",
-    form("file", PICTURE),
+    form(file=PICTURE),
     **{"application/octet-stream": PICTURE, "image/*": PICTURE},
 )
 SEVERAL = body(
-    "multipart/form-data", form("files", {"type": "array", "minItems": 1, "items": PICTURE})
+    "multipart/form-data", form(files={"type": "array", "minItems": 1, "items": PICTURE})
 )
+CORRECTION = body("multipart/form-data", form(file=PICTURE, label={"type": "string"}))

@@ -36,6 +36,10 @@ class Settings(BaseSettings):
         validate_default=False,
         description="NAME:SHARE, a model that answers this share (0..1) of the requests",
     )
+    feedback_dir: Path | None = Field(None, description="where corrections are kept, if at all")
+    feedback_max_bytes: int = Field(
+        100_000_000, ge=1, description="most that corrections may take, in bytes"
+    )
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

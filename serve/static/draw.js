@@ -1,0 +1,143 @@
+// Strokes on a canvas. The model gets them black on white, whatever the page looks like.
+
+const SIDE = 280; // units of a drawing
+const SENT = 224; // pixels of the picture that is sent: the longest side the server looks at
+
+export class Drawing {
+  /** Calls changed(done) as strokes grow, with done once a stroke has ended. */
+  constructor(canvas, changed) {
+    this.canvas = canvas;
+    this.changed = changed;
+    this.strokes = [];
+    this.removed = []; // what Clear took away, for Undo
+    this.brush = 22;
+    this.stroke = null;
+    this.sent = Object.assign(document.createElement("canvas"), { width: SENT, height: SENT });
+    canvas.addEventListener("pointerdown", (event) => this.begin(event));
+    canvas.addEventListener("pointermove", (event) => this.move(event));
+    for (const end of ["pointerup", "pointercancel"]) {
+      canvas.addEventListener(end, (event) => this.end(event));
+    }
+    new ResizeObserver(() => this.fit()).observe(canvas);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.show());
+  }
+
+  get empty() {
+    return this.strokes.length === 0;
+  }
+
+  begin(event) {
+    if (event.button !== 0 || this.stroke) return;
+    event.preventDefault();
+    this.canvas.setPointerCapture(event.pointerId);
+    this.stroke = { pointer: event.pointerId, points: [] };
+    this.strokes.push(this.stroke);
+    this.removed = [];
+    this.add(event);
+    this.changed(false);
+  }
+
+  move(event) {
+    if (event.pointerId !== this.stroke?.pointer) return;
+    const steps = event.getCoalescedEvents?.() ?? [];
+    for (const step of steps.length ? steps : [event]) this.add(step);
+    this.show();
+    this.changed(false);
+  }
+
+  end(event) {
+    if (event.pointerId !== this.stroke?.pointer) return;
+    this.stroke = null;
+    this.show();
+    this.changed(true);
+  }
+
+  add(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const scale = SIDE / box.width;
+    // A mouse always says 0.5, fingers mostly 0 or 1: only a pen's pressure means something.
+    const pressure = event.pointerType === "pen" ? 0.5 + event.pressure : 1;
+    this.stroke.points.push({
+      x: (event.clientX - box.left) * scale,
+      y: (event.clientY - box.top) * scale,
+      width: this.brush * pressure,
+    });
+    this.show();
+  }
+
+  undo() {
+    if (this.empty) this.strokes = this.removed;
+    else this.strokes = this.strokes.slice(0, -1);
+    this.removed = [];
+    this.show();
+    this.changed(true);
+  }
+
+  clear() {
+    if (!this.empty) this.removed = this.strokes;
+    this.strokes = [];
+    this.stroke = null;
+    this.show();
+    this.changed(true);
+  }
+
+  fit() {
+    const side = Math.round(this.canvas.clientWidth * devicePixelRatio);
+    if (side && side !== this.canvas.width) {
+      this.canvas.width = this.canvas.height = side;
+      this.show();
+    }
+  }
+
+  show() {
+    const { canvas } = this;
+    const pen = canvas.getContext("2d");
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    paint(pen, this.strokes, canvas.width / SIDE, getComputedStyle(canvas).color);
+  }
+
+  /** The drawing as a PNG, black on white. */
+  png() {
+    const pen = this.sent.getContext("2d");
+    pen.fillStyle = "white";
+    pen.fillRect(0, 0, SENT, SENT);
+    paint(pen, this.strokes, SENT / SIDE, "black");
+    return new Promise((done) => this.sent.toBlob(done, "image/png"));
+  }
+}
+
+function paint(pen, strokes, scale, colour) {
+  pen.save();
+  pen.scale(scale, scale);
+  pen.lineCap = pen.lineJoin = "round";
+  pen.strokeStyle = pen.fillStyle = colour;
+  for (const { points } of strokes) line(pen, points);
+  pen.restore();
+}
+
+/** Curves through the middles between points, each as wide as the pen was there. */
+function line(pen, points) {
+  const [first] = points;
+  if (points.length < 3) {
+    const last = points.at(-1);
+    pen.lineWidth = first.width;
+    pen.beginPath();
+    pen.moveTo(first.x, first.y);
+    pen.lineTo(last.x + 0.01, last.y);
+    pen.stroke();
+    return;
+  }
+  let from = first;
+  for (let i = 1; i < points.length; i++) {
+    const by = points[i - 1];
+    const to = i === points.length - 1 ? points[i] : middle(by, points[i]);
+    pen.lineWidth = points[i].width;
+    pen.beginPath();
+    pen.moveTo(from.x, from.y);
+    pen.quadraticCurveTo(by.x, by.y, to.x, to.y);
+    pen.stroke();
+    from = to;
+  }
+}
+
+const middle = (a, b) => ({ x: (a.x + b.x) / 2, y: (a.y + b.y) / 2 });

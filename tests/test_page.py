@@ -1,0 +1,325 @@
+"""serve/static: the page, used in a real browser as people use it."""
+
+import base64
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from benchmarks import load, servers
+from mnist import data, registry
+from serve.app import STATIC, app
+from tests.test_app import png
+from tests.test_engine import another
+
+AXE = "axe-core@4.14.1"
+SEVEN = ((0.3, 0.2), (0.5, 0.2), (0.7, 0.2), (0.6, 0.5), (0.5, 0.8))
+ANSWERED = "() => document.getElementById('words').textContent.includes('%')"
+WAITING = "() => !document.getElementById('words').textContent.includes('%')"
+SHIFT = """() => new Promise((done) => new PerformanceObserver((list) =>
+    done(list.getEntries().reduce((sum, each) => sum + each.value, 0))
+).observe({type: 'layout-shift', buffered: true}) || setTimeout(() => done(0), 500))"""
+DROP = """([content, names]) => {
+    const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+    const transfer = new DataTransfer();
+    for (const name of names) transfer.items.add(new File([bytes], name, {type: 'image/png'}));
+    const event = new DragEvent('drop', {dataTransfer: transfer, bubbles: true, cancelable: true});
+    document.body.dispatchEvent(event);
+}"""
+PASTE = """(content) => {
+    const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+    const clipboardData = new DataTransfer();
+    clipboardData.items.add(new File([bytes], 'pasted.png', {type: 'image/png'}));
+    document.dispatchEvent(new ClipboardEvent('paste', {clipboardData}));
+}"""
+
+
+def test_the_page_is_small_and_comes_with_a_strict_policy(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sum(path.stat().st_size for path in STATIC.iterdir()) < 60_000
+    text = "".join(path.read_text() for path in STATIC.iterdir())
+    assert "https://" not in text
+    monkeypatch.setenv("MODELS", str(saved))
+    with TestClient(app) as client:
+        page = client.get("/")
+        assert "script-src 'self'" in page.headers["content-security-policy"]
+        assert page.headers["x-frame-options"] == "DENY"
+        for name in ("page.js", "draw.js", "api.js", "page.css", "icon.svg"):
+            assert client.get(f"/static/{name}").status_code == 200
+        assert client.get("/static/../app.py").status_code == 404
+
+
+def test_a_correction_is_kept_as_a_folder_data_set_once_and_only_if_wanted(
+    saved: Path, tmp_path: Path, digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = png(digits.validation.images[0, 0].numpy())
+    sent: dict[str, Any] = {"files": {"file": ("x.png", picture)}, "data": {"label": "7"}}
+    monkeypatch.setenv("MODELS", str(saved))
+    with TestClient(app) as client:
+        assert client.post("/feedback", **sent).status_code == 404
+    folder = tmp_path / "right"
+    monkeypatch.setenv("FEEDBACK_DIR", str(folder))
+    monkeypatch.setenv("FEEDBACK_MAX_BYTES", str(len(picture) + 10))
+    with TestClient(app) as client:
+        assert client.get("/ready").json()["feedback"] is True
+        for _ in range(2):
+            answer = client.post("/feedback", **sent)
+            assert (answer.status_code, answer.json()) == (201, {"label": "7"})
+        wrong = client.post("/feedback", files=sent["files"], data={"label": "../x"})
+        assert wrong.json()["error"]["code"] == "bad_request"
+        other = png(digits.validation.images[1, 0].numpy())
+        full = client.post("/feedback", files={"file": other}, data={"label": "3"})
+        assert (full.status_code, full.json()["error"]["code"]) == (413, "too_large")
+        none = client.post("/feedback", files={"file": b"no picture"}, data={"label": "3"})
+        assert none.status_code == 415
+    (kept,) = [path for path in folder.rglob("*") if path.is_file()]
+    assert (kept.parent.name, kept.suffix, kept.read_bytes()) == ("7", ".png", picture)
+
+
+# --- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="it is in requirements-dev.txt")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def picture(digits: data.Dataset) -> bytes:
+    """A digit of the calibration split, large and dark on light."""
+    image = 255 - digits.calibration.images[0, 0].numpy()
+    return png(np.kron(image, np.ones((6, 6), np.uint8)))
+
+
+@pytest.fixture(scope="module")
+def registry_folder(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two models."""
+    folder = Path(shutil.copytree(saved, tmp_path_factory.mktemp("page") / "models"))
+    another(folder, "never")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(registry_folder: Path, picture: bytes) -> Iterator[int]:
+    right = str(registry_folder.parent / "right")
+    first = load.request("/predict", picture)
+    with servers.server(registry_folder, first, FEEDBACK_DIR=right) as server:
+        yield server.port
+
+
+Opened = Callable[..., Any]
+
+
+@pytest.fixture
+def opened(browser: Any, port: int) -> Iterator[Opened]:
+    """A new page that is ready; whatever it complains of fails the test."""
+    contexts, complaints = [], []
+
+    def open_(**options: Any) -> Any:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else 0)
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("#state[data-state=ready]")
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def draw(page: Any, points: Any = SEVEN) -> None:
+    box = page.locator("#canvas").bounding_box()
+    for i, (x, y) in enumerate(points):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=4)
+        if i == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def ink(page: Any) -> int:
+    """Pixels of the canvas that are drawn on."""
+    return page.evaluate(
+        """() => { const canvas = document.getElementById('canvas');
+        const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+        return data.filter((value, i) => i % 4 === 3 && value > 0).length }"""
+    )
+
+
+@pytest.mark.slow
+def test_a_digit_is_drawn_and_answered_thicker_undone_and_cleared(opened: Opened) -> None:
+    page = opened()
+    draw(page)
+    page.wait_for_function(ANSWERED)
+    words = page.inner_text("#words")
+    assert page.inner_text("#class") in words
+    assert page.get_attribute("#view", "src").startswith("data:image/png")
+    assert len(page.query_selector_all("#bars li")) == 10
+    first = ink(page)
+    page.fill("#brush", "44")
+    draw(page, ((0.2, 0.9), (0.8, 0.9)))
+    both = ink(page)
+    assert both > 1.4 * first  # a third of the length, twice as thick
+    page.click("#undo")
+    assert ink(page) == first
+    page.click("#clear")
+    page.wait_for_function(WAITING)
+    assert ink(page) == 0
+    page.click("#undo")
+    assert ink(page) == first
+    page.wait_for_function(ANSWERED)
+
+
+@pytest.mark.slow
+def test_pictures_are_chosen_pasted_and_dropped(
+    opened: Opened, picture: bytes, tmp_path: Path
+) -> None:
+    page = opened()
+    files = [tmp_path / name for name in ("a.png", "b.png", "no.png")]
+    for file in files[:2]:
+        file.write_bytes(picture)
+    files[2].write_bytes(b"no picture")
+    page.set_input_files("#files", files[0])
+    page.wait_for_function(ANSWERED)
+    assert page.is_visible("#picture")
+    found = page.inner_text("#class")
+    page.click("#clear")
+    page.wait_for_function(WAITING)
+    assert page.is_hidden("#picture")
+    content = base64.b64encode(picture).decode()
+    page.evaluate(PASTE, content)
+    page.wait_for_function(ANSWERED)
+    assert page.inner_text("#class") == found
+    page.set_input_files("#files", files)
+    page.wait_for_selector("#rows .refused")
+    cells = [row.inner_text() for row in page.query_selector_all("#rows tr")]
+    assert [file.name in cell for file, cell in zip(files, cells, strict=True)] == [True] * 3
+    assert "no picture that can be read" in cells[2]
+    page.evaluate(DROP, [content, ["c.png", "d.png"]])
+    page.wait_for_function("() => document.querySelectorAll('#rows .seen img').length === 2")
+
+
+@pytest.mark.slow
+def test_another_model_is_chosen_and_answers(opened: Opened, registry_folder: Path) -> None:
+    page = opened()
+    draw(page)
+    page.wait_for_function(ANSWERED)
+    names = list(registry.read(registry_folder)["models"])
+    assert "digits" in page.inner_text("#about")
+    with page.expect_request(lambda asked: f"model={names[1]}" in asked.url):
+        page.select_option("#model", names[1])
+
+
+@pytest.mark.slow
+def test_the_page_says_when_the_server_is_gone_and_goes_on_when_it_is_back(
+    browser: Any, saved: Path, picture: bytes
+) -> None:
+    first = load.request("/predict", picture)
+    page = browser.new_page()
+    with servers.server(saved, first) as server:
+        port = server.port
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("#state[data-state=ready]")
+    draw(page)
+    page.wait_for_selector("#state[data-state=gone]")
+    assert "cannot be reached" in page.inner_text("#words")
+    with servers.server(saved, first, port=port):
+        page.wait_for_selector("#state[data-state=ready]")
+        page.wait_for_function(ANSWERED)
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_finger_draws_on_a_phone_and_the_page_does_not_scroll(opened: Opened) -> None:
+    page = opened(viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
+    assert page.is_visible("#camera")
+    page.locator("#canvas").scroll_into_view_if_needed()
+    before = page.evaluate("scrollY")
+    box = page.locator("#canvas").bounding_box()
+    session = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *points: tuple[float, float]) -> None:
+        at = [
+            {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]} for x, y in points
+        ]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
+
+    touch("touchStart", (0.5, 0.15))
+    for i in range(1, 15):
+        touch("touchMove", (0.5, 0.15 + 0.05 * i))
+    touch("touchEnd")
+    page.wait_for_function(ANSWERED)
+    assert ink(page) > 0
+    assert page.evaluate("scrollY") == before
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+@pytest.mark.slow
+def test_the_keyboard_is_enough(opened: Opened) -> None:
+    page = opened()
+    reached = set()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id"))
+    assert {"model", "canvas", "brush", "undo", "clear", "choose"} <= reached
+    draw(page)
+    drawn = ink(page)
+    page.keyboard.press("Control+z")
+    assert ink(page) == 0
+    draw(page)
+    page.keyboard.press("Escape")
+    assert ink(page) == 0
+    for _ in range(5):
+        page.keyboard.press("]")
+    draw(page)
+    assert ink(page) > 1.2 * drawn
+    with page.expect_file_chooser():
+        page.press("#choose", "Space")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_and_nothing_shifts(
+    opened: Opened, tmp_path_factory: pytest.TempPathFactory, scheme: str
+) -> None:
+    folder = tmp_path_factory.mktemp("axe")
+    subprocess.run(["npm", "install", "--silent", AXE], cwd=folder, check=True)
+    page = opened(color_scheme=scheme, bypass_csp=True, viewport={"width": 1280, "height": 900})
+    draw(page)
+    page.wait_for_function(ANSWERED)
+    assert page.evaluate(SHIFT) == 0
+    page.add_script_tag(path=folder / "node_modules/axe-core/axe.min.js")
+    found = page.evaluate("axe.run()")["violations"]
+    serious = [each for each in found if each["impact"] in ("serious", "critical")]
+    assert not serious, json.dumps(serious, indent=1)[:3000]
+
+
+@pytest.mark.slow
+def test_a_wrong_answer_is_put_right_with_one_click(opened: Opened, registry_folder: Path) -> None:
+    page = opened()
+    draw(page)
+    page.wait_for_function(ANSWERED)
+    page.click("#labels button:nth-child(8)")
+    page.wait_for_function(
+        "() => document.getElementById('words').textContent.includes('Kept as 7')"
+    )
+    (kept,) = (registry_folder.parent / "right" / "7").iterdir()
+    assert kept.suffix == ".png"
