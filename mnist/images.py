@@ -39,6 +39,9 @@ SPECK = 0.04
 MARGIN = 0.12
 # A piece that is no frame and at least this share of the picture's side may be the digit.
 DIGIT_SIDE = 0.15
+# Most of the side that a rule of the paper is thick, lines of 2 in 140 pixels and their blurred
+# edges; and the least share of the side that it covers, for it runs from edge to edge.
+RULE, RULE_LENGTH = 0.04, 0.95
 # The ink's box in MNIST: 20 of 28 pixels (http://yann.lecun.com/exdb/mnist/).
 BOX = 20 / 28
 # Shortest longest side, as a share of that box, still taken for the recipe: all of MNIST has 19 or
@@ -294,7 +297,8 @@ def _ink(picture: Image.Image) -> Grey:
     low = ground + min(max(NOISE_FLOOR, NOISE_DEVIATIONS * noise), (threshold - ground) / 2)
     ink = np.clip((levels - low) * (255 / (full - low)), 0, 255).tolist()
     toned = np.asarray(relief.point([int(level) for level in ink]))
-    return toned * _pieces(toned > 0, np.asarray(relief) > threshold)
+    strong = np.asarray(relief) > threshold
+    return toned * _pieces(_without_rules(toned > 0), strong)
 
 
 def _relief(picture: Image.Image) -> Image.Image:
@@ -329,6 +333,20 @@ def _otsu(counts: NDArray[np.int64]) -> int:
 
 def _median(counts: NDArray[Any]) -> int:
     return int(np.searchsorted(counts.cumsum(), counts.sum() / 2))
+
+
+def _without_rules(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Without thin lines that run from edge to edge; what crosses them stays, if it is a digit."""
+    found = mask.copy()
+    thickest = RULE * max(mask.shape)
+    for lines in (found, found.T):
+        rule, count = ndimage.label(lines.mean(1) > RULE_LENGTH)
+        for (rows,) in ndimage.find_objects(rule, count):
+            above, below = rows.start - 1, rows.stop
+            if above >= 0 and below < len(lines) and below - above <= thickest + 1:
+                lines[rows] &= lines[above] | lines[below]
+    sides = [np.count_nonzero(found.any(axis)) for axis in (0, 1)]
+    return found if max(sides) >= DIGIT_SIDE * max(mask.shape) else mask
 
 
 def _pieces(mask: NDArray[np.bool_], strong: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -155,9 +155,12 @@ def by_torch(model: "nn.Module", mean: float, std: float) -> Run:
 
 def _joined(logits: np.ndarray, *features: np.ndarray) -> Outputs:
     """Each layer's features brought to the length 1, in one row."""
-    lengths = [np.linalg.norm(part, axis=1, keepdims=True) for part in features]
-    parts = [part / np.maximum(n, 1e-9) for part, n in zip(features, lengths, strict=True)]
-    return logits, np.concatenate([np.empty((len(logits), 0), np.float32), *parts], 1)
+    if not features:
+        return logits, np.empty((len(logits), 0), np.float32)
+    joined, widths = np.concatenate(features, 1), [part.shape[1] for part in features]
+    starts = np.cumsum([0, *widths[:-1]])
+    lengths = np.sqrt(np.add.reduceat(joined**2, starts, axis=1))
+    return logits, joined / np.repeat(np.maximum(lengths, 1e-9), widths, axis=1)
 
 
 def _torch(path: Path, record: registry.Record, threads: int | None) -> Run:

@@ -240,6 +240,29 @@ def test_rules_and_frames_are_not_ink(rule):
     assert_reads_as_the_seven(encode(drawing), least=0.98)
 
 
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("level", [90, 180])
+def test_the_rules_of_the_paper_behind_a_digit_are_not_ink(level, both_ways):
+    paper = Image.new("L", (280, 280), 255)
+    pen = ImageDraw.Draw(paper)
+    for at in range(20, 280, 50):
+        pen.line((0, at, 279, at), fill=level, width=3)
+        if both_ways:
+            pen.line((at, 0, at, 279), fill=level, width=3)
+    digit = Image.fromarray(np.minimum(np.asarray(paper), np.asarray(seven())))
+    assert_reads_as_the_seven(encode(digit), least=0.95)
+    assert_reads_as_the_seven(encode(digit, "JPEG", quality=50), least=0.95)
+
+
+def test_a_stroke_from_edge_to_edge_is_no_rule():
+    drawing = seven((60, 80), width=9, box=(0, 6, 59, 75))
+    pen = ImageDraw.Draw(drawing)
+    pen.line((0, 75, 59, 75), fill=0, width=9)
+    rows = normalise(encode(drawing))[0].max(1) > 127
+    assert rows[4:7].any()
+    assert rows[21:24].any()
+
+
 def test_a_digit_that_fills_its_picture_is_no_frame():
     drawing = seven((60, 80), width=9, box=(0, 3, 59, 79))
     assert max(extent(normalise(encode(drawing))[0])) == 20

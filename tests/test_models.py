@@ -35,7 +35,7 @@ def test_in_parallel_split_each_branch_reads_only_its_own_second_stage() -> None
 
 @pytest.mark.parametrize(
     ("name", "widths"),
-    [("parallel", [512, 500, 500]), ("linear", [392]), ("cnn", [64, 128, 64])],
+    [("parallel", [256, 256, 250, 250]), ("linear", [196]), ("cnn", [32, 64, 128, 64])],
 )
 def test_features_are_what_the_last_layers_are_given(name: str, widths: list[int]) -> None:
     model = models.build(name, 1, 28, 10).eval()
@@ -48,12 +48,12 @@ def test_features_are_what_the_last_layers_are_given(name: str, widths: list[int
 
 def test_features_of_maps_tokens_and_wide_rows_are_means() -> None:
     layers = torch.nn.Conv2d(4, 2, 3), torch.nn.Linear(6, 2)
-    maps, tokens, wide = torch.rand(2, 4, 5, 5), torch.rand(2, 7, 6), torch.rand(2, 2 * 512 + 1)
+    maps, tokens, wide = torch.rand(2, 4, 5, 5), torch.rand(2, 7, 6), torch.rand(2, 514)
     assert torch.allclose(models._features(layers[0], maps), maps.mean((2, 3)))
     assert torch.allclose(models._features(layers[1], tokens), tokens.mean(1))
     narrow = models._features(layers[1], wide)
-    assert narrow.shape == (2, 342)  # of three each; the last are filled up with zeros
-    assert torch.allclose(narrow[:, :341], wide[:, :1023].reshape(2, 341, 3).mean(2))
+    assert narrow.shape == (2, 172)  # of three each; the last are filled up with zeros
+    assert torch.allclose(narrow[:, :171], wide[:, :513].reshape(2, 171, 3).mean(2))
 
 
 def test_a_network_of_other_layers_has_no_features() -> None:
