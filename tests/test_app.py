@@ -337,7 +337,7 @@ def test_inference_never_holds_up_the_event_loop(
         while not answering.done():
             await asyncio.sleep(0.01)
             beats += 1
-        engine.stop()
+        await engine.stop()
         return beats
 
     assert asyncio.run(scenario()) >= 10
