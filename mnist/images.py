@@ -152,10 +152,10 @@ def _mass_centre(grey: Grey) -> tuple[float, float]:
 
 
 def _thicken(ink: Grey) -> Grey:
-    mask = ink > 127
-    outline = [np.diff(mask, axis=axis, prepend=False, append=False) for axis in (0, 1)]
+    mask = np.pad(ink > 127, 1)
+    outline = sum(np.count_nonzero(lines[1:] != lines[:-1]) for lines in (mask, mask.T))
     # A band's area over half its outline is its width.
-    stroke = 2 * np.count_nonzero(mask) / max(1, sum(map(np.count_nonzero, outline)))
+    stroke = 2 * np.count_nonzero(mask) / max(1, outline)
     longest: int = max(ink.shape)
     missing = round(MIN_STROKE * longest / 20 - stroke)
     if missing < 1:
@@ -295,10 +295,10 @@ def _ink(picture: Image.Image) -> Grey:
         raise _blank()
     noise = _median(np.bincount(np.abs(levels - ground), rest))
     low = ground + min(max(NOISE_FLOOR, NOISE_DEVIATIONS * noise), (threshold - ground) / 2)
-    ink = np.clip((levels - low) * (255 / (full - low)), 0, 255).tolist()
-    toned = np.asarray(relief.point([int(level) for level in ink]))
-    strong = np.asarray(relief) > threshold
-    return toned * _pieces(_without_rules(toned > 0), strong)
+    tones = np.clip((levels - low) * (255 / (full - low)), 0, 255).astype(np.uint8)
+    heights = np.asarray(relief)
+    toned = tones[heights]
+    return toned * _pieces(_without_rules(toned > 0), heights > threshold)
 
 
 def _relief(picture: Image.Image) -> Image.Image:
@@ -340,8 +340,8 @@ def _without_rules(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     found = mask.copy()
     thickest = RULE * max(mask.shape)
     for lines in (found, found.T):
-        rule, count = ndimage.label(lines.mean(1) > RULE_LENGTH)
-        for (rows,) in ndimage.find_objects(rule, count):
+        long = lines.mean(1) > RULE_LENGTH
+        for (rows,) in ndimage.find_objects(ndimage.label(long)[0]) if long.any() else ():
             above, below = rows.start - 1, rows.stop
             if above >= 0 and below < len(lines) and below - above <= thickest + 1:
                 lines[rows] &= lines[above] | lines[below]
