@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops
-from scipy import ndimage
+from PIL import Image
 
 Grey = NDArray[np.uint8]
 
@@ -100,7 +100,7 @@ def normalise(
     for candidate in (grey, 255 - grey):
         if _follows(candidate, size):
             return candidate[None].copy()
-    return centre(_ink(Image.fromarray(grey)), size)[None]
+    return centre(_ink(grey), size)[None]
 
 
 def centre(grey: Grey, size: int = 28) -> Grey:
@@ -160,7 +160,8 @@ def _thicken(ink: Grey) -> Grey:
     missing = round(MIN_STROKE * longest / 20 - stroke)
     if missing < 1:
         return ink
-    return ndimage.maximum_filter(np.pad(ink, missing), missing + 1)
+    square = np.ones((missing + 1, missing + 1), np.uint8)
+    return np.asarray(cv2.dilate(np.pad(ink, missing), square), np.uint8)
 
 
 def _decode(
@@ -285,9 +286,9 @@ def _on_ground(image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey * alpha + ground * (255 - alpha) + 127) // 255).astype(np.uint8))
 
 
-def _ink(picture: Image.Image) -> Grey:
-    relief = _relief(picture)
-    levels, counts = np.arange(256), np.array(relief.histogram())
+def _ink(grey: Grey) -> Grey:
+    relief = _relief(grey)
+    levels, counts = np.arange(256), np.bincount(relief.ravel(), minlength=256)
     threshold = _otsu(counts)
     rest, strong = counts * (levels <= threshold), counts * (levels > threshold)
     full, ground = _median(strong), _median(rest)
@@ -296,21 +297,23 @@ def _ink(picture: Image.Image) -> Grey:
     noise = _median(np.bincount(np.abs(levels - ground), rest))
     low = ground + min(max(NOISE_FLOOR, NOISE_DEVIATIONS * noise), (threshold - ground) / 2)
     tones = np.clip((levels - low) * (255 / (full - low)), 0, 255).astype(np.uint8)
-    heights = np.asarray(relief)
-    toned = tones[heights]
-    return toned * _pieces(_without_rules(toned > 0), heights > threshold)
+    toned = tones[relief]
+    return toned * _pieces(_without_rules(toned > 0), relief > threshold)
 
 
-def _relief(picture: Image.Image) -> Image.Image:
+def _relief(grey: Grey) -> Grey:
     """How far each pixel stands out from the background, on the side of the ink."""
-    thumb = np.asarray(picture.reduce(math.ceil(max(picture.size) / GROUND_SIDE)))
+    height, width = grey.shape
+    factor = math.ceil(max(grey.shape) / GROUND_SIDE)
+    small = (math.ceil(width / factor), math.ceil(height / factor))
+    thumb = np.asarray(cv2.resize(grey, small, interpolation=cv2.INTER_AREA), np.uint8)
     window = max(3, int(BRIDGE * max(thumb.shape)) | 1)
     dark = _ink_is_dark(thumb)
-    bridge = ndimage.grey_closing if dark else ndimage.grey_opening
-    bridged = Image.fromarray(bridge(thumb, (window, window)))
-    ground = bridged.resize(picture.size, Image.Resampling.BILINEAR)
-    pair = (ground, picture) if dark else (picture, ground)
-    return ImageChops.subtract(*pair)  # negative differences become 0
+    bridge = cv2.MORPH_CLOSE if dark else cv2.MORPH_OPEN
+    bridged = cv2.morphologyEx(thumb, bridge, np.ones((window, window), np.uint8))
+    ground = cv2.resize(bridged, (width, height), interpolation=cv2.INTER_LINEAR)
+    relief = cv2.subtract(ground, grey) if dark else cv2.subtract(grey, ground)  # from 0 on
+    return np.asarray(relief, np.uint8)
 
 
 def _ink_is_dark(thumb: Grey) -> bool:
@@ -340,29 +343,32 @@ def _without_rules(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     found = mask.copy()
     thickest = RULE * max(mask.shape)
     for lines in (found, found.T):
-        long = lines.mean(1) > RULE_LENGTH
-        for (rows,) in ndimage.find_objects(ndimage.label(long)[0]) if long.any() else ():
-            above, below = rows.start - 1, rows.stop
-            if above >= 0 and below < len(lines) and below - above <= thickest + 1:
-                lines[rows] &= lines[above] | lines[below]
+        changes = np.flatnonzero(np.diff(lines.mean(1) > RULE_LENGTH, prepend=False, append=False))
+        for first, below in zip(changes[::2], changes[1::2], strict=True):
+            if first > 0 and below < len(lines) and below - first < thickest:
+                lines[first:below] &= lines[first - 1] | lines[below]
     sides = [np.count_nonzero(found.any(axis)) for axis in (0, 1)]
     return found if max(sides) >= DIGIT_SIDE * max(mask.shape) else mask
 
 
 def _pieces(mask: NDArray[np.bool_], strong: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The connected pieces of a mask that can be a digit's: no specks, rules or frames."""
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
-    pixels = np.bincount(labels[strong], minlength=count + 1)
+    count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    pixels = np.bincount(labels[strong], minlength=count)
     pixels[0] = 0
     large = np.flatnonzero(pixels > SPECK * pixels.max())
     if len(large) > 1:
-        boxes = ndimage.find_objects(labels)
-        shown = [(i, boxes[i - 1]) for i in large]
+        shown = [(i, _box(boxes[i])) for i in large]
         frames = [i for i, box in shown if _is_frame(labels[box] == i, box, mask.shape)]
         least = DIGIT_SIDE * max(mask.shape)
         if any(max(labels[box].shape) >= least for i, box in shown if i not in frames):
             pixels[frames] = 0
     return (pixels > SPECK * pixels.max())[labels]
+
+
+def _box(found: NDArray[np.int32]) -> tuple[slice, slice]:
+    left, top, width, height = found[:4].tolist()
+    return slice(top, top + height), slice(left, left + width)
 
 
 def _is_frame(piece: NDArray[np.bool_], box: tuple[slice, slice], shape: tuple[int, ...]) -> bool:
