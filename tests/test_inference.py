@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 from tests.test_export import fresh, small
 from tests.test_registry import entry
 
-HEAVY = {"torch", "torchvision", "optuna", "sklearn", "scipy.stats", "onnx", "matplotlib"}
+HEAVY = {"torch", "torchvision", "optuna", "sklearn", "scipy", "onnx", "matplotlib"}
 
 
 @pytest.fixture
