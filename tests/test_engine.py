@@ -78,23 +78,24 @@ def test_a_bad_new_model_is_refused_and_the_old_one_answers_on(
     client: TestClient, folder: Path, harm: str
 ) -> None:
     old = client.get("/ready").json()["model"]
-    new = another(folder, "never")
-    weights = folder / f"{new}.int8.onnx"
-    before, info = weights.read_bytes(), (folder / registry.INFO).read_text()
+    staging = Path(shutil.copytree(folder, folder.parent / "staging"))
+    new = another(staging)
+    weights, info = f"{new}.int8.onnx", (staging / registry.INFO).read_text()
+    good = (staging / weights).read_bytes()
     if harm == "altered":
-        weights.write_bytes(before[:-1] + b"?")
+        (staging / weights).write_bytes(good[:-1] + b"?")
     elif harm == "missing":
-        weights.unlink()
-    record = registry.read(folder)
-    record["current"] = new
-    registry._write_info(folder, record)
-    if harm == "shape":
-        change(folder, lambda entry: entry["dataset"]["classes"].pop())
+        (staging / weights).unlink()
+    elif harm == "shape":
+        change(staging, lambda entry: entry["dataset"]["classes"].pop())
     elif harm == "golden":
         for each in ("onnx_int8", "onnx", "torch"):
-            other_golden(folder, each)
+            other_golden(staging, each)
     elif harm == "record":
-        (folder / registry.INFO).write_text("{")
+        (staging / registry.INFO).write_text("{")
+    for path in staging.glob(f"{new}.*"):
+        shutil.copy(path, folder)
+    (staging / registry.INFO).replace(folder / registry.INFO)  # all at once
     expected = {
         "altered": "was altered",
         "missing": "No such file",
@@ -109,7 +110,7 @@ def test_a_bad_new_model_is_refused_and_the_old_one_answers_on(
         (folder / registry.INFO).write_text(info)
         until(client, lambda ready: "refused" not in ready)
     elif harm in ("altered", "missing"):  # put back, it is tried again
-        weights.write_bytes(before)
+        (folder / weights).write_bytes(good)
         until(client, lambda ready: ready["model"] == new)
 
 

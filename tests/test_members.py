@@ -86,6 +86,7 @@ def test_a_member_on_this_machine_is_dead_when_its_lock_is_free_and_only_then(
     assert states(two) == [TrialState.WAITING]
 
 
+@pytest.mark.slow
 def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_period(
     one: Member, storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,6 +237,7 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     assert f"`saved_models/{last['name']}.report.html`" in note
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_report_that_cannot_be_made_costs_one_line_and_comes_with_the_next_run(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -232,6 +232,7 @@ def test_a_full_disk_ends_with_one_line_and_loses_nothing(
     assert not list((tmp_path / "saved_models").glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
     run: Command, tmp_path: Path
 ) -> None:
@@ -332,6 +333,7 @@ def test_help_names_every_option(run: Command) -> None:
 SHORT = ["--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs", "1"]
 
 
+@pytest.mark.slow
 def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> None:
     options = ["--dataset", "digits", "--model", "linear", "--model", "compact", *SHORT]
     done = run(*options)
@@ -351,6 +353,7 @@ def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> No
     assert "--study names one study; these options make 2" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
