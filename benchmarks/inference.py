@@ -3,24 +3,19 @@
 python -m benchmarks.inference     # the current model of saved_models
 """
 
-import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import numpy as np
 
+from benchmarks import servers
 from mnist import inference, registry
 
 BATCHES = (1, 128)
+READY = b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n"
 ROUNDS = 5  # through all engines, so that a change of the machine's speed meets them all
 
 
@@ -32,37 +27,6 @@ def times(classify: inference.Classifier, images: np.ndarray, seconds: float) ->
         classify(images)
         found.append(1000 * (time.perf_counter() - start))
     return found
-
-
-@contextmanager
-def server(folder: Path, engine: str) -> Iterator[tuple[float, float]]:
-    """Seconds from the process's start until it is ready, and its resident memory in MB then."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "serve.app:app", "--port", str(port)]
-    environment = os.environ | {"MODELS": str(folder.resolve()), "ENGINE": engine}
-    start = time.perf_counter()
-    process = subprocess.Popen([*command, "--log-level", "warning"], env=environment)
-    try:
-        while not ready(port):
-            if process.poll() is not None:
-                raise click.ClickException(f"the server with ENGINE={engine} has ended")
-            time.sleep(0.005)
-        passed = time.perf_counter() - start
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        resident = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-        yield passed, int(resident.split()[1]) / 1000
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready") as answer:
-            return json.load(answer)["status"] == "ready"
-    except OSError:
-        return False
 
 
 def speeds(classifiers: list[inference.Classifier], images: np.ndarray) -> None:
@@ -97,8 +61,8 @@ def main(folder: Path) -> None:
     for engine in engines:
         found = []
         for _ in range(ROUNDS):
-            with server(folder, engine) as measured:
-                found.append(measured)
+            with servers.server(folder, READY, ENGINE=engine) as server:
+                found.append((server.ready_s, sum(server.memory_mb())))
         seconds, memory = (statistics.median(column) for column in zip(*found, strict=True))
         click.echo(f"{engine:10} {seconds:14.2f} {memory:10.0f}")
 

@@ -87,19 +87,6 @@ def test_a_correction_is_kept_as_a_folder_data_set_once_and_only_if_wanted(
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="it is in requirements-dev.txt")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def picture(digits: data.Dataset) -> bytes:
     """A digit of the calibration split, large and dark on light."""
     image = 255 - digits.calibration.images[0, 0].numpy()

@@ -1,11 +1,9 @@
 """Minutes rather than seconds: real sources, the report and the dashboard in a browser."""
 
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,6 @@ def test_mnist_is_fetched_into_an_empty_folder_from_what_is_in_reach(tmp_path: P
         sources.MNIST.files
     )
     assert len(found.open_test()) == 10_000
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium")
-    assert chromium, "chromium is not installed"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        yield browser
-        browser.close()
 
 
 LOADED = "[...document.images].filter(image => image.complete && image.naturalWidth > 0).length"
