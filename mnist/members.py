@@ -27,6 +27,8 @@ from mnist.space import DEFAULT, Space
 BEAT_S = 10.0
 GRACE_S = 60.0  # a member on another machine that was silent for so long is taken for dead
 RETRY_S = 180.0  # how long a lost database is asked again
+OPEN_S = 30.0  # how long one that does not answer yet is
+AWAY = ("refused", "starting up", "shutting down")  # what is said then; not of a wrong password
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,9 +74,7 @@ class Member:
         try:
             self._engine = create_engine(storage, **studies.engine_kwargs(storage))
             self._turns = turns(self._engine, folder / f"{self._prefix}.lock")
-            # Tables are made once a database, whatever the study.
-            with turns(self._engine, folder / ".study-open.lock")():
-                self.study = studies.open_study(storage, name)
+            self.study = self._opened(storage, name)
             self.study_id: str = self.study.user_attrs["id"]
             self._host = host(folder)
         except (OSError, ImportError, *studies.STORAGE_ERRORS) as error:
@@ -86,6 +86,24 @@ class Member:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="beat", daemon=True)
         self._join()
+
+    def _opened(self, storage: str, name: str) -> optuna.Study:
+        """The study; a server that is just restarting is waited for."""
+
+        def attempt() -> optuna.Study:
+            # Tables are made once a database, whatever the study.
+            with turns(self._engine, self._folder / ".study-open.lock")():
+                return studies.open_study(storage, name)
+
+        def away(error: BaseException) -> bool:
+            return self._remote and any(words in str(error) for words in AWAY)
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(away),
+            wait=tenacity.wait_fixed(1),
+            stop=tenacity.stop_after_delay(OPEN_S),
+            reraise=True,
+        )(attempt)
 
     def _join(self) -> None:
         self.id = uuid4().hex[:12]
@@ -147,6 +165,11 @@ class Member:
         def attempt() -> bool:
             with self._turns():
                 trial = self._mine(claim)
+                if samples in trial.intermediate_values:  # told before, but the verdict was lost
+                    # with a process or a connection; the pruner is not to take it for passed
+                    for key, value in list(trial.system_attrs.items()):
+                        if key.startswith("completed_rung_") and value == accuracy:
+                            del trial.system_attrs[key]
                 self._trials.set_trial_intermediate_value(claim.trial_id, samples, accuracy)
                 trial.intermediate_values[samples] = accuracy  # of a copy: spares a query
                 return self.study.pruner.prune(self.study, trial)
@@ -214,11 +237,14 @@ class Member:
         return self._steadily(attempt)
 
     def finisher(self) -> bool:
-        """Whether this member is the one that finishes the study, or is it from now on."""
+        """Whether this member is the one that finishes the study, or is it from now on.
+
+        Not after it was taken for dead, until its next look().
+        """
 
         def attempt(study: optuna.Study) -> bool:
-            holder = study.user_attrs.get("finisher")
-            if holder in self._members() and holder != self.id:
+            holder, members = study.user_attrs.get("finisher"), self._members()
+            if self.id not in members or (holder in members and holder != self.id):
                 return False
             if holder != self.id:
                 study.set_user_attr("finisher", self.id)

@@ -176,6 +176,17 @@ def test_a_member_that_was_taken_for_dead_cannot_change_the_trial(one: Member, t
     assert one.ask(5, seed=0) is not None
 
 
+def test_a_verdict_that_was_lost_with_its_process_is_given_again(one: Member) -> None:
+    rung = studies.rungs(600)[0]
+    for accuracy in (0.9, 0.8, 0.7):
+        claim = one.ask(9, seed=0)
+        assert claim is not None
+        prune = one.report(claim, rung, accuracy)
+        assert prune == (accuracy < 0.9)
+        assert one.report(claim, rung, accuracy) == prune
+        one.tell(claim, TrialState.PRUNED if prune else TrialState.COMPLETE, accuracy)
+
+
 def test_one_member_finishes_until_it_is_gone(one: Member, two: Member) -> None:
     assert one.finisher()
     assert not two.finisher()
