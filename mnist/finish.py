@@ -25,12 +25,13 @@ from mnist.inference import Classifier
 from mnist.members import Member
 from mnist.options import Options
 from mnist.space import Space
-from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore
+from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore, used
 
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
 LEAST_FINAL = 2_000  # images; a model that has seen fewer is not worth saving
 MISTAKES = 24  # whose images are kept, to be looked at
+EVALUATION_BYTES = 10_000_000  # more than what is kept of it
 ABANDONED_S = 600  # writing a checkpoint takes seconds
 
 
@@ -93,7 +94,7 @@ def winner(job: Job) -> FrozenTrial | None:
 
 
 def publish(job: Job, done: dict[str, Any]) -> None:
-    """Let members on other machines know the result, also where a kill came before that."""
+    """Let members on other machines know the result."""
     entry = {done["name"]: {key: value for key, value in done.items() if key != "name"}}
 
     def change(study: optuna.Study) -> None:
@@ -125,12 +126,8 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
             if found := result(job):
                 return found
             trained = train(job, pool, screen)
-            if job.member.finisher():  # still: a machine that was silent meanwhile is not
-                if found := result(job):  # by one that took its place, and is gone
-                    return found
-                screen.say("evaluating, once, and saving")
-                found = save(job, trained)
-                publish(job, found)
+            screen.say("evaluating, once, and saving")
+            if found := save(job, trained):
                 return found
         screen.waiting("another process finishes the study")
         time.sleep(WAIT_S)
@@ -143,10 +140,15 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
 def confirm(job: Job, pool: Pool, screen: Display) -> None:
     """Have the best trials confirmed."""
 
-    def run_of(number: int, params: dict[str, Any], i: int) -> Run:
-        seed = studies.seed_of(job.options.seed, number, i, 1)
-        path = job.folder / f"confirm-{number}-{i}.pt"
-        return Run(job.options.model, params, job.plan.trial_samples, seed, checkpoint=path)
+    def run_of(trial: FrozenTrial, i: int) -> Run:
+        return Run(
+            job.options.model,
+            trial.params,
+            job.plan.trial_samples,
+            studies.seed_of(job.options.seed, trial.number, i, 1),
+            micro_batch=micro_batch(trial),
+            checkpoint=job.folder / f"confirm-{trial.number}-{i}.pt",
+        )
 
     for done, total in search.confirm(job.member, pool, run_of, job.confirmed):
         left_s = job.plan.confirm_s * (1 - done / total) + final_s(job)
@@ -224,9 +226,15 @@ def final_run(job: Job, best: FrozenTrial) -> Run:
         studies.seed_of(job.options.seed),
         final=True,
         threads=cores(),
+        micro_batch=micro_batch(best),
         checkpoint=stem.with_suffix(".pt"),
         weights=stem.with_suffix(".weights.pt"),
     )
+
+
+def micro_batch(trial: FrozenTrial) -> int | None:
+    """With which it was trained in the end, where its memory was too small for whole batches."""
+    return trial.user_attrs.get("again", {}).get("micro_batch")
 
 
 def final_s(job: Job) -> float:
@@ -247,15 +255,26 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
     for path in job.folder.glob(f"final-{best.number}-*.pt"):
         return int(path.name.split("-")[2].split(".")[0])
     measured = training.speed(
-        network(job.options, job.dataset, job.device), job.dataset, **best.params | {"lr": TINY_LR}
+        network(job.options, job.dataset, job.device),
+        job.dataset,
+        **best.params | {"lr": TINY_LR},
+        micro_batch=micro_batch(best),
     )
     speed = min(measured, job.plan.images_per_s)  # a machine is rarely alone for long
     samples = round(min(final_s(job) * speed, search.MOST_FINAL_EPOCHS * epoch))
     return max(min(LEAST_FINAL, epoch), samples)
 
 
-def save(job: Job, trained: Trained) -> dict[str, Any]:
-    """Measure the finished model, open the test split this one time, save; the result()."""
+def replaced(job: Job) -> bool:
+    """Whether another member finishes the study by now, or has finished it: this one was silent."""
+    return not job.member.finisher() or result(job) is not None
+
+
+def save(job: Job, trained: Trained) -> dict[str, Any] | None:
+    """Measure the finished model, open the test split this one time, save; the result().
+
+    None where this member was replaced meanwhile.
+    """
     options, dataset, best, weights = job.options, job.dataset, trained.best, trained.weights
     model = network(job.options, job.dataset, job.device)
     model.load_state_dict(weights)
@@ -263,8 +282,10 @@ def save(job: Job, trained: Trained) -> dict[str, Any]:
     state, predictions = io.BytesIO(), io.BytesIO()
     torch.save(weights, state)
     files = {"weights": (".pth", state.getvalue())} | exported.files
-    used = files["weights"][1] + files.get(exported.served.engine, ("", b""))[1]
-    digest = hashlib.sha256(used).hexdigest()
+    evaluated = files["weights"][1] + files.get(exported.served.engine, ("", b""))[1]
+    digest = hashlib.sha256(evaluated).hexdigest()
+    if replaced(job):
+        return None
     found = evaluate(job, model, exported.served, job.folder / f"test-{digest[:16]}.pt")
     scores = training.scores(found["probabilities"], found["labels"], dataset.classes)
     served_errors = export.errors(found["served"].numpy(), found["labels"].numpy())
@@ -292,6 +313,8 @@ def save(job: Job, trained: Trained) -> dict[str, Any]:
     parts: dict[str, Any] = {key: part.numpy() for key, part in found.items()}
     np.savez_compressed(predictions, **parts)
     files["predictions"] = (".test.npz", predictions.getvalue())
+    if replaced(job):
+        return None
     name = registry.save(options.output, files, record, options.promote)
     return registry.record(options.output, name)[1] | {"name": name}
 
@@ -305,10 +328,15 @@ def evaluate(
     served, `labels` (N,) int64; of the weights' worst MISTAKES the indices `mistakes` (M,) int64
     and `images` (M, channels, size, size) uint8.
     They are kept at `path` until the model is saved: who takes over from a process that was killed
-    in between does not evaluate again.
+    in between does not evaluate again. Raises OSError where there is no room for them.
     """
     kept = restore(path)
     if kept is None:
+        quota = job.options.disk_quota
+        room = [shutil.disk_usage(job.folder).free]
+        room += [] if quota is None else [quota - used(job.options.artifacts)]
+        if min(room) < EVALUATION_BYTES:
+            raise OSError(f"no room for the evaluation in {job.folder}; it is not begun")
         test = job.dataset.open_test()
         images = test.images.to(job.device)
         probabilities = training.predict(model, job.dataset, images, served.temperature)
@@ -320,7 +348,7 @@ def evaluate(
             "mistakes": worst,
             "images": test.images[worst],
         }
-        keep(kept, path, job.options.disk_quota)
+        keep(kept, path)
     return kept
 
 

@@ -30,8 +30,11 @@ class Duration(click.ParamType):
         return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+LEAST_SIZE = 20 * 10**6
+
+
 class Size(click.ParamType):
-    """Bytes, or a number with kB, MB or GB: 500MB, 2GB."""
+    """Bytes, or a number with kB, MB or GB: 500MB, 2GB; not too few for any run."""
 
     name = "size"
 
@@ -39,7 +42,10 @@ class Size(click.ParamType):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)B?", str(value))
         if not found or not float(found[1]):
             self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
-        return int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]])
+        size = int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]])
+        if size < LEAST_SIZE:
+            self.fail(f"{value!r} is under {LEAST_SIZE // 10**6}MB", param, ctx)
+        return size
 
 
 class DatasetName(click.ParamType):
@@ -139,7 +145,7 @@ class Options:
     )
     confirm: int | None = option(
         None,
-        "So many of the best trials are run again on fresh seeds. [default: 2, with --quick 1]",
+        "So many of the best trials are run again on fresh seeds. [default: 2, with --quick 0]",
         type=click.IntRange(min=0),
     )
     seed: int = option(0, "Of search and training.", type=click.IntRange(0, 2**31 - 1))
@@ -161,7 +167,7 @@ class Options:
         type=click.Path(path_type=Path, file_okay=False),
     )
     disk_quota: int | None = option(
-        None, "Most that checkpoints may take on disk, e.g. 2GB. [default: no limit]", type=Size()
+        None, "Most that all in --artifacts may take, e.g. 2GB. [default: no limit]", type=Size()
     )
     promote: str = option(
         "better",

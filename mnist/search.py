@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from mnist import study as studies
 from mnist import training
@@ -191,20 +191,16 @@ def carry_out(
 
 
 def confirm(
-    member: Member, pool: Pool, run_of: Callable[[int, dict[str, Any], int], Run], k: int
+    member: Member, pool: Pool, run_of: Callable[[FrozenTrial, int], Run], k: int
 ) -> Generator[tuple[int, int]]:
     """Train with the hyperparameters of the k best trials again, on fresh seeds.
 
-    `run_of` makes the run of a trial's number, its parameters, and 0, 1, … for the seed. Each
+    `run_of` makes the run of a trial, and of 0, 1, … for the seed. Each
     result is kept with the study as it comes in. A trial that fails so is set aside, and the next
     best takes its place. Yields (how many runs are done, of how many) now and then.
     """
     while best := member.update(lambda study: studies.unconfirmed(study, k)):
-        todo = {
-            (trial.number, i): run_of(trial.number, trial.params, i)
-            for trial, missing in best
-            for i in missing
-        }
+        todo = {(trial.number, i): run_of(trial, i) for trial, missing in best for i in missing}
         total, done = len(todo), 0
         for key, message in carry_out(pool, todo):
             if key is not None and isinstance(message, Ended):

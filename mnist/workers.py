@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import connection as pipes
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -215,6 +215,7 @@ def _forkserver(threads: int) -> Any:
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mnist.workers", "torch._dynamo"])  # for optimizers
+        resource_tracker.ensure_running()  # to start it would unblock the signals again
         forkserver.ensure_running()
         return context
 
@@ -340,8 +341,8 @@ def keep_weights(model: torch.nn.Module, run: Run, quota: int | None) -> None:
 def keep(state: dict[str, Any], path: Path, quota: int | None = None) -> bool:
     """Write tensors in place of the file's old ones, by rename.
 
-    Not if all files of the folder would take more than `quota` bytes in the meantime: returns
-    whether it was written.
+    Not if all that is in the folder above, that of all studies' artifacts, would take more than
+    `quota` bytes in the meantime: returns whether it was written.
     """
     content = io.BytesIO()
     torch.save(state, content)
@@ -350,8 +351,11 @@ def keep(state: dict[str, Any], path: Path, quota: int | None = None) -> bool:
     # With a quota one process at a time writes, so that two do not take the same room.
     with contextlib.nullcontext() if quota is None else FileLock(path.parent / ".lock"):
         size = content.getbuffer().nbytes
-        if quota is not None and used(path.parent) + size > quota:
-            return False
+        if quota is not None:
+            for left in path.parent.glob(".*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
+            if used(path.parent.parent) + size > quota:
+                return False
         try:
             with temporary.open("wb") as stream:
                 stream.write(content.getbuffer())
@@ -364,9 +368,9 @@ def keep(state: dict[str, Any], path: Path, quota: int | None = None) -> bool:
 
 
 def used(folder: Path) -> int:
-    """Bytes that its files take."""
+    """Bytes that all files in it take."""
     total = 0
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
             total += path.stat().st_size
     return total

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from mnist import data, search
 from mnist import study as studies
@@ -187,9 +187,9 @@ def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: P
 def test_confirmations_are_kept_as_they_come_in_and_made_once(tmp_path: Path, pool: Pool) -> None:
     one, made = member(tmp_path), []
 
-    def fresh(number: int, params: dict[str, Any], i: int) -> Run:
-        made.append((number, i))
-        return Run("linear", params, SAMPLES, seed=100 + i)
+    def fresh(trial: FrozenTrial, i: int) -> Run:
+        made.append((trial.number, i))
+        return Run("linear", trial.params, SAMPLES, seed=100 + i)
 
     with one:
         list(search.search(one, pool, run_of, trials=4, seed=0))

@@ -173,20 +173,25 @@ def test_three_deaths_without_a_new_checkpoint_are_enough(tmp_path: Path) -> Non
 
 
 def test_checkpoints_stay_under_the_quota_and_leave_nothing_half_written(tmp_path: Path) -> None:
-    path, state = tmp_path / "one.pt", {"weights": torch.zeros(10_000)}
+    folder, state = tmp_path / "artifacts" / "study", {"weights": torch.zeros(10_000)}
+    path, left = folder / "one.pt", folder / ".two.pt.1234.tmp"
+    folder.mkdir(parents=True)
+    left.write_bytes(bytes(50_000))  # by a process that was killed
     assert workers.keep(state, path, quota=50_000)
     assert not workers.keep(state, path, quota=50_000)  # old and new together would be over it
     assert workers.keep(state, path, quota=100_000)
-    assert workers.keep(state, tmp_path / "two.pt", quota=100_000)
-    assert not workers.keep(state, tmp_path / "three.pt", quota=100_000)
-    assert {each.name for each in tmp_path.glob("[!.]*")} == {"one.pt", "two.pt"}
-    assert workers.used(tmp_path) < 100_000
+    assert workers.keep(state, folder / "two.pt", quota=100_000)
+    assert not workers.keep(state, folder.with_name("other") / "three.pt", quota=100_000)
+    assert {each.name for each in folder.glob("[!.]*")} == {"one.pt", "two.pt"}
+    assert not left.exists()
+    assert workers.used(folder.parent) < 100_000
 
 
 def test_final_weights_take_the_checkpoint_s_room_where_they_must(
     digits: Dataset, tmp_path: Path
 ) -> None:
-    run = replace(RUN, checkpoint=tmp_path / "run.pt", weights=tmp_path / "weights.pt")
+    folder = tmp_path / "artifacts" / "study"
+    run = replace(RUN, checkpoint=folder / "run.pt", weights=folder / "weights.pt")
     quota = 120_000  # a checkpoint takes 97 kB, the weights 33 kB
     setup = replace(SETUP, checkpoint_s=-1.0, quota=quota)
     most = []
@@ -194,14 +199,14 @@ def test_final_weights_take_the_checkpoint_s_room_where_they_must(
     class Watching(Pipe):
         def send(self, message: Report) -> None:
             super().send(message)
-            most.append(workers.used(tmp_path))
+            most.append(workers.used(tmp_path / "artifacts"))
 
     ended = workers.attempt(run, digits, setup, Watching())
     assert ended.failure is None
     assert 0 < max(most) <= quota
     assert workers.restore(run.weights) is not None
     too_small = replace(setup, quota=10_000)
-    run = replace(run, weights=tmp_path / "more.pt")
+    run = replace(run, weights=folder / "more.pt")
     ended = workers.attempt(run, digits, too_small, Pipe())
     assert (ended.failure, "--disk-quota" in ended.reason) == ("disk", True)
 
