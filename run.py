@@ -131,7 +131,7 @@ def prepare(options: Options, member: Member, device: torch.device, start: float
     """Load the data; see how much trials and the final model may see, and that trials compare."""
     try:
         dataset = source(options)().to(device)
-        dropout = bool(training.dropouts(network(options, dataset, device)))
+        dropout = bool(training.dropouts(sound(options, dataset, device)))
         space = spaces.read(options.space, options.param, dropout)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -145,6 +145,25 @@ def prepare(options: Options, member: Member, device: torch.device, start: float
     return Job(options, member, dataset, space, device, plan, trials, confirmed, total_s, start)
 
 
+def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
+    """A new network that was seen to give a logit for each class.
+
+    Raises click.UsageError: with a network of one's own anything can be wrong.
+    """
+    images, classes = dataset.train.images[:2].to(device), len(dataset.classes)
+    try:
+        model = network(options, dataset, device)
+        with torch.no_grad():
+            shape = tuple(model.eval()(training.standardise(images, dataset)).shape)
+    except Exception as error:  # whatever it is
+        text = f"{type(error).__name__}: {reason(error)}"
+        raise click.UsageError(f"network {options.model!r} cannot be used: {text}") from error
+    if shape != (2, classes):
+        text = f"2 images give {shape}, not {(2, classes)}"
+        raise click.UsageError(f"network {options.model!r} cannot be used: {text}")
+    return model.train()
+
+
 def fit_to_machine(
     options: Options,
     member: Member,
@@ -155,12 +174,12 @@ def fit_to_machine(
     total_s: float,
 ) -> search.Plan:
     """The study's own plan, or one by the speed of this machine; `runs`: trials, confirmed."""
-    kept = member.study.user_attrs.get("plan")
+    kept = member.update(lambda study: study.user_attrs.get("plan"))
     asked = round(options.epochs * len(dataset.train)) if options.epochs else None
     if kept and asked in (None, kept["trial_samples"]):
         plan = search.Plan(**kept)
     else:
-        speed = training.speed(network(options, dataset, device), dataset, batch_size=SPEED_BATCH)
+        speed = training.speed(sound(options, dataset, device), dataset, batch_size=SPEED_BATCH)
         plan = search.plan(dataset, *runs, speed, total_s, asked)
 
     def agree(study: optuna.Study) -> search.Plan:
@@ -183,7 +202,7 @@ def fit_to_machine(
 
 def find(job: Job, pool: Pool, screen: Display) -> None:
     """Search until the budget is reached, or until half of --timeout is over."""
-    done = studies.finished(job.study)
+    done = job.member.update(studies.finished)
     if done >= job.trials:
         return
     screen.say(
@@ -192,7 +211,8 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
         f"{duration((job.trials - done) * job.plan.trial_s)} for the search, "
         f"{duration(job.plan.confirm_s + job.plan.final_s)} for the final model"
     )
-    for trial in job.study.get_trials(deepcopy=False, states=studies.FINISHED):
+    trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
+    for trial in (trial for trial in trials if trial.state in studies.FINISHED):
         screen.earlier(trial.state, trial.number, trial.value)
     updates = search.search(
         job.member,
@@ -209,8 +229,8 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
             screen.trial(update)
             if time.monotonic() > half:
                 break
-    if studies.finished(job.study) < job.trials:
-        if not studies.best_trials(job.study, 1):
+    if job.member.update(studies.finished) < job.trials:
+        if not job.member.update(lambda study: studies.best_trials(study, 1)):
             raise search.Unfinished("--timeout: no trial was completed")
         screen.say(f"--timeout: the budget of {job.trials} trials was not reached")
 

@@ -17,6 +17,7 @@ from mnist.study import FINISHED
 from mnist.training import Progress
 
 PLAIN_EVERY_S = 5.0
+MOST_FAILURES = 3  # whose reasons are printed; the report has all
 ROWS = 10
 
 
@@ -163,6 +164,8 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
         f"study {outcome['study']['name']}: {n} complete, {counts['pruned']} pruned, "
         f"{counts['fail']} failed"
     )
+    for number, reason in list(outcome["failures"].items())[:MOST_FAILURES]:
+        console.print(f"trial {number} failed: {reason}")
     names = list(outcome["best"]["params"])
     table = Table("", "trial", *names, "validation accuracy", box=None)
     for word in ("best", "first"):
@@ -190,7 +193,10 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
     )
     name = outcome["name"]
     if place == "elsewhere":
-        console.print(f"model: {name}, in the registry of the machine that finished the study")
+        console.print(
+            f"model: {name}, not in {folder}: on the machine that finished the study, or removed; "
+            "--study NAME makes another one"
+        )
         return
     console.print(f"model: {folder}/{name}.pth" + (", current" if place == "current" else ""))
     if Path(folder, f"{name}.report.html").exists():

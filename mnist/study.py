@@ -259,7 +259,7 @@ def importance(study: optuna.Study) -> dict[str, float] | None:
 
 def summary(study: optuna.Study, best: int) -> dict[str, Any]:
     """How the study went, as JSON values: counts by state, the trial whose number is `best`, the
-    first one, importance."""
+    first one, importance, and why trials failed, by their numbers."""
     trials = study.get_trials(deepcopy=False)
     counts = {
         state.name.lower(): sum(trial.state == state for trial in trials)
@@ -270,6 +270,11 @@ def summary(study: optuna.Study, best: int) -> dict[str, Any]:
         "best": _brief(trials[best]),
         "first": _brief(next((t for t in trials if t.state in FINISHED), None)),
         "importance": importance(study),
+        "failures": {
+            str(trial.number): trial.user_attrs.get("fail_reason", "unknown")
+            for trial in trials
+            if trial.state == TrialState.FAIL
+        },
     }
 
 

@@ -206,9 +206,10 @@ def soak(
         assert command.process.wait(600) == 0, command.log.read_text()[-2000:]
     assert not middle, "the study was finished before its middle"
     assert answers, "the dashboard never answered"
+    assert sum(done.values()) >= kills, f"the study was finished after {done}"
     failed = check(storage, folder, trials)
     return (
-        f"{kills} kills ({', '.join(f'{n} {who}' for who, n in done.items())}) in "
+        f"{sum(done.values())} kills ({', '.join(f'{n} {who}' for who, n in done.items())}) in "
         f"{time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "
         f"{failed} failed; {resumed(storage)} had gone on from a checkpoint; {trials} replayed bit "
         f"for bit; one model; the dashboard answered {len(answers)} times"

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -68,19 +69,43 @@ def test_more_trials_continue_the_study(run: Command, tmp_path: Path) -> None:
     assert len(states(tmp_path)) == 4
 
 
+@pytest.mark.slow
+def test_some_trials_and_then_more_equal_all_at_once(run: Command, tmp_path: Path) -> None:
+    """By the command, with --epochs: without it a trial's length goes by the time there is."""
+    options = ["--dataset", "digits", "--model", "linear", "--epochs", "1", "--final-epochs", "1"]
+    run(*options, "--study", "parts", "--trials", "8")
+    run(*options, "--study", "parts", "--trials", "16")
+    run(*options, "--study", "whole", "--trials", "16")
+    parts, whole = (
+        [
+            (trial.params, trial.state, trial.value, trial.intermediate_values)
+            for trial in optuna.load_study(
+                study_name=name, storage=f"sqlite:///{tmp_path}/db.sqlite3"
+            ).trials
+        ]
+        for name in ("parts", "whole")
+    )
+    assert len(whole) == 16
+    assert parts == whole
+
+
 def killed(
     folder: Path, options: list[str], when: Callable[[subprocess.Popen[str]], bool], sig: int
 ) -> tuple[int, str]:
     """Start run.py and send it `sig` once `when` is true; its exit status and standard error."""
     command = [sys.executable, str(ROOT / "run.py"), *options]
     process = subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+        command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         while not when(process):
             assert process.poll() is None, "it ended before it could be stopped"
             time.sleep(0.02)
-        process.send_signal(sig)
+        if sig == signal.SIGINT:  # as a terminal does: to the workers, too
+            os.killpg(process.pid, sig)
+        else:
+            process.send_signal(sig)
         _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
@@ -399,6 +424,11 @@ def test_a_network_of_ones_own_is_searched_and_saved(
     other = run(*options, "--trials", "2", "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert other.returncode == 2
     assert "network is tiny of " in other.stderr
+    file.write_text(OWN.replace("size**2", "size"))
+    unsound = run(*options)
+    assert unsound.returncode == 2
+    assert unsound.stderr.count("\n") == 1
+    assert "network 'tiny' cannot be used: " in unsound.stderr
     file.write_text("import this_is_not_there")
     broken = run(*options)
     assert broken.returncode == 2
