@@ -17,6 +17,7 @@ from serve.app import app
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+MEASURED = (ROOT / "docs" / "measured.md").read_text()
 
 
 def test_run_s_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +31,7 @@ def test_run_s_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_modules_and_files_it_names_exist() -> None:
-    for module in re.findall(r"python -m ([\w.]+)", README):
+    for module in re.findall(r"python\s-m\s([\w.]+)", README + MEASURED):
         assert importlib.util.find_spec(module), module
     for name in re.findall(r"-r ([\w.-]+\.txt)", README):
         assert (ROOT / name).exists(), name
