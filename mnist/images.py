@@ -3,7 +3,6 @@
 import io
 import math
 import re
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +55,9 @@ RECIPES = (("digit", 1), ("plain", 1), ("plain", 3))  # with how many channels
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # its values -> Image.Transpose
-_decoding = threading.Lock()  # warnings.catch_warnings swaps a global of the whole process
+# What Pillow warns of (odd metadata, many pixels) is not for who serves or trains a model. Here and
+# once: to catch warnings around each picture swaps a global of the whole process.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(ValueError):
@@ -139,10 +140,10 @@ def _follows(grey: Grey, size: int) -> bool:
 
 
 def _extent(grey: Grey) -> tuple[slice, slice]:
-    rows, columns = np.flatnonzero(grey.any(1)), np.flatnonzero(grey.any(0))
-    if not len(rows):
+    left, top, width, height = cv2.boundingRect(grey)
+    if not width:
         raise _blank()
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return slice(top, top + height), slice(left, left + width)
 
 
 def _mass_centre(grey: Grey) -> tuple[float, float]:
@@ -152,7 +153,7 @@ def _mass_centre(grey: Grey) -> tuple[float, float]:
 
 
 def _thicken(ink: Grey) -> Grey:
-    mask = np.pad(ink > 127, 1)
+    mask = cv2.copyMakeBorder(ink, 1, 1, 1, 1, cv2.BORDER_CONSTANT) > 127
     outline = sum(np.count_nonzero(lines[1:] != lines[:-1]) for lines in (mask, mask.T))
     # A band's area over half its outline is its width.
     stroke = 2 * np.count_nonzero(mask) / max(1, outline)
@@ -176,15 +177,13 @@ def _decode(
     A JPEG decodes to no more than needed: sides of at least `least`, grey if `mode` says so.
     """
     try:
-        with _decoding, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > max_pixels:
-                raise _too_many(image.width * image.height, max_pixels)
-            image.draft(mode, (least, least))
-            flat = flatten(image)
-            # Asked after decoding: Pillow turns a TIFF by itself and then drops the tag.
-            turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            raise _too_many(image.width * image.height, max_pixels)
+        image.draft(mode, (least, least))
+        flat = flatten(image)
+        # Asked after decoding: Pillow turns a TIFF by itself and then drops the tag.
+        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
         return flat if turn is None else flat.transpose(Image.Transpose(turn))
     except ImageError:
         raise
@@ -270,9 +269,12 @@ def _shallow(image: Image.Image) -> Image.Image:
 def _eight_bits(deep: NDArray[Any]) -> Grey:
     if deep.dtype.kind in "iu" and deep.min() >= 0 and deep.max() < 2**16:
         return (deep >> 8 if deep.max() > 255 else deep).astype(np.uint8)
-    deep = np.nan_to_num(deep.astype(float))
+    deep = np.nan_to_num(deep.astype(np.float32), copy=False)  # in place: it may be large
+    np.clip(deep, -1e30, 1e30, out=deep)  # so that differences are finite
     low, high = deep.min(), deep.max()
-    return ((deep - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+    deep -= low
+    deep *= 255 / ((high - low) or 1)
+    return deep.astype(np.uint8)
 
 
 def _on_ground(image: Image.Image) -> Image.Image:
@@ -297,7 +299,7 @@ def _ink(grey: Grey) -> Grey:
     noise = _median(np.bincount(np.abs(levels - ground), rest))
     low = ground + min(max(NOISE_FLOOR, NOISE_DEVIATIONS * noise), (threshold - ground) / 2)
     tones = np.clip((levels - low) * (255 / (full - low)), 0, 255).astype(np.uint8)
-    toned = tones[relief]
+    toned = np.asarray(cv2.LUT(relief, tones), np.uint8)
     return toned * _pieces(_without_rules(toned > 0), relief > threshold)
 
 
@@ -340,10 +342,12 @@ def _median(counts: NDArray[Any]) -> int:
 
 def _without_rules(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Without thin lines that run from edge to edge; what crosses them stays, if it is a digit."""
+    if not any(_full_lines(mask, axis).any() for axis in (0, 1)):
+        return mask
     found = mask.copy()
     thickest = RULE * max(mask.shape)
-    for lines in (found, found.T):
-        changes = np.flatnonzero(np.diff(lines.mean(1) > RULE_LENGTH, prepend=False, append=False))
+    for axis, lines in enumerate((found, found.T)):
+        changes = np.flatnonzero(np.diff(_full_lines(found, axis), prepend=False, append=False))
         for first, below in zip(changes[::2], changes[1::2], strict=True):
             if first > 0 and below < len(lines) and below - first < thickest:
                 lines[first:below] &= lines[first - 1] | lines[below]
@@ -351,12 +355,23 @@ def _without_rules(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return found if max(sides) >= DIGIT_SIDE * max(mask.shape) else mask
 
 
+def _full_lines(mask: NDArray[np.bool_], axis: int) -> NDArray[np.bool_]:
+    """Which rows (axis 0) or columns (1) are nearly all ink."""
+    sums = cv2.reduce(mask.view(np.uint8), 1 - axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S)
+    return np.asarray(sums).ravel() > RULE_LENGTH * mask.shape[1 - axis]
+
+
 def _pieces(mask: NDArray[np.bool_], strong: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The connected pieces of a mask that can be a digit's: no specks, rules or frames."""
-    count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
-    pixels = np.bincount(labels[strong], minlength=count)
+    count, labels, boxes, _ = cv2.connectedComponentsWithStats(
+        mask.view(np.uint8), connectivity=8, ltype=cv2.CV_16U
+    )
+    counted = cv2.calcHist([labels], [0], strong.view(np.uint8), [count], [0, count])
+    pixels = np.asarray(counted).ravel()
     pixels[0] = 0
     large = np.flatnonzero(pixels > SPECK * pixels.max())
+    if len(large) == 1:
+        return labels == large[0]
     if len(large) > 1:
         shown = [(i, _box(boxes[i])) for i in large]
         frames = [i for i, box in shown if _is_frame(labels[box] == i, box, mask.shape)]
