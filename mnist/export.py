@@ -203,8 +203,12 @@ def golden(images: np.ndarray, given: dict[str, np.ndarray], served: str) -> byt
     """An .npz of GOLDEN images and the probabilities that each engine gave for them.
 
     From the least sure to the surest, most of them unsure: what is certain shows no difference.
+    But none so unsure that its class could be another one within the tolerance.
     """
+    margins = [np.diff(np.sort(found)[:, -2:])[:, 0] for found in given.values()]
+    clear = np.min(margins, axis=0) > 2 * max(inference.TOLERANCE.values())
     order = given[served].max(1).argsort(kind="stable")
+    order = order[clear[order]] if clear.any() else order
     chosen = order[np.geomspace(1, len(order), GOLDEN).round().astype(int) - 1]
     stream = io.BytesIO()
     parts: dict[str, Any] = {engine: found[chosen] for engine, found in given.items()}

@@ -213,7 +213,7 @@ def _verify(classifier: Classifier, golden: dict[str, Any], classes: int) -> Non
     """Raises ValueError where the classifier is not what was saved; serves as warm-up as well."""
     images = golden["images"]
     for batch in (images[:1], images):
-        found = classifier(batch)
+        found, _ = classifier.read(batch)
         if found.shape != (len(batch), classes) or not np.isfinite(found).all():
             raise ValueError(f"it gives no {classes} probabilities, but {found.shape[1:]}")
         if "torch" in golden:  # the probabilities are close, so the classes are the same
