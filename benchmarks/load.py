@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -26,16 +27,24 @@ PATIENCE_S = 10.0  # for one answer
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one stage: the seconds each answer took, its status, and how often it was tried.
+    """What came of one stage: when each request was due, by time.perf_counter(), which is the same
+    for all processes; the seconds its answer took, its status, and how often it was tried.
 
     Status 0: the connection was closed before any byte of an answer; -1: later, or it took too
     long. A request with status 0 is tried once more, as clients may with such a one.
     """
 
+    due: np.ndarray
     seconds: np.ndarray
     statuses: np.ndarray
     tries: np.ndarray
     length_s: float
+
+    def between(self, start: float, end: float) -> "Found":
+        """Only what was due then."""
+        rows = (start <= self.due) & (self.due < end)
+        columns = (self.due, self.seconds, self.statuses, self.tries)
+        return Found(*(column[rows] for column in columns), end - start)
 
     def of(self, status: int = 200) -> np.ndarray:
         return self.seconds[self.statuses == status]
@@ -60,12 +69,12 @@ class Connection:
         self._port = port
         self._reader: asyncio.StreamReader | None = None
 
-    async def ask(self, request: bytes, since: float) -> tuple[float, int, int]:
-        """Seconds since then, status and tries, as Found has them."""
+    async def ask(self, request: bytes, due: float) -> tuple[float, float, int, int]:
+        """A row of Found."""
         status, tries = await self._ask(request), 1
         if not status:
             status, tries = await self._ask(request), 2
-        return time.perf_counter() - since, status, tries
+        return due, time.perf_counter() - due, status, tries
 
     async def _ask(self, request: bytes) -> int:
         head = b""
@@ -112,8 +121,13 @@ async def closed(port: int, requests: Sequence[bytes], connections: int, seconds
 
 
 async def open_(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> list:
-    """Requests come at random at this rate, whether or not the earlier ones were answered."""
-    found: list[tuple[float, int, int]] = []
+    """Requests come at random at this rate, whether or not the earlier ones were answered.
+
+    Until SIGTERM, or for so many seconds.
+    """
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    found: list[tuple[float, float, int, int]] = []
     idle: list[Connection] = []
     chance, tasks, at, i = random.Random(0), set(), time.perf_counter(), 0
     end = at + seconds
@@ -123,7 +137,7 @@ async def open_(port: int, requests: Sequence[bytes], rate: float, seconds: floa
         found.append(await connection.ask(request, due))
         idle.append(connection)
 
-    while at < end:
+    while at < end and not stop.is_set():
         at, i = at + chance.expovariate(rate), i + 1
         await asyncio.sleep(at - time.perf_counter())
         if len(tasks) < MOST_CONNECTIONS:
@@ -131,7 +145,7 @@ async def open_(port: int, requests: Sequence[bytes], rate: float, seconds: floa
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         else:
-            found.append((0.0, -1, 1))
+            found.append((at, 0.0, -1, 1))
     await asyncio.gather(*tasks)
     for connection in idle:
         connection.close()
@@ -166,6 +180,10 @@ class Load:
         how = ["--rate", str(rate)] if rate else ["--connections", str(connections)]
         command = [sys.executable, "-m", "benchmarks.load", str(port), str(requests), str(seconds)]
         self._process = subprocess.Popen([*command, *how], stdout=subprocess.PIPE)
+
+    def stop(self) -> None:
+        """No more requests of an open loop."""
+        self._process.terminate()
 
     def found(self) -> Found:
         output = self._process.communicate()[0]

@@ -1,5 +1,7 @@
 """Servers as other processes: ours, and what it is compared with; their start and memory."""
 
+import http.client
+import json
 import os
 import signal
 import socket
@@ -10,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 START_S, STOP_S = 60, 10  # longest start of a server, and its longest end
 OURS = ("-m", "uvicorn", "serve.app:app", "--log-level", "warning")
@@ -64,11 +67,18 @@ def server(
 def answers(port: int, request: bytes) -> bool:
     """Whether the server's answer to one request is 200."""
     try:
-        with socket.create_connection(("127.0.0.1", port), 10) as connection:
-            connection.sendall(request)
-            return connection.recv(1000).startswith(b"HTTP/1.1 200")
-    except OSError:
+        return bool(ask(port, request))
+    except (OSError, http.client.HTTPException):
         return False
+
+
+def ask(port: int, request: bytes) -> dict[str, Any]:
+    """The JSON that one request, head and body, is answered with; nothing unless that is 200."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(request)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        return json.load(answer) if answer.status == 200 else {}
 
 
 def below(pid: int) -> list[int]:
@@ -88,4 +98,5 @@ def _resident_mb(pid: int) -> float:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0
-    return next(int(line.split()[1]) / 1000 for line in status.splitlines() if "VmRSS" in line)
+    kib = next(int(line.split()[1]) for line in status.splitlines() if "VmRSS" in line)
+    return kib * 1024 / 1e6

@@ -57,13 +57,16 @@ def keep(folder: Path, requests: Sequence[bytes]) -> Path:
 def main(folder: Path, data_dir: Path | None, seconds: float, rounds: int, workers: int) -> None:
     """Compare and print a table of medians."""
     name, record = registry.record(folder)
-    requests = [load.form("/predict", each) for each in pictures(data.load("mnist", data_dir))]
+    dataset = data.load("mnist", data_dir)
+    labels = [dataset.classes[i] for i in dataset.validation.labels[:PICTURES].tolist()]
+    bodies = [load.form("/predict", each) for each in pictures(dataset)]
+    requests = list(zip(bodies, labels, strict=True))
     others = ("-m", "benchmarks.peers")
     ours = servers.OURS if workers == 1 else (*servers.OURS, "--workers", str(workers))
     commands = {"ours": ours, "usual": (*others, "usual"), "litserve": (*others, "litserve")}
     found: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        kept = keep(Path(temporary) / "requests", requests)
+        kept = keep(Path(temporary) / "requests", bodies)
         for _ in range(rounds):
             for kind, command in commands.items():
                 for key, value in measure(folder, kept, requests, command, seconds).items():
@@ -81,12 +84,20 @@ def cell(values: list[float]) -> str:
 
 
 def measure(
-    folder: Path, kept: Path, requests: list[bytes], command: Sequence[str], seconds: float
+    folder: Path,
+    kept: Path,
+    requests: list[tuple[bytes, str]],
+    command: Sequence[str],
+    seconds: float,
 ) -> dict[str, float]:
-    """One server, from its start to its end."""
+    """One server, from its start to its end; `requests` with the digits they show."""
     figures: dict[str, float] = {}
-    with servers.server(folder, requests[0], command) as server:
+    with servers.server(folder, requests[0][0], command) as server:
         figures["first answer s"] = server.ready_s
+        right = sum(
+            servers.ask(server.port, each)["prediction"] == label for each, label in requests
+        )
+        figures["right answers"] = right
         load.Load(server.port, kept, 2.0, connections=4).found()  # warm
         for clients in CLIENTS:
             stage = load.Load(server.port, kept, seconds, connections=clients).found()

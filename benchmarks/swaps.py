@@ -27,6 +27,7 @@ from mnist import data, registry
 
 SWAPS = 20
 PAUSE_S = 0.5  # between two swaps
+CALM_S, MOST_S = 20.0, 120.0  # of the load without swaps, and at most with them
 LONGEST_S = 20.0  # for one swap, under load
 
 
@@ -44,12 +45,15 @@ def edit(folder: Path, name: str, **changes: Any) -> None:
     """Other values in a model's record, as no command of ours would write them."""
     info = registry.read(folder)
     info["models"][name] |= changes
-    (folder / registry.INFO).write_text(json.dumps(info))
+    write(folder, info)
 
 
 def make_current(folder: Path, name: str) -> None:
     """Without the checks of registry.use."""
-    info = registry.read(folder) | {"current": name}
+    write(folder, registry.read(folder) | {"current": name})
+
+
+def write(folder: Path, info: dict[str, Any]) -> None:
     temporary = folder / ".info"
     temporary.write_text(json.dumps(info))
     temporary.replace(folder / registry.INFO)
@@ -94,24 +98,25 @@ def arrived(answer: dict[str, Any], name: str, bad_one: bool) -> bool:
     return "refused" in answer if bad_one else answer["model"] == name
 
 
-def swap(port: int, folder: Path) -> list[str]:
-    """All of them, one after the other; what /ready said after each."""
+def prepare(folder: Path) -> list[tuple[str, bool]]:
+    """The models to swap to, in this order, and whether each is a bad one."""
     good = [registry.record(folder)[0], another(folder)]
     odd = {harm: bad(folder, harm) for harm in ("corrupt", "shape", "slow", "golden")}
-    order = [good[(i + 1) % 2] for i in range(SWAPS - len(odd))]
-    for i, name in enumerate(odd.values()):
-        order.insert(4 * i + 3, name)
-    seen = []
-    for name in order:
+    order = [(good[(i + 1) % 2], False) for i in range(SWAPS - len(odd))]
+    for i, (harm, name) in enumerate(odd.items()):
+        order.insert(4 * i + 3, (name, harm != "slow"))
+    return order
+
+
+def swap(port: int, folder: Path, order: list[tuple[str, bool]]) -> None:
+    """All of them, one after the other; each has arrived, or was refused, before the next."""
+    for name, bad_one in order:
         make_current(folder, name)
-        bad_one = name in (odd["corrupt"], odd["shape"], odd["golden"])
         end = time.monotonic() + LONGEST_S
         while not arrived(answer := ready(port), name, bad_one):
-            assert time.monotonic() < end, (name, odd, answer)
+            assert time.monotonic() < end, (name, answer)
             time.sleep(0.1)
-        seen.append(answer["model"])
         time.sleep(PAUSE_S)
-    return seen
 
 
 def line(what: str, found: load.Found) -> str:
@@ -132,20 +137,24 @@ def main(folder: Path, data_dir: Path | None, workers: int) -> None:
     """Measure and print."""
     requests = [load.form("/predict", each) for each in pictures(data.load("mnist", data_dir))]
     command = servers.OURS if workers == 1 else (*servers.OURS, "--workers", str(workers))
-    length = SWAPS * (PAUSE_S + 2.5)
     with tempfile.TemporaryDirectory() as temporary:
         kept = keep(Path(temporary) / "requests", requests)
         models = Path(shutil.copytree(folder, Path(temporary) / "models"))
+        order = prepare(models)
         with servers.server(models, requests[0], command) as server:
             load.Load(server.port, kept, 2.0, connections=16).found()
             rate = load.Load(server.port, kept, 5.0, connections=16).found().rate / 2
             click.echo(f"half of the peak: {rate:.0f} requests a second")
             click.echo(
-                line("without swaps", load.Load(server.port, kept, length, rate=rate).found())
+                line("without swaps", load.Load(server.port, kept, CALM_S, rate=rate).found())
             )
-            during = load.Load(server.port, kept, length, rate=rate)
-            seen = swap(server.port, models)
-            click.echo(line(f"{len(seen)} swaps", during.found()))
+            during = load.Load(server.port, kept, MOST_S, rate=rate)
+            time.sleep(3)
+            start = time.perf_counter()
+            swap(server.port, models, order)
+            end = time.perf_counter()
+            during.stop()
+            click.echo(line(f"{len(order)} swaps", during.found().between(start, end)))
         two = (*servers.OURS, "--workers", "2", "--timeout-worker-healthcheck", "30")
         with servers.server(models, requests[0], two) as server:
             before = set(servers.below(server.process.pid))
