@@ -28,6 +28,7 @@ from serve.settings import Settings
 
 IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
 FORM_BYTES = 10_000  # for what a form has around each of its files
+CHARSET = re.compile(r";\s*charset\s*=(?!\s*\"?utf-?8\b)", re.I)  # any other one than UTF-8
 UPLOAD_S = 30  # within which a body must have come
 STATIC = Path(__file__).parent / "static"
 POLICY = (  # of the page: nothing from elsewhere, nothing inline
@@ -150,8 +151,8 @@ async def predict_base64(
     live = await engine.model(model)
     limit = engine.settings.max_upload_bytes
     try:
-        body = schemas.Base64.model_validate_json(await _body(request, limit * 4 // 3 + FORM_BYTES))
-        data = base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", body.image), validate=True)
+        body = await _body(request, limit * 4 // 3 + FORM_BYTES)
+        data = await asyncio.to_thread(_from_base64, body)
     except (ValidationError, ValueError) as error:
         message = 'the body must be {"image": "..."} with a picture in base64'
         raise Refused(400, "bad_request", message) from error
@@ -178,9 +179,10 @@ async def predict_batch(
             if len(data) > engine.settings.max_upload_bytes:
                 raise _too_large(engine.settings.max_upload_bytes)
             return await engine.answer(live, _sent(data), filename, top, view)
-        except (Refused, images.ImageError) as error:
+        except (Refused, Busy, images.ImageError) as error:
             request_id = request.state.request_id
-            about = {"code": error.code, "message": str(error), "request_id": request_id}
+            code = "busy" if isinstance(error, Busy) else error.code
+            about = {"code": code, "message": str(error), "request_id": request_id}
             return {"filename": filename, "error": about}
 
     return JSONResponse({"results": await asyncio.gather(*(answer(*file) for file in files))})
@@ -191,7 +193,7 @@ async def predict_batch(
     status_code=201,
     openapi_extra=schemas.CORRECTION,
     response_model=schemas.Kept,
-    responses=schemas.problems(400, 401, 404, 413, 415, 422, 503),
+    responses=ANSWERS,
 )
 async def put_right(request: Request, engine: Live) -> JSONResponse:
     """Keep a picture with its true class, if FEEDBACK_DIR is set."""
@@ -255,6 +257,8 @@ async def _files(request: Request, settings: Settings) -> list[tuple[bytes, str 
 @asynccontextmanager
 async def _form(request: Request, limit: int, most: int) -> AsyncIterator[Any]:
     """A multipart form of at most `limit` bytes and `most` files, kept in memory."""
+    if CHARSET.search(request.headers["content-type"]):  # of Python's codecs some take for ever
+        raise Refused(400, "bad_request", "the form has a charset; it is UTF-8 without one")
     parser = MultiPartParser(request.headers, _bounded(request, limit), max_files=most)
     parser.spool_max_size = limit  # below it, Starlette keeps a file in memory
     try:
@@ -263,6 +267,8 @@ async def _form(request: Request, limit: int, most: int) -> AsyncIterator[Any]:
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
             message = f"the form has over {most} files (MAX_BATCH_FILES)"
+            if most == 1:
+                message = "the form has several files; /predict/batch takes them, as `files`"
             raise Refused(413, "too_many_files", message) from error
         raise Refused(400, "bad_request", f"the form cannot be read: {error.message}") from error
     except (KeyError, ValueError, AssertionError) as error:
@@ -271,6 +277,14 @@ async def _form(request: Request, limit: int, most: int) -> AsyncIterator[Any]:
         yield form
     finally:
         await form.close()
+
+
+def _from_base64(body: bytes) -> bytes:
+    """The picture of /predict/base64; raises ValueError."""
+    text = schemas.Base64.model_validate_json(body).image
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    return base64.b64decode("".join(text.split()), validate=True)
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -287,6 +301,7 @@ async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes]:
         size += len(chunk)
         if size > limit:
             raise _too_large(limit)
+        request.app.state.engine.hold(request.scope["state"], len(chunk))
         yield chunk
 
 

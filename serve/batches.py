@@ -51,7 +51,7 @@ class Job:
 
 
 class Batches:
-    """The queue before the model, and the threads that empty it.
+    """The queue before the model, the threads that empty it, and who may join it.
 
     A picture that finds an idle thread starts at once; while all are busy, others gather.
     """
@@ -60,7 +60,7 @@ class Batches:
         self._settings, self._metrics = settings, metrics
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
-        self._active = 0
+        self._active = self._under_way = 0
         self._pace_s = START_PACE_S
         self._threads = ThreadPoolExecutor(THREADS, "inference")
         self._loop = asyncio.get_running_loop()
@@ -69,24 +69,32 @@ class Batches:
         self._threads.shutdown()
 
     def admit(self) -> None:
-        """Raises Busy where one more picture would find no room, or could not be in time."""
+        """One more request is under way, until leave(): before its body is read, so that what
+        all of them take is bounded.
+
+        Raises Busy where it would find no room, or could not be in time.
+        """
         waiting, settings = len(self._jobs), self._settings
-        if waiting >= settings.max_queue:
-            raise self._busy("queue", f"{waiting} pictures are waiting (MAX_QUEUE)")
+        if max(waiting, self._under_way) >= settings.max_queue:
+            raise self._busy("queue", f"{settings.max_queue} requests are waiting (MAX_QUEUE)")
         if waiting * self._pace_s > MARGIN * settings.deadline_ms / 1000:
             raise self._busy(
                 "deadline", f"no answer within {settings.deadline_ms} ms (DEADLINE_MS)"
             )
+        self._under_way += 1
+
+    def leave(self) -> None:
+        self._under_way -= 1
 
     async def classify(self, data: bytes, model: Model) -> tuple[np.ndarray, Any]:
         """The picture's normalised form, and its row of model.classify().
 
-        Raises Busy, and what model.normalise() raises.
+        Raises Busy where it waited too long, and what model.normalise() raises.
         """
-        self.admit()
         job = Job(data, model, self._loop.create_future())
         with self._lock:
             self._jobs.append(job)
+            self._metrics.waiting.set(len(self._jobs))
             idle = self._active < THREADS
             self._active += idle
         if idle:
@@ -102,11 +110,11 @@ class Batches:
         """One thread: batch after batch, until none is left."""
         while jobs := self._take():
             start = time.monotonic()
-            late = [job for job in jobs if start > job.since + self._settings.deadline_ms / 1000]
-            answers: dict[Job, Any] = {job: self._busy("deadline", "too slow") for job in late}
-            answers |= self._carry_out([job for job in jobs if job not in answers])
-            seconds = (time.monotonic() - start) / len(jobs) / self._active
-            self._pace_s += SMOOTH * (seconds - self._pace_s)
+            answers = self._carry_out(jobs)
+            done = sum(not isinstance(answer, Busy) for answer in answers.values())
+            if done:
+                seconds = (time.monotonic() - start) / done / self._active
+                self._pace_s += SMOOTH * (seconds - self._pace_s)
             self._loop.call_soon_threadsafe(_deliver, answers)
 
     def _take(self) -> list[Job]:
@@ -122,6 +130,8 @@ class Batches:
         ready: dict[Model, list[tuple[Job, np.ndarray]]] = {}
         for job in jobs:
             try:
+                if time.monotonic() > job.since + self._settings.deadline_ms / 1000:
+                    raise self._busy("deadline", "too slow")
                 picture = job.model.normalise(job.data)
                 ready.setdefault(job.model, []).append((job, picture))
             except Exception as error:  # noqa: BLE001 - it is raised where the job is awaited

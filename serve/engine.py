@@ -4,7 +4,9 @@ import asyncio
 import base64
 import io
 import logging
+import math
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +17,14 @@ import numpy as np
 from PIL import Image
 
 from mnist import images, inference, registry
-from serve.batches import Batches
+from serve.batches import Batches, Busy
 from serve.metrics import Metrics
 from serve.settings import Settings
 
 LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in int8, 113 in torch
 WATCH_S = 0.5  # how often the registry is looked at
+AGAIN_S = 60.0  # until a model that was refused is tried again: a disk may have been away
+BODIES_BYTES = 500_000_000  # most that the bodies of all requests may take at a time
 
 log = logging.getLogger("serve")
 
@@ -84,13 +88,16 @@ class Engine:
         self._loaded: dict[str, Model] = {}  # by name, the last one used at the end
         self._paths = [settings.models / registry.INFO]
         self._seen: list[tuple[int, ...] | None] = []
+        self._again = math.inf  # when to look, even where nothing has changed
+        self._bodies = 0
         self._loader = ThreadPoolExecutor(1, "loader")
+        self._named_loader = ThreadPoolExecutor(1, "named")  # a swap waits for no other model
         self._batches = Batches(settings, metrics)
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Load the current model, and from then on each new one."""
-        await self._run(self._look)
+        await self._run(self._loader, self._look)
         self._watch = asyncio.create_task(self._keep_looking())
 
     async def stop(self) -> None:
@@ -99,11 +106,32 @@ class Engine:
             with suppress(asyncio.CancelledError):
                 await self._watch
         self._loader.shutdown()
+        self._named_loader.shutdown()
         self._batches.stop()
 
     def admit(self) -> None:
-        """Raises batches.Busy where one more picture cannot be answered in time."""
+        """One more request is under way, until leave().
+
+        Raises batches.Busy where it cannot be answered in time.
+        """
         self._batches.admit()
+
+    def leave(self) -> None:
+        self._batches.leave()
+
+    def hold(self, state: dict[str, Any], size: int) -> None:
+        """So many more bytes of the body of the request with this state are in memory.
+
+        Raises batches.Busy where all bodies would be over BODIES_BYTES.
+        """
+        if self._bodies + size > BODIES_BYTES:
+            raise Busy("memory", "the server is busy: large uploads; try again in 1 s", 1)
+        self._bodies += size
+        state["held"] = state.get("held", 0) + size
+
+    def release(self, state: dict[str, Any]) -> None:
+        """The request was answered."""
+        self._bodies -= state.pop("held", 0)
 
     async def model(self, name: str | None) -> Model:
         """The named model; without a name the current one, or for its share of requests the canary.
@@ -112,7 +140,7 @@ class Engine:
         there is no model, or the model cannot be loaded.
         """
         if name is not None:
-            return await self._run(self._named, name)
+            return await self._run(self._named_loader, self._named, name)
         if self.canary and self.settings.canary and random.random() < self.settings.canary[1]:
             return self.canary
         if self.current is None:
@@ -133,19 +161,23 @@ class Engine:
         self.metrics.confidence.labels(model.name).observe(answer["probability"])
         return answer | ({"view": _png(picture)} if view else {})
 
-    # --- in the loading thread ---
+    # --- in the loading threads ---
 
-    async def _run(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._loader, function, *args)
+    async def _run(self, loader: ThreadPoolExecutor, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(loader, function, *args)
 
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(WATCH_S)
-            await self._run(self._look)
+            try:
+                await self._run(self._loader, self._look)
+            except Exception:  # nothing that is wrong with a registry ends the looking
+                log.exception("unforeseen")
 
     def _look(self) -> None:
         """Where the registry changed, load what is to answer; whatever fails, go on as before."""
-        if self._seen == [_state(path) for path in self._paths]:
+        seen = [_state(path) for path in self._paths]
+        if seen == self._seen and time.monotonic() < self._again:
             return
         canary = self.settings.canary[0] if self.settings.canary else None
         self._paths = self._files(canary)
@@ -154,6 +186,7 @@ class Engine:
         self.current = self._renew("current", None, self.current)
         if canary is not None:
             self.canary = self._renew("canary", canary, self.canary)
+        self._again = time.monotonic() + AGAIN_S if self.refused else math.inf
 
     def _files(self, canary: str | None) -> list[Path]:
         """What tells of a change: the registry's record, and the files of who is to answer."""
@@ -195,11 +228,10 @@ class Engine:
 
     def _named(self, name: str) -> Model:
         registry.record(self.settings.models, name)  # it may have been removed since it was loaded
-        for model in (self.current, self.canary, self._loaded.pop(name, None)):
-            if model is not None and model.name == name:
-                self._loaded[name] = model
-                return model
-        self._loaded[name] = model = self._load(name)
+        for live in (self.current, self.canary):
+            if live is not None and live.name == name:
+                return live
+        self._loaded[name] = model = self._loaded.pop(name, None) or self._load(name)
         while len(self._loaded) > LOADED:
             self._loaded.pop(next(iter(self._loaded)))
         return model
@@ -215,7 +247,7 @@ def _state(path: Path) -> tuple[int, ...] | None:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _png(picture: np.ndarray) -> str:

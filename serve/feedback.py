@@ -4,6 +4,7 @@ import hashlib
 import io
 from pathlib import Path
 
+from filelock import FileLock
 from PIL import Image
 
 from mnist import images
@@ -23,14 +24,16 @@ def keep(folder: Path, most_bytes: int, picture: bytes, label: str, max_pixels: 
     with Image.open(io.BytesIO(picture), formats=images.FORMATS) as image:
         ending = (image.format or "").lower()
     name = f"{hashlib.sha256(picture).hexdigest()[:24]}.{ending}"
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / label.replace("/", "-").lstrip(".") / name
-    if path.exists():
-        return path
-    used = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
-    if used + len(picture) > most_bytes:
-        raise Full(f"{folder} would hold over {most_bytes} bytes (FEEDBACK_MAX_BYTES)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{name}")
-    temporary.write_bytes(picture)
-    temporary.replace(path)
+    with FileLock(folder / ".lock"):  # of all threads and processes
+        if path.exists():
+            return path
+        used = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+        if used + len(picture) > most_bytes:
+            raise Full(f"{folder} would hold over {most_bytes} bytes (FEEDBACK_MAX_BYTES)")
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{name}")
+        temporary.write_bytes(picture)
+        temporary.replace(path)
     return path

@@ -32,7 +32,7 @@ class Front:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._cors: dict[tuple[str, ...], ASGIApp] = {(): app}
+        self._cors: dict[tuple[str, ...], ASGIApp] = {(): self._admitted}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -67,10 +67,9 @@ class Front:
             await send(message)
 
         try:
-            settings: Settings = state.engine.settings
-            app = self._refusal(scope, headers, settings) or self._inside(settings.cors_origins)
-            await app(scope, receive, answer)
+            await self._inside(state.engine.settings.cors_origins)(scope, receive, answer)
         finally:
+            state.engine.release(scope["state"])
             seconds = time.perf_counter() - start
             method, route = scope["method"], getattr(scope.get("route"), "path", "other")
             state.engine.metrics.requests.labels(method, route, status).inc()
@@ -82,26 +81,36 @@ class Front:
     def _inside(self, origins: tuple[str, ...]) -> ASGIApp:
         if origins not in self._cors:
             self._cors[origins] = CORSMiddleware(
-                self._app, origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+                self._admitted, origins, allow_methods=["GET", "POST"], allow_headers=["*"]
             )
         return self._cors[origins]
 
-    def _refusal(
-        self, scope: Scope, headers: dict[bytes, bytes], settings: Settings
-    ) -> JSONResponse | None:
-        """What a request gets that has no key, or comes when the server is busy."""
-        post = scope["method"] == "POST"
-        if settings.api_keys and (post or scope["path"] == "/metrics"):
-            key = headers.get(b"x-api-key", b"")
-            known = [hmac.compare_digest(key, each.encode()) for each in settings.api_keys]
-            if not any(known):  # all were compared: the time tells nothing
-                return problem(scope, 401, "unauthorised", "send one of the keys as X-API-Key")
-        if post and scope["path"].startswith("/predict"):
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request that has no key, or comes when the server is busy."""
+        engine, post = scope["app"].state.engine, scope["method"] == "POST"
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if (post or path == "/metrics") and not _has_key(scope, engine.settings.api_keys):
+            refusal = problem(scope, 401, "unauthorised", "send one of the keys as X-API-Key")
+            await refusal(scope, receive, send)
+        elif post and path.startswith("/predict"):
             try:
-                scope["app"].state.engine.admit()
+                engine.admit()
             except Busy as error:
-                return busy(scope, error)
-        return None
+                await busy(scope, error)(scope, receive, send)
+                return
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                engine.leave()
+        else:
+            await self._app(scope, receive, send)
+
+
+def _has_key(scope: Scope, keys: tuple[str, ...]) -> bool:
+    """Whether the request has one of the keys; it needs none where there are none."""
+    key = dict(scope["headers"]).get(b"x-api-key", b"")
+    known = [hmac.compare_digest(key, each.encode()) for each in keys]
+    return not keys or any(known)  # all were compared: the time tells nothing
 
 
 def problem(

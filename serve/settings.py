@@ -1,7 +1,7 @@
 """Every setting of the server, read from the environment."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode
@@ -45,6 +45,13 @@ class Settings(BaseSettings):
     @classmethod
     def _words(cls, text: str) -> tuple[str, ...]:
         return tuple(word.strip() for word in text.split(",") if word.strip())
+
+    @field_validator("models", "api_keys", "feedback_dir", mode="before")
+    @classmethod
+    def _not_empty(cls, text: Any) -> Any:
+        if not str(text).strip(" ,"):  # no folder, and no keys where some were meant
+            raise ValueError("it is empty; give it a value or unset it")
+        return text
 
     @field_validator("canary", mode="before")
     @classmethod

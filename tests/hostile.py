@@ -120,6 +120,10 @@ def attack(folder: Path, files: int, seed: int = 0) -> str:
     statuses: Counter[int] = Counter()
     memory = []
     with servers.server(folder, load.request("/predict", good[0])) as server:
+        for head, body in forms(good[0]):
+            status = send(server.port, body, head)
+            assert status in ALLOWED, f"{status} for a form: {head}"
+            statuses[status] += 1
         for i, body in enumerate(bodies):
             if i in (len(bodies) // 2, len(bodies) - 1):
                 memory.append(server.memory_mb()[0])
@@ -133,10 +137,30 @@ def attack(folder: Path, files: int, seed: int = 0) -> str:
     return f"{len(bodies)} files: {counts}; {memory[1]:.0f} MB, {grown:+.1f} over the second half"
 
 
-def send(port: int, body: bytes) -> int:
+def forms(picture: bytes) -> list[tuple[str, bytes]]:
+    """Content types, and bodies of forms that are made to hurt."""
+
+    def part(name: bytes, content: bytes) -> bytes:
+        return b"--x\r\nContent-Disposition: form-data; " + name + b"\r\n\r\n" + content + b"\r\n"
+
+    file, field, end = b'name="file"; filename="a.png"', b'name="a"', b"--x--\r\n"
+    kind = "multipart/form-data; boundary=x"
+    return [
+        (f"{kind}; charset=punycode", part(field, b"a" * 1_000_000) + end),
+        (f'{kind}; CHARSET="unicode_escape"', part(file + b"\\ud800", picture) + end),
+        (f"{kind}; charset=no-such", part(file, picture) + end),
+        ("multipart/form-data", part(file, picture) + end),
+        (kind, part(file, picture)),
+        (kind, b"".join(part(field, b"") for _ in range(5_000)) + end),
+        (kind, part(file, picture) * 3 + end),
+        (kind, b"--x\r\n" + b"X: " + b"y" * 100_000 + b"\r\n\r\n\r\n" + end),
+    ]
+
+
+def send(port: int, body: bytes, kind: str = "application/octet-stream") -> int:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     try:
-        connection.request("POST", "/predict", body, {"Content-Type": "application/octet-stream"})
+        connection.request("POST", "/predict", body, {"Content-Type": kind})
         return connection.getresponse().status
     finally:
         connection.close()

@@ -42,9 +42,10 @@ schemathesis.openapi.format("byte", PICTURES.map(lambda each: base64.b64encode(e
 
 
 @pytest.fixture(scope="module")
-def api(saved: Path) -> Iterator[Any]:
+def api(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     first = load.request("/predict", _pictures()[0])
-    with servers.server(saved, first) as server:
+    kept = tmp_path_factory.mktemp("feedback")
+    with servers.server(saved, first, FEEDBACK_DIR=str(kept)) as server:
         yield schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
 
 

@@ -358,7 +358,7 @@ def test_a_model_s_record_is_not_read_on_the_event_loop(
     assert client.post(f"/predict?model={name}", content=picture).status_code == 200
     refused(client.post("/predict?model=nothing", content=picture), 404, "unknown_model")
     assert threads
-    assert all(thread.startswith("loader") for thread in threads)
+    assert all(thread.startswith(("loader", "named")) for thread in threads)
 
 
 @contextmanager

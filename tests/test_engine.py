@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from mnist import registry
+from mnist import inference, registry
 from serve import engine
 from serve.app import app
 from tests.test_inference import change, other_golden
@@ -112,6 +112,31 @@ def test_a_bad_new_model_is_refused_and_the_old_one_answers_on(
     elif harm in ("altered", "missing"):  # put back, it is tried again
         (folder / weights).write_bytes(good)
         until(client, lambda ready: ready["model"] == new)
+
+
+def test_a_refused_model_is_tried_again_after_a_while(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(engine, "AGAIN_S", 0.1)
+    load = inference.load
+    monkeypatch.setattr(inference, "load", away)
+    new = another(folder)
+    until(client, lambda ready: "the disk is away" in str(ready.get("refused")))
+    monkeypatch.setattr(inference, "load", load)
+    until(client, lambda ready: ready["model"] == new and "refused" not in ready)
+
+
+def test_a_model_that_is_asked_for_by_name_is_kept_only_while_it_is_not_live(
+    client: TestClient, folder: Path
+) -> None:
+    old = client.get("/ready").json()["model"]
+    assert client.post(f"/predict?model={old}", content=b"x").status_code == 415
+    new = another(folder)
+    until(client, lambda ready: ready["model"] == new)
+    assert client.app.state.engine._loaded == {}  # type: ignore[attr-defined]
 
 
 def test_a_canary_answers_its_share_and_is_counted(

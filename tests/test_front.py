@@ -7,15 +7,17 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
-from serve import front
+from serve import engine, front
 from serve.app import app
 from serve.batches import Batches, Busy
+from serve.engine import Model
 from tests.conftest import ROOT
 from tests.test_app import png, refused
 
@@ -82,6 +84,40 @@ def test_a_busy_server_refuses_before_it_reads_the_body(
         assert client.get("/ready").status_code == 200
 
 
+def test_all_places_are_free_again_after_whatever_came(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_QUEUE", "1")
+    monkeypatch.setattr(engine, "BODIES_BYTES", 1_000)
+    with TestClient(app) as client:
+        for _ in range(3):
+            refused(client.post("/predict"), 422, "missing_file")
+            refused(client.post("/predict?model=none", content=b"x"), 404, "unknown_model")
+            refused(client.post("/predict", content=bytes(600)), 415, "not_an_image")
+            refused(client.post("/predict", content=bytes(2_000)), 429, "busy")
+            refused(client.post("/feedback", content=bytes(2_000)), 404, "not_found")
+
+
+def test_behind_a_proxy_s_prefix_the_same_routes_need_a_key(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEYS", "first")
+    with TestClient(app, root_path="/digits") as client:
+        for path in ("/metrics", "/digits/metrics"):
+            refused(client.get(path), 401, "unauthorised")
+
+
+def test_a_refusal_tells_its_origin_that_it_may_be_read(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORS_ORIGINS", "https://a.example")
+    monkeypatch.setenv("API_KEYS", "first")
+    with TestClient(app) as client:
+        answer = client.post("/predict", headers={"Origin": "https://a.example"})
+    refused(answer, 401, "unauthorised")
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
 def test_each_request_is_one_json_line_in_the_log_and_one_in_the_count(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +145,8 @@ def test_each_request_is_one_json_line_in_the_log_and_one_in_the_count(
         ("CANARY", "../x:0.5"),
         ("CANARY", "20261121-120301:2"),
         ("CANARY", "20261121-120301"),
+        ("API_KEYS", ""),
+        ("FEEDBACK_DIR", ""),
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, value: str) -> None:
@@ -158,3 +196,23 @@ def test_a_batch_has_an_answer_or_an_error_for_each_file(
         assert third["error"]["code"] == "missing_file"
         refused(client.post("/predict/batch", files=files * 2), 413, "too_many_files")
         refused(client.post("/predict/batch", files={"x": b"x"}), 422, "missing_file")
+        two = [("file", ("a.png", picture))] * 2
+        assert "/predict/batch" in refused(
+            client.post("/predict", files=two), 413, "too_many_files"
+        )
+
+
+def test_of_a_batch_only_what_is_too_late_is_busy(
+    models: Path, digits: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = png(digits.validation.images[0, 0].numpy())  # type: ignore[attr-defined]
+    files = [("files", (f"{i}.png", picture)) for i in range(40)]
+    monkeypatch.setenv("DEADLINE_MS", "100")
+    monkeypatch.setenv("MAX_QUEUE", "1")
+    before = Model.normalise
+    monkeypatch.setattr(Model, "normalise", lambda *args: time.sleep(0.02) or before(*args))
+    with TestClient(app) as client:
+        found = client.post("/predict/batch", files=files).json()["results"]
+    busy = [each["error"]["code"] for each in found if "error" in each]
+    assert {*busy} == {"busy"}
+    assert 0 < len(busy) < 40

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,9 @@ def test_a_correction_is_kept_as_a_folder_data_set_once_and_only_if_wanted(
     monkeypatch.setenv("FEEDBACK_MAX_BYTES", str(len(picture) + 10))
     with TestClient(app) as client:
         assert client.get("/ready").json()["feedback"] is True
-        for _ in range(2):
-            answer = client.post("/feedback", **sent)
-            assert (answer.status_code, answer.json()) == (201, {"label": "7"})
+        with ThreadPoolExecutor(4) as threads:  # a click, and clicks again
+            for answer in threads.map(lambda _: client.post("/feedback", **sent), range(8)):
+                assert (answer.status_code, answer.json()) == (201, {"label": "7"})
         wrong = client.post("/feedback", files=sent["files"], data={"label": "../x"})
         assert wrong.json()["error"]["code"] == "bad_request"
         other = png(digits.validation.images[1, 0].numpy())
@@ -79,7 +80,7 @@ def test_a_correction_is_kept_as_a_folder_data_set_once_and_only_if_wanted(
         assert (full.status_code, full.json()["error"]["code"]) == (413, "too_large")
         none = client.post("/feedback", files={"file": b"no picture"}, data={"label": "3"})
         assert none.status_code == 415
-    (kept,) = [path for path in folder.rglob("*") if path.is_file()]
+    (kept,) = [path for path in folder.rglob("[!.]*") if path.is_file()]
     assert (kept.parent.name, kept.suffix, kept.read_bytes()) == ("7", ".png", picture)
 
 
