@@ -61,7 +61,7 @@ app = FastAPI(title="Small-image classifier", lifespan=lifespan)
 app.add_middleware(Front)
 
 
-def _engine(request: Request) -> Engine:
+async def _engine(request: Request) -> Engine:  # FastAPI runs plain functions in threads
     return request.app.state.engine
 
 
