@@ -28,7 +28,7 @@ import click
 import optuna
 import torch
 
-from mnist import compare, data, display, own, registry, report, search, training
+from mnist import compare, data, display, models, own, registry, report, search, training
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import Display, duration
@@ -37,11 +37,14 @@ from mnist.members import Claim, Member
 from mnist.options import Options, command
 from mnist.workers import Pool, Run, Setup, cores
 
+BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32
 TRIALS, QUICK_TRIALS = 32, 6
 CONFIRM, QUICK_CONFIRM = 2, 0
 TARGET_S = 15.5 * 60  # what the default run plans with: it ends within 20 minutes, also where the
 # machine slows down by a quarter meanwhile (16.5 once took 20.7)
 QUICK_S = 30.0
+# Whatever is wrong with what one study is to be made of.
+REFUSED = (click.UsageError, data.DataError, registry.RegistryError, studies.StudyError)
 SPEED_BATCH = 64  # with which the machine is measured at the start
 
 
@@ -56,12 +59,13 @@ def main(each: list[Options]) -> None:
             click.echo(f"\n{options.study_name} ({i + 1} of {len(each)})", err=True)
         try:
             outcomes.append(run(options))
-        except search.Unfinished as error:
+        except (search.Unfinished, *REFUSED) as error:
             if len(each) == 1:
                 raise
-            click.echo(f"{options.study_name}: {error}", err=True)
+            said = error.format_message() if isinstance(error, click.ClickException) else error
+            click.echo(f"{options.study_name}: {said}", err=True)
             unfinished.append(options.study_name)
-    if len(each) > 1:
+    if len(each) > 1 and outcomes:
         show_all(each[0], outcomes)
     if each[0].json:
         click.echo(json.dumps(outcomes if len(each) > 1 else outcomes[0]))
@@ -152,6 +156,9 @@ def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torc
     """
     images, classes = dataset.train.images[:2].to(device), len(dataset.classes)
     try:
+        if device.type == "cpu" and (n := weights(options, dataset)) * BYTES_A_WEIGHT > memory():
+            text = f"its {n:,} weights are too many to be trained here; try --model cnn"
+            raise MemoryError(text)
         model = network(options, dataset, device)
         with torch.no_grad():
             shape = tuple(model.eval()(training.standardise(images, dataset)).shape)
@@ -162,6 +169,18 @@ def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torc
         text = f"2 images give {shape}, not {(2, classes)}"
         raise click.UsageError(f"network {options.model!r} cannot be used: {text}")
     return model.train()
+
+
+def weights(options: Options, dataset: data.Dataset) -> int:
+    """How many the network has, before it is built; 0 where it cannot tell."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return models.parameters(network(options, dataset, torch.device("meta")))
+    return 0
+
+
+def memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def fit_to_machine(
@@ -188,7 +207,8 @@ def fit_to_machine(
         if "plan" not in study.user_attrs:  # before the fingerprint: a kill in between must not
             study.set_user_attr("plan", asdict(chosen))  # leave one without its plan
             study.set_user_attr("origin", origin(options))
-        model = options.model + own.digest(options.import_)
+        parts = (models.NETWORKS[options.model], data.reader(options.dataset))
+        model = options.model + (own.digest(options.import_) if any(map(own.made, parts)) else "")
         wanted = studies.fingerprint(dataset, model, chosen.trial_samples, space)
         studies.agree(study, wanted)
         return chosen
@@ -283,7 +303,7 @@ def show_all(options: Options, outcomes: list[dict[str, Any]]) -> None:
     rows = compare.rows(options.output, names)
     compare.show(rows, stderr=options.json)
     page = options.output / "comparison.html"
-    page.write_text(compare.write(rows))
+    page.write_text(compare.write(rows), "utf-8")
     click.echo(f"the same as a page: {page}", err=options.json)
 
 
@@ -294,7 +314,7 @@ def guarded(arguments: list[str]) -> int:
         return 0
     except click.ClickException as error:
         return fail(error.format_message(), 2)
-    except (data.DataError, registry.RegistryError, studies.StudyError) as error:
+    except REFUSED as error:  # a UsageError is a ClickException, above
         return fail(str(error), 2)
     except search.Unfinished as error:
         return fail(f"{error}; the same command goes on from here", 1)

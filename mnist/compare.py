@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy.stats import binomtest
 
@@ -134,14 +135,14 @@ def verdict(row: Row) -> str:
     if row.p is None:
         return "best"
     chance = f"p {row.p:.2f}" if row.p >= 0.01 else "p < 0.01"
-    return f"worse ({chance})" if row.p < NOISE else f"as good, by these images ({chance})"
+    return f"worse ({chance})" if row.p < NOISE else f"not told apart ({chance})"
 
 
 def show(found: Sequence[Row], stderr: bool = False) -> None:
     """Print the table."""
     table = Table(*COLUMNS, box=None)
     for row in found:
-        table.add_row(*words(row))
+        table.add_row(*map(escape, words(row)))
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console.width = WIDTH

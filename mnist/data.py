@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist import folders
+from mnist import folders, own
 from mnist.files import DataError
 from mnist.reading import Arrays
-from mnist.sources import DATASETS, Source
+from mnist.sources import DATASETS, Reader, Source
 from mnist.splits import Split, cut
 
 VALIDATION, CALIBRATION = 5000 / 60000, 2500 / 60000  # of the training files, as for MNIST
@@ -76,7 +76,9 @@ def load(
     """
     name, source = _source(name, image_size, color)
     data_dir = data_dir or Path(os.environ.get("MNIST_DATA_DIR", "data"))
-    images, labels = _checked(name, source, source.read(data_dir, "train"))
+    images, labels = _checked(name, source, _read(name, source, data_dir, "train"))
+    if own.made(source.read):  # a fault that shows at the end would cost all of it
+        _checked(name, source, _read(name, source, data_dir, "test"), least=1)
     # Two of each class for the rest: it is cut again.
     train, rest = cut(np.arange(len(labels)), labels, VALIDATION + CALIBRATION, least=2)
     calibration, validation = cut(rest, labels, VALIDATION / (VALIDATION + CALIBRATION))
@@ -109,10 +111,15 @@ def load(
     )
 
 
+def reader(name: str) -> Reader | None:
+    """What reads the data set; None for a folder's pictures."""
+    return DATASETS[name].read if name in DATASETS else None
+
+
 def _source(name: str, image_size: int | None, color: bool) -> tuple[str, Source]:
     """The data set's name in records, and where it comes from."""
     if name.startswith(FOLDER):
-        path = Path(name.removeprefix(FOLDER)).expanduser().resolve()
+        path = Path(name.removeprefix(FOLDER)).expanduser().absolute()
         channels = 3 if color else 1
         return f"{FOLDER}{path.name}", folders.source(path, image_size or folders.SIZE, channels)
     if name not in DATASETS:
@@ -122,19 +129,34 @@ def _source(name: str, image_size: int | None, color: bool) -> tuple[str, Source
     return name, DATASETS[name]
 
 
-def _checked(name: str, source: Source, arrays: Arrays) -> Arrays:
+def _read(name: str, source: Source, data_dir: Path, part: str) -> Arrays:
+    """What a source gives; raises DataError for whatever one's own may raise."""
+    try:
+        images, labels = source.read(data_dir, part)
+    except Exception as error:
+        if isinstance(error, DataError) or not own.made(source.read):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        text = f"{name}: its {part} part cannot be read: {type(error).__name__}: {reason}"
+        raise DataError(text) from error
+    return np.asarray(images), np.asarray(labels)
+
+
+def _checked(name: str, source: Source, arrays: Arrays, least: int = LEAST) -> Arrays:
     """What a source gave, if it is as Source says, and enough to be cut; else raises DataError."""
     images, labels = arrays
-    n, side, classes = len(labels), images.shape[-1], len(source.classes)
+    if len(set(map(str, source.classes))) < len(source.classes):
+        raise DataError(f"{name} has classes that are called the same: {source.classes}")
+    n, side, classes = len(labels), images.shape[-1] if images.ndim else 0, len(source.classes)
     if images.dtype != np.uint8 or images.shape not in [(n, c, side, side) for c in (1, 3)]:
         given = f"{images.dtype} {images.shape}"
         raise DataError(f"{name} gives images {given}; uint8 ({n}, 1 or 3, side, side) is wanted")
     if labels.dtype != np.int64 or labels.shape != (n,) or not set(labels) <= set(range(classes)):
         raise DataError(f"{name} gives labels that are not int64 (N,), from 0 to {classes - 1}")
     counts = np.bincount(labels, minlength=classes)
-    if counts.min() < LEAST:
+    if counts.min() < least:
         fewest = f"class {source.classes[counts.argmin()]!r} has {counts.min()} training images"
-        raise DataError(f"{name}: {fewest}; at least {LEAST} are needed")
+        raise DataError(f"{name}: {fewest}; at least {least} are needed")
     return images, labels
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
+import logging
 import platform
 import shutil
 import statistics
@@ -18,7 +19,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from mnist import data, export, models, registry, search, training
+from mnist import data, export, models, own, registry, search, training
 from mnist import study as studies
 from mnist.display import Display, words
 from mnist.inference import Classifier
@@ -33,6 +34,8 @@ LEAST_FINAL = 2_000  # images; a model that has seen fewer is not worth saving
 MISTAKES = 24  # whose images are kept, to be looked at
 EVALUATION_BYTES = 10_000_000  # more than what is kept of it
 ABANDONED_S = 600  # writing a checkpoint takes seconds
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -315,7 +318,11 @@ def save(job: Job, trained: Trained) -> dict[str, Any] | None:
     files["predictions"] = (".test.npz", predictions.getvalue())
     if replaced(job):
         return None
-    name = registry.save(options.output, files, record, options.promote)
+    promote = options.promote
+    if exported.served.engine == "torch" and own.made(models.NETWORKS[options.model]):
+        log.warning("without ONNX nothing can serve a network of one's own; it is not made current")
+        promote = "never"
+    name = registry.save(options.output, files, record, promote)
     return registry.record(options.output, name)[1] | {"name": name}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import os
 import statistics
 import warnings
 from collections import Counter
@@ -43,6 +44,13 @@ def source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
         raise DataError(f"there is no folder {path}")
     halves = {part: path / part for part in ("train", "test")}
     own_test = all(_folders(half) for half in halves.values())
+    if not own_test and _folders(halves["train"]):
+        raise DataError(
+            f"{path} has a train/ with classes but no test/ with the same ones; make one, or put "
+            f"the classes' folders right into {path}"
+        )
+    if own_test and (unused := sorted(set(_folders(path)) - set(halves))):
+        log.warning("%s: only train/ and test/ are used, not %s", path, ", ".join(unused))
     classes = _classes(halves["train"] if own_test else path)
     if own_test and (differ := set(classes) ^ set(_folders(halves["test"]))):
         names = ", ".join(sorted(differ))
@@ -87,6 +95,8 @@ def _classes(path: Path) -> tuple[str, ...]:
     if not names:
         example = path / "cat" / "1.png"
         raise DataError(f"{path} has no class folders; put each class into one, such as {example}")
+    if odd := [name for name in names if "\ufffd" in os.fsencode(name).decode(errors="replace")]:
+        raise DataError(f"{path}: the folder {odd[0]!r} has a name that is not UTF-8; rename it")
     if len(names) == 1:
         raise DataError(f"{path} has only one class, {names[0]!r}; at least two are needed")
     return tuple(names)
@@ -170,7 +180,7 @@ def _warn_of_loss(files: list[Path], size: int, channels: int) -> None:
     """Warn where pictures are typically far larger than they are read, or colourful."""
     sides, tints = list[int](), list[float]()
     for file in files[:: max(1, len(files) // SAMPLE)]:
-        with contextlib.suppress(pictures.ImageError, OSError):
+        with contextlib.suppress(Exception):  # which it is, reading will say
             if channels == 1:
                 colours = _picture(file, size, 3).astype(int)
                 tints.append(float((colours.max(0) - colours.min(0)).mean() / 255))

@@ -1,6 +1,8 @@
 """The options of run.py: each is written once, and is command line, record and default at once."""
 
+import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -62,7 +64,16 @@ class DatasetName(click.ParamType):
             self.fail(f"{value!r} is no data set; known: {known}, {prefix}PATH", param, ctx)
         if not path.is_dir():
             self.fail(f"{value!r}: there is no folder {path}", param, ctx)
-        return f"{prefix}{path.resolve()}"
+        return f"{prefix}{path.absolute()}"
+
+
+class Folder(click.Path):
+    """A folder on this machine, also one that is mounted."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if "://" in str(value):
+            self.fail(f"{value!r} is no folder; mount the bucket and name its folder", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class NetworkName(click.ParamType):
@@ -159,12 +170,12 @@ class Options:
         type=click.Path(path_type=Path, file_okay=False),
     )
     output: Path = option(
-        Path("saved_models"), "The registry.", type=click.Path(path_type=Path, file_okay=False)
+        Path("saved_models"), "The registry.", type=Folder(path_type=Path, file_okay=False)
     )
     artifacts: Path = option(
         Path("artifacts"),
         "Folder of checkpoints; where machines share it, one continues another's trial.",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=Folder(path_type=Path, file_okay=False),
     )
     disk_quota: int | None = option(
         None, "Most that all in --artifacts may take, e.g. 2GB. [default: no limit]", type=Size()
@@ -210,11 +221,18 @@ def command(main: Callable[[list[Options]], None]) -> click.Command:
     def each(dataset: tuple[str, ...], model: tuple[str, ...], **values: Any) -> None:
         networks = dict.fromkeys(model)
         if ALL in model:  # small ones first: of --timeout they leave some to the large ones
-            networks = dict.fromkeys(sorted(models.NETWORKS, key=_parameters))
+            networks = dict.fromkeys(
+                sorted(models.NETWORKS, key=lambda name: _parameters(name) or 0)
+            )
         pairs = [(d, m) for m in networks for d in dict.fromkeys(dataset)]
         if len(pairs) > 1 and values["study"]:
             raise click.UsageError(f"--study names one study; these options make {len(pairs)}")
-        main([Options(dataset=d, model=m, **values) for d, m in pairs])
+        studies_asked = [Options(dataset=d, model=m, **values) for d, m in pairs]
+        for name, n in Counter(options.study_name for options in studies_asked).items():
+            if n > 1:
+                text = f"{n} of these would be the study {name}; run one at a time, with --study"
+                raise click.UsageError(text)
+        main(studies_asked)
 
     parameters: list[click.Parameter] = []
     for known in fields(Options):
@@ -231,12 +249,18 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Networks, with their parameters (28x28, grey, 10 classes)"):
-            formatter.write_dl([(name, f"{_parameters(name):,}") for name in models.NETWORKS])
+            formatter.write_dl([(name, _shown(_parameters(name))) for name in models.NETWORKS])
         with formatter.section("Hyperparameters, for --space and --param"):
             known = spaces.HYPERPARAMETERS.items()
             formatter.write_dl([(name, f"{each.text} ({each.limits()})") for name, each in known])
 
 
-def _parameters(name: str) -> int:
-    with torch.device("meta"):
+def _shown(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _parameters(name: str) -> int | None:
+    """None for a network of one's own that such images are not for."""
+    with contextlib.suppress(Exception), torch.device("meta"):
         return models.parameters(models.build(name, 1, 28, 10))
+    return None

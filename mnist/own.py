@@ -23,7 +23,13 @@ def load(path: Path) -> None:
     except Exception as error:  # somebody else's code may raise anything
         line = error.__traceback__ and _line(error, path)
         where = f", line {line}" if line else ""
-        raise OwnError(f"{path}{where}: {type(error).__name__}: {error}") from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise OwnError(f"{path}{where}: {type(error).__name__}: {reason}") from error
+
+
+def made(thing: object) -> bool:
+    """Whether a network or a reader of data is of somebody's own, and none of this project's."""
+    return thing is not None and not getattr(thing, "__module__", "").startswith("mnist.")
 
 
 def digest(paths: Iterable[Path]) -> str:

@@ -1,5 +1,6 @@
 """Pictures from the shell, read by a saved model. `python -m mnist.predict --help`"""
 
+import io
 import json
 import os
 import sys
@@ -188,6 +189,9 @@ def complain(message: str) -> None:
 
 def guarded(arguments: list[str]) -> int:
     """The whole command; every expected failure is one line on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # whatever a file is called
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main.main(arguments, "python -m mnist.predict", standalone_mode=False)
     except click.ClickException as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ def remembered(
     key = hashlib.sha256(Path(pictures.__file__).read_bytes() + repr(settings).encode())
     for each in origin:
         status = each.stat()
-        key.update(f"{each}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        key.update(os.fsencode(each) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     # A damaged file may raise anything: OSError, ValueError, zipfile.BadZipFile, zlib.error.
     with contextlib.suppress(Exception), np.load(path) as kept:
         if str(kept["key"]) == key.hexdigest():

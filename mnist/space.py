@@ -116,6 +116,8 @@ def distribution(key: str, spec: Any) -> BaseDistribution:
     known = HYPERPARAMETERS.get(key)
     if known is None:
         raise SpaceError(f"{key}: no such hyperparameter; known: {', '.join(HYPERPARAMETERS)}")
+    if spec == []:
+        raise SpaceError(f"{key}: the list is empty; give it a value, or leave the entry out")
     if isinstance(spec, list):  # in TOML: ["Adam", "SGD"]
         return CategoricalDistribution([_value(key, known, str(word)) for word in spec])
     kind, *parts = str(spec).split(":")

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,6 +207,28 @@ def test_without_a_source_one_line_says_what_was_tried_and_what_to_do(tmp_path: 
         "--data-dir",
     ):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("part", "harm", "words"),
+    [
+        ("train", lambda *_: {}["x"], "its train part cannot be read: KeyError: 'x'"),
+        ("test", lambda *_: {}["x"], "its test part cannot be read: KeyError: 'x'"),
+        ("test", lambda images, labels: (images, labels + 9), "labels that are not int64"),
+        ("train", lambda images, labels: (images[0], labels), "gives images uint8"),
+    ],
+)
+def test_a_data_set_of_ones_own_is_looked_at_before_it_is_searched(
+    monkeypatch: pytest.MonkeyPatch, part: str, harm: Any, words: str
+) -> None:
+    def read(_: Path, half: str) -> Any:
+        images, labels = np.zeros((200, 1, 8, 8), np.uint8), np.arange(200) % 2
+        return harm(images, labels) if half == part else (images, labels)
+
+    monkeypatch.setitem(data.DATASETS, "own", sources.Source(read, ("a", "b")))
+    with pytest.raises(data.DataError, match=words) as caught:
+        data.load("own")
+    assert "\n" not in str(caught.value)
 
 
 def test_torchvision_can_be_imported_beside_a_cpu_build_of_torch() -> None:

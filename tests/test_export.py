@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist import data, export, inference, models, registry, scores, training
+from mnist import data, export, inference, models, own, registry, scores, training
 from tests.conftest import DIGITS, Command
 
 
@@ -304,7 +304,9 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("made", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
+    made: bool,
     run: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -314,11 +316,15 @@ def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
         raise RuntimeError("of one's own")
 
     monkeypatch.setattr(export, "to_onnx", broken)
+    monkeypatch.setattr(own, "made", lambda _: made)
     assert run(*DIGITS, "--trials", "1", "--confirm", "1").returncode == 0
     assert "saved without onnx: of one's own" in caplog.text
-    _, record = registry.record(tmp_path / "saved_models")
+    info = registry.read(tmp_path / "saved_models")
+    (name,) = info["models"]
+    assert info["current"] == (None if made else name)  # no server could build it
+    _, record = registry.record(tmp_path / "saved_models", name)
     assert set(record["files"]) == {"weights", "golden", "likeness", "predictions"}
     assert record["engines"] == {"served": "torch", "left_out": {"onnx": "of one's own"}}
-    classifier = inference.load(tmp_path / "saved_models")
+    classifier = inference.load(tmp_path / "saved_models", name)
     assert classifier.engine == "torch"
     assert classifier.passed_over["onnx"] == "of one's own"

@@ -1,6 +1,7 @@
 """mnist.folders: a folder of pictures as a data set, and what is wrong with one."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from mnist import data, folders, images
+from mnist import study as studies
+from tests.hostile import png
 
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 30, 200), "emu": (30, 200, 30)}
 
@@ -84,6 +87,28 @@ def test_folders_called_train_and_test_may_be_classes(tmp_path: Path) -> None:
     assert load(fill(tmp_path / "rail", {"train": 12, "test": 12})).classes == ("test", "train")
 
 
+def test_a_train_folder_without_a_test_folder_is_told(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pets" / "train", {"cat": 10, "dog": 10}).parent
+    fill(root / "val", {"cat": 10, "dog": 10})
+    assert "has a train/ with classes but no test/" in problem(root)
+
+
+def test_a_class_that_is_renamed_makes_another_study(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pets", {"cat": 12, "dgo": 12})
+    before = studies.fingerprint(load(root), "linear", 100)
+    (root / "dgo").rename(root / "dog")
+    assert load(root).sha256[:16] == before["data"]
+    assert studies.fingerprint(load(root), "linear", 100) != before
+
+
+def test_names_that_are_not_utf_8_do_no_harm_or_are_told(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pets", {"cat": 12, "dog": 12})
+    (root / "cat" / "000.png").rename(root / "cat" / os.fsdecode(b"k\xe4se.png"))
+    assert len(load(root).classes) == 2
+    (root / "dog").rename(root / os.fsdecode(b"k\xe4se"))
+    assert "has a name that is not UTF-8" in problem(root)
+
+
 def test_the_same_pictures_have_the_same_checksum_wherever_they_lie(tmp_path: Path) -> None:
     one = load(fill(tmp_path / "a" / "pets", {"cat": 12, "dog": 12}))
     other = load(fill(tmp_path / "b" / "pets", {"cat": 12, "dog": 12}))
@@ -129,13 +154,14 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert problem(tmp_path / "pets") == f"there is no folder {tmp_path / 'pets'}"
 
 
+@pytest.mark.parametrize("color", [False, True])
 def test_a_few_unreadable_files_are_named_and_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, color: bool
 ) -> None:
     root = fill(tmp_path / "pets", {"cat": 20, "dog": 20})
     (root / "cat" / "Thumbs.db").write_bytes(b"no picture")
-    (root / "dog" / "blank.png").write_bytes((root / "dog" / "000.png").read_bytes()[:200])
-    found = load(root)
+    (root / "dog" / "blank.png").write_bytes(png(60_000, 60_000, b"")[:-20])
+    found = load(root, color=color)
     assert len(found.train + found.validation + found.calibration + found.open_test()) == 40
     assert "2 of 42 files cannot be used as pictures" in caplog.text
     assert "cat/Thumbs.db, dog/blank.png" in caplog.text

@@ -13,6 +13,7 @@ ALLOWED = {  # who may import what of the project
     "mnist/data.py": {
         "mnist.files",
         "mnist.folders",
+        "mnist.own",
         "mnist.reading",
         "mnist.sources",
         "mnist.splits",
@@ -63,6 +64,7 @@ ALLOWED = {  # who may import what of the project
         "mnist.members",
         "mnist.models",
         "mnist.options",
+        "mnist.own",
         "mnist.registry",
         "mnist.search",
         "mnist.space",

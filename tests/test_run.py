@@ -57,6 +57,8 @@ def test_a_run_saves_a_model_and_the_next_run_only_prints_it(run: Command, tmp_p
     assert f"model: saved_models/{name}.pth, current" in second.stdout
     assert f"{record['metrics']['test']['errors']} errors of 257" in second.stdout
     assert "uvicorn serve.app:app" in second.stdout
+    (tmp_path / "own.py").write_text("# with networks, but not this one")
+    assert run(*DIGITS, "--import", str(tmp_path / "own.py")).stdout == second.stdout
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 1
     assert len(states(tmp_path)) == 6 + result["trials"]["fail"]
 
@@ -212,6 +214,8 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
         (["--timeout", "soon"], "'soon' is not a time such as 90s, 15m or 2h"),
         (["--train-samples", "999999"], "train-samples is 999999; digits takes 10"),
         (["--colour", "red"], "No such option '--colour'"),
+        (["--artifacts", "s3://bucket"], "'s3://bucket' is no folder; mount the bucket"),
+        (["--disk-quota", "1MB"], "'1MB' is under 20MB"),
         (["--device", "mps"], "device 'mps' is not on this machine"),
         (["--storage", "nonsense"], "--storage 'nonsense' cannot be opened"),
         (["--storage", "sqlite:////proc/x/db.sqlite3"], "db.sqlite3' cannot be opened: [Errno 2]"),
@@ -393,6 +397,34 @@ def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
     assert "digits-linear: --timeout: of linear" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("run.py: not finished: digits-linear;")
     assert re.search(r"digits +compact .* of 257 ", done.stdout)
+
+
+@pytest.mark.slow
+def test_an_unfit_study_does_not_hold_up_the_others(run: Command, tmp_path: Path) -> None:
+    pets = fill(tmp_path / "pets", {"cat": 30, "dog": 30})
+    done = run(
+        "--dataset", f"folder:{pets}", "--dataset", "digits", "--color", "--model", "linear", *SHORT
+    )
+    assert done.returncode == 1
+    assert "digits-linear: --image-size and --color are for folder" in done.stderr
+    assert re.search(r"folder:pets +linear .* of 8 ", done.stdout)
+
+
+def test_two_studies_of_one_name_are_refused(run: Command, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name / "pets").mkdir(parents=True)
+    done = run("--dataset", "folder:a/pets", "--dataset", "folder:b/pets")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "2 of these would be the study pets-parallel" in done.stderr
+
+
+def test_a_network_that_is_too_large_for_the_machine_is_refused(
+    run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "memory", lambda: 7_850 * 16 - 1)
+    done = run(*DIGITS)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "its 7,850 weights are too many to be trained here" in done.stderr
 
 
 OWN = """

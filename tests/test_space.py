@@ -80,6 +80,9 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path) -> None:
     ):
         space.read("wild")
     broken = tmp_path / "broken.toml"
+    broken.write_text("lr = []")
+    with pytest.raises(space.SpaceError, match="lr: the list is empty"):
+        space.read(str(broken))
     for content in ("lr = ", "\x00\xff", ""):
         broken.write_text(content, "latin-1")
         with pytest.raises(space.SpaceError, match=r"broken\.toml") as caught:
