@@ -50,15 +50,16 @@ SPEED_BATCH = 64  # with which the machine is measured at the start
 
 def main(each: list[Options]) -> None:
     """One study after the other; nearly always there is just one."""
-    start, outcomes, unfinished = time.monotonic(), [], []
+    outcomes, unfinished = [], []
+    latest = time.monotonic() + (each[0].timeout or float("inf"))
     for i, options in enumerate(each):
-        if options.timeout:
-            left_s = start + options.timeout - time.monotonic()
+        if options.timeout:  # each plans with its share; what it takes beyond that, others lack
+            left_s = latest - time.monotonic()
             options = replace(options, timeout=max(1.0, left_s / (len(each) - i)))
         if len(each) > 1:
             click.echo(f"\n{options.study_name} ({i + 1} of {len(each)})", err=True)
         try:
-            outcomes.append(run(options))
+            outcomes.append(run(options, latest))
         except (search.Unfinished, *REFUSED) as error:
             if len(each) == 1:
                 raise
@@ -73,8 +74,11 @@ def main(each: list[Options]) -> None:
         raise search.Unfinished(f"not finished: {', '.join(unfinished)}")
 
 
-def run(options: Options) -> dict[str, Any]:
-    """options -> data -> study -> final training -> one evaluation -> saved model."""
+def run(options: Options, latest: float) -> dict[str, Any]:
+    """options -> data -> study -> final training -> one evaluation -> saved model.
+
+    All before `latest`, by time.monotonic().
+    """
     start = time.monotonic()
     registry.writable(options.output)
     writable(options.artifacts)
@@ -82,7 +86,7 @@ def run(options: Options) -> dict[str, Any]:
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
     threads = max(1, cores() // workers)
     with Member(options.storage, options.study_name, threads) as member:
-        job = prepare(options, member, device, start)
+        job = prepare(options, member, device, (start, latest))
         done = result(job) if member.update(studies.finished) >= job.trials else None
         if done is None:
             setup = Setup(
@@ -131,8 +135,13 @@ def source(options: Options) -> functools.partial[data.Dataset]:
     )
 
 
-def prepare(options: Options, member: Member, device: torch.device, start: float) -> Job:
-    """Load the data; see how much trials and the final model may see, and that trials compare."""
+def prepare(
+    options: Options, member: Member, device: torch.device, times: tuple[float, float]
+) -> Job:
+    """Load the data; see how much trials and the final model may see, and that trials compare.
+
+    `times`: when the study began, and when it must be over.
+    """
     try:
         dataset = source(options)().to(device)
         dropout = bool(training.dropouts(sound(options, dataset, device)))
@@ -146,7 +155,7 @@ def prepare(options: Options, member: Member, device: torch.device, start: float
     total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
     plan = fit_to_machine(options, member, dataset, space, device, (trials, confirmed), total_s)
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
-    return Job(options, member, dataset, space, device, plan, trials, confirmed, total_s, start)
+    return Job(options, member, dataset, space, device, plan, trials, confirmed, total_s, *times)
 
 
 def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:

@@ -52,6 +52,7 @@ class Job:
     confirmed: int  # so many of the best trials are confirmed on fresh seeds
     total_s: float
     start: float
+    latest: float
 
     @property
     def study(self) -> optuna.Study:
@@ -64,7 +65,7 @@ class Job:
 
     def in_time(self, otherwise: str) -> None:
         """Raises search.Unfinished once --timeout is over."""
-        if self.options.timeout and time.monotonic() > self.start + self.options.timeout:
+        if time.monotonic() > self.latest:
             raise search.Unfinished(f"--timeout: {otherwise}")
 
 
