@@ -23,7 +23,7 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(10_000_000, ge=1, description="largest picture, in bytes")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, in pixels")
     max_batch_files: int = Field(64, ge=1, description="most pictures in one request")
-    max_queue: int = Field(256, ge=1, description="most pictures that wait for the model")
+    max_queue: int = Field(256, ge=1, description="most requests under way at a time")
     deadline_ms: int = Field(1000, ge=1, description="longest wait for an answer, in ms")
     api_keys: Words = Field(
         (), validate_default=False, description="keys, one of which POST and /metrics then need"
