@@ -127,4 +127,5 @@ ONE = body(
 SEVERAL = body(
     "multipart/form-data", form(files={"type": "array", "minItems": 1, "items": PICTURE})
 )
-CORRECTION = body("multipart/form-data", form(file=PICTURE, label={"type": "string"}))
+CLASS = {"type": "string", "format": "class", "description": "one of the model's classes"}
+CORRECTION = body("multipart/form-data", form(file=PICTURE, label=CLASS))

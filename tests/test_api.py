@@ -39,6 +39,7 @@ for kind in ("image/*", "application/octet-stream"):
     schemathesis.openapi.media_type(kind, PICTURES)
 schemathesis.openapi.format("binary", PICTURES)
 schemathesis.openapi.format("byte", PICTURES.map(lambda each: base64.b64encode(each).decode()))
+schemathesis.openapi.format("class", st.sampled_from("0123456789"))
 
 
 @pytest.fixture(scope="module")
