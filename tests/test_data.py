@@ -218,7 +218,7 @@ def test_without_a_source_one_line_says_what_was_tried_and_what_to_do(tmp_path: 
         ("train", lambda images, labels: (images[0], labels), "gives images uint8"),
     ],
 )
-def test_a_data_set_of_ones_own_is_looked_at_before_it_is_searched(
+def test_what_is_wrong_with_a_data_set_of_ones_own_is_one_line(
     monkeypatch: pytest.MonkeyPatch, part: str, harm: Any, words: str
 ) -> None:
     def read(_: Path, half: str) -> Any:
@@ -227,7 +227,7 @@ def test_a_data_set_of_ones_own_is_looked_at_before_it_is_searched(
 
     monkeypatch.setitem(data.DATASETS, "own", sources.Source(read, ("a", "b")))
     with pytest.raises(data.DataError, match=words) as caught:
-        data.load("own")
+        data.load("own").open_test()
     assert "\n" not in str(caught.value)
 
 
