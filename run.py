@@ -172,12 +172,25 @@ def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torc
         with torch.no_grad():
             shape = tuple(model.eval()(training.standardise(images, dataset)).shape)
     except Exception as error:  # whatever it is
-        text = f"{type(error).__name__}: {reason(error)}"
-        raise click.UsageError(f"network {options.model!r} cannot be used: {text}") from error
+        raise unsound(options, error) from error
     if shape != (2, classes):
         text = f"2 images give {shape}, not {(2, classes)}"
         raise click.UsageError(f"network {options.model!r} cannot be used: {text}")
     return model.train()
+
+
+def measured(options: Options, dataset: data.Dataset, device: torch.device) -> float:
+    """Training images a second; raises click.UsageError where the network cannot be trained."""
+    model = sound(options, dataset, device)
+    try:
+        return training.speed(model, dataset, batch_size=SPEED_BATCH)
+    except Exception as error:
+        raise unsound(options, error) from error
+
+
+def unsound(options: Options, error: Exception) -> click.UsageError:
+    text = f"{type(error).__name__}: {reason(error)}"
+    return click.UsageError(f"network {options.model!r} cannot be used: {text}")
 
 
 def weights(options: Options, dataset: data.Dataset) -> int:
@@ -207,7 +220,7 @@ def fit_to_machine(
     if kept and asked in (None, kept["trial_samples"]):
         plan = search.Plan(**kept)
     else:
-        speed = training.speed(sound(options, dataset, device), dataset, batch_size=SPEED_BATCH)
+        speed = measured(options, dataset, device)
         plan = search.plan(dataset, *runs, speed, total_s, asked)
 
     def agree(study: optuna.Study) -> search.Plan:
@@ -231,7 +244,10 @@ def fit_to_machine(
 
 def find(job: Job, pool: Pool, screen: Display) -> None:
     """Search until the budget is reached, or until half of --timeout is over."""
-    done = job.member.update(studies.finished)
+    trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
+    for trial in (trial for trial in trials if trial.state in studies.FINISHED):
+        screen.earlier(trial.state, trial.number, trial.value)
+    done = screen.done
     if done >= job.trials:
         return
     screen.say(
@@ -240,9 +256,6 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
         f"{duration((job.trials - done) * job.plan.trial_s)} for the search, "
         f"{duration(job.plan.confirm_s + job.plan.final_s)} for the final model"
     )
-    trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
-    for trial in (trial for trial in trials if trial.state in studies.FINISHED):
-        screen.earlier(trial.state, trial.number, trial.value)
     updates = search.search(
         job.member,
         pool,

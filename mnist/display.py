@@ -176,7 +176,7 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
     console.print(table)
     shares = outcome["importance"]
     if shares is None:
-        console.print(f"importance: withheld, {n} complete trials are too few to tell")
+        console.print(f"importance: withheld, too few complete trials (n = {n})")
     else:
         words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         console.print(f"importance: {words} (n = {n} complete trials)")

@@ -128,6 +128,7 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
         if job.member.finisher():
             confirm(job, pool, screen)
             if found := result(job):
+                screen.say(f"trial {found['study']['trial']} has won before; its model is kept")
                 return found
             trained = train(job, pool, screen)
             screen.say("evaluating, once, and saving")
@@ -187,6 +188,9 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
         weights = restore(run.weights)  # of a process that was killed when it had got so far
         if weights is not None:
             return Trained(best, weights, run.samples, None)
+        if means := job.member.update(lambda study: studies.means(study, job.confirmed)):
+            said = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
+            screen.say(f"on fresh seeds: {said}")
         text = f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
         screen.say(text)
         ended, seconds = carry_out(job, pool, screen, run)

@@ -66,6 +66,8 @@ class Member:
         """`threads` are those of one training process. Raises StudyError."""
         file = studies.sqlite_file(storage)
         folder = file.parent if file else Path(tempfile.gettempdir())
+        if not folder.is_dir():  # its lock's file would make it
+            raise studies.unusable(storage, f"there is no folder {folder}")
         # Not by the URL: one database server has many spellings.
         key = hashlib.sha256(f"{file or ''} {name}".encode()).hexdigest()[:12]
         self._folder, self._prefix = folder, f".study-{key}"

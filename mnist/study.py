@@ -227,6 +227,12 @@ def unconfirmed(study: optuna.Study, k: int) -> list[tuple[FrozenTrial, list[int
     return [(trial, seeds) for trial, seeds in lacking if seeds]
 
 
+def means(study: optuna.Study, k: int) -> dict[int, float]:
+    """Mean accuracies on fresh seeds of the k best trials, by their numbers."""
+    found = {trial.number: confirmations(study, trial.number) for trial in best_trials(study, k)}
+    return {number: sum(values) / len(values) for number, values in found.items() if values}
+
+
 def winner(study: optuna.Study, k: int) -> FrozenTrial | None:
     """Of the k best trials the one with the best mean on fresh seeds; with k = 0 the best trial.
 

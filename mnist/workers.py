@@ -209,13 +209,13 @@ def _forkserver(threads: int) -> Any:
     """
     root, more = str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")
     path = os.pathsep.join([root, more] if more else [root])
+    resource_tracker.ensure_running()  # first: to start it unblocks the signals
     # Python 3.11 does not hand sys.path on, and passes over what it cannot import.
     with environment(OMP_NUM_THREADS=str(threads), PYTHONPATH=path), signals_blocked():
         if sys.platform == "darwin":  # where Metal does not survive a fork
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mnist.workers", "torch._dynamo"])  # for optimizers
-        resource_tracker.ensure_running()  # to start it would unblock the signals again
         forkserver.ensure_running()
         return context
 

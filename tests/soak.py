@@ -208,6 +208,7 @@ def soak(
     assert answers, "the dashboard never answered"
     assert sum(done.values()) >= kills, f"the study was finished after {done}"
     failed = check(storage, folder, trials)
+    assert kills < 50 or resumed(storage), "no trial went on from a checkpoint"
     return (
         f"{sum(done.values())} kills ({', '.join(f'{n} {who}' for who, n in done.items())}) in "
         f"{time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "

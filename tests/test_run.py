@@ -213,12 +213,12 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
         (["--epochs", "-1"], "'--epochs': -1.0 is not in the range"),
         (["--timeout", "soon"], "'soon' is not a time such as 90s, 15m or 2h"),
         (["--train-samples", "999999"], "train-samples is 999999; digits takes 10"),
+        (["--storage", "sqlite:////no/where/db.sqlite3"], "there is no folder /no/where"),
         (["--colour", "red"], "No such option '--colour'"),
         (["--artifacts", "s3://bucket"], "'s3://bucket' is no folder; mount the bucket"),
         (["--disk-quota", "1MB"], "'1MB' is under 20MB"),
         (["--device", "mps"], "device 'mps' is not on this machine"),
         (["--storage", "nonsense"], "--storage 'nonsense' cannot be opened"),
-        (["--storage", "sqlite:////proc/x/db.sqlite3"], "db.sqlite3' cannot be opened: [Errno 2]"),
         (["--output", "/proc/x"], "cannot write to /proc/x"),
     ],
 )
@@ -461,6 +461,9 @@ def test_a_network_of_ones_own_is_searched_and_saved(
     assert unsound.returncode == 2
     assert unsound.stderr.count("\n") == 1
     assert "network 'tiny' cannot be used: " in unsound.stderr
+    file.write_text(OWN.replace("nn.Linear(", "nn.Dropout(0.0), nn.BatchNorm1d(3), nn.Linear("))
+    untrainable = run(*options)
+    assert (untrainable.returncode, untrainable.stderr.count("\n")) == (2, 1)
     file.write_text("import this_is_not_there")
     broken = run(*options)
     assert broken.returncode == 2
