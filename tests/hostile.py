@@ -115,8 +115,10 @@ def main(folder: Path, files: int, seed: int) -> None:
 def attack(folder: Path, files: int, seed: int = 0) -> str:
     """What was seen; raises AssertionError for what must not be."""
     chance, good = random.Random(seed), pictures()
-    bodies = hostile() + [damage(chance.choice(good), chance) for _ in range(files)]
+    bodies = hostile() * 2 + [damage(chance.choice(good), chance) for _ in range(files)]
     chance.shuffle(bodies)
+    # malloc keeps what a thread once needed: first, each of the server's has had large pictures.
+    bodies = hostile() * 3 + bodies
     statuses: Counter[int] = Counter()
     memory = []
     with servers.server(folder, load.request("/predict", good[0])) as server:
