@@ -91,13 +91,13 @@ def test_any_network_answers_in_onnx_as_in_torch_and_in_int8_nearly(
     dataset = small(channels, size, classes)
     model = fresh(network, dataset)
     float32 = export.to_onnx(model, dataset)
-    int8 = export.to_int8(float32, dataset)
+    both = [export.to_int8(float32, dataset, low_rank) for low_rank in (True, False)]
     wanted = inference.by_torch(model, dataset.mean, dataset.std)
     for n in (1, 2, 20):  # the size of a batch is free
         images = dataset.validation.images[:n].numpy()
         logits, wanted_features = wanted(images)
         largest = float(np.abs(logits).max())
-        for content, tolerance in ((float32, 1e-4), (int8, 0.1)):
+        for content, tolerance in ((float32, 1e-4), (both[0], 0.3), (both[1], 0.1)):
             found, features = inference.by_onnx(content)(images)
             assert found.shape == (n, classes)
             assert found == pytest.approx(logits, abs=tolerance * largest)
@@ -165,6 +165,20 @@ def test_int8_with_more_errors_than_allowed_is_left_out(monkeypatch: pytest.Monk
     assert exported.served.engine == "onnx"
     assert set(exported.files) == {"onnx", "golden", "likeness"}
     assert "more errors of" in exported.left_out["onnx_int8"]
+
+
+def test_where_low_rank_costs_too_much_int8_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = small(1, 16, 3)
+    wrong = export.to_onnx(models.build("linear", 1, 16, 3), dataset)  # of other weights
+    to_int8 = export.to_int8
+
+    def costly(content: bytes, dataset: data.Dataset, low_rank: bool) -> bytes:
+        return wrong if low_rank else to_int8(content, dataset, low_rank)
+
+    monkeypatch.setattr(export, "to_int8", costly)
+    exported = export.export(trained(dataset), dataset)
+    assert exported.served.engine == "onnx_int8"
+    assert exported.left_out == {}
 
 
 @pytest.mark.parametrize(("more", "taken"), [(0, True), (1, True), (2, False)])
