@@ -7,9 +7,10 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mnist import images, inference, registry
+from serve import trial
 from serve.batches import Batches, Busy
 from serve.metrics import Metrics
 from serve.settings import Settings
@@ -86,6 +88,10 @@ class Engine:
         self.reason = "starting"
         self.refused: dict[str, str] = {}
         self._loaded: dict[str, Model] = {}  # by name, the last one used at the end
+        self._loading: dict[str, asyncio.Task[Model]] = {}  # by name, for all that wait for it
+        self._failed: dict[str, registry.RegistryError] = {}  # by name, until it is tried again
+        self._one = asyncio.Lock()  # loading what was asked for by name
+        self._waiting = 0  # requests that wait for that
         self._paths = [settings.models / registry.INFO]
         self._seen: list[tuple[int, ...] | None] = []
         self._again = math.inf  # when to look, even where nothing has changed
@@ -97,14 +103,14 @@ class Engine:
 
     async def start(self) -> None:
         """Load the current model, and from then on each new one."""
-        await self._run(self._loader, self._look)
+        await self._look()
         self._watch = asyncio.create_task(self._keep_looking())
 
     async def stop(self) -> None:
-        if self._watch:
-            self._watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watch
+        tasks = [*self._loading.values(), *([self._watch] if self._watch else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._loader.shutdown()
         self._named_loader.shutdown()
         self._batches.stop()
@@ -137,10 +143,10 @@ class Engine:
         """The named model; without a name the current one, or for its share of requests the canary.
 
         Raises registry.UnknownModel where `name` names none, another registry.RegistryError where
-        there is no model, or the model cannot be loaded.
+        there is no model, or the model cannot be loaded; batches.Busy where too many wait for that.
         """
         if name is not None:
-            return await self._run(self._named_loader, self._named, name)
+            return await self._named(name)
         if self.canary and self.settings.canary and random.random() < self.settings.canary[1]:
             return self.canary
         if self.current is None:
@@ -161,57 +167,84 @@ class Engine:
         self.metrics.confidence.labels(model.name).observe(answer["probability"])
         return answer | ({"view": _png(picture)} if view else {})
 
-    # --- in the loading threads ---
+    async def _named(self, name: str) -> Model:
+        await _in(self._loader, registry.record, self.settings.models, name)  # it is still there
+        for live in (self.current, self.canary):
+            if live is not None and live.name == name:
+                return live
+        if name in self._loaded:
+            self._loaded[name] = self._loaded.pop(name)
+            return self._loaded[name]
+        if name in self._failed:
+            raise registry.RegistryError(str(self._failed[name]))
+        if self._waiting > self.settings.max_queue / 2:
+            raise Busy("loading", f"the server is busy: it loads {name}; try again in 1 s", 1)
+        task = self._loading.get(name)
+        if task is None:
+            self._loading[name] = task = asyncio.create_task(self._load_named(name))
+            task.add_done_callback(lambda done: self._loaded_one(name, done))
+        self._waiting += 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            self._waiting -= 1
 
-    async def _run(self, loader: ThreadPoolExecutor, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(loader, function, *args)
+    def _loaded_one(self, name: str, done: asyncio.Task[Model]) -> None:
+        del self._loading[name]
+        if not done.cancelled():
+            done.exception()  # seen, even where nobody waits for it any more
+
+    # --- loading ---
 
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(WATCH_S)
             try:
-                await self._run(self._loader, self._look)
+                await self._look()
             except Exception:  # nothing that is wrong with a registry ends the looking
                 log.exception("unforeseen")
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         """Where the registry changed, load what is to answer; whatever fails, go on as before."""
-        seen = [_state(path) for path in self._paths]
-        if seen == self._seen and time.monotonic() < self._again:
-            return
         canary = self.settings.canary[0] if self.settings.canary else None
-        self._paths = self._files(canary)
-        self._seen = [_state(path) for path in self._paths]
-        self.refused = {}
-        self.current = self._renew("current", None, self.current)
+        if not await _in(self._loader, self._changed, canary):
+            return
+        self.refused, self._failed, self._again = {}, {}, math.inf
+        self.current = await self._renew("current", None, self.current)
         if canary is not None:
-            self.canary = self._renew("canary", canary, self.canary)
-        self._again = time.monotonic() + AGAIN_S if self.refused else math.inf
+            self.canary = await self._renew("canary", canary, self.canary)
+        if self.refused:
+            self._again = time.monotonic() + AGAIN_S
 
-    def _files(self, canary: str | None) -> list[Path]:
-        """What tells of a change: the registry's record, and the files of who is to answer."""
+    def _changed(self, canary: str | None) -> bool:
+        """Whether the registry's record did, or the files of who is to answer."""
+        if [_state(path) for path in self._paths] == self._seen and time.monotonic() < self._again:
+            return False
         folder = self.settings.models
-        paths = [folder / registry.INFO]
+        self._paths = [folder / registry.INFO]
         with suppress(registry.RegistryError):
             info = registry.read(folder)
             named = [info["models"][name] for name in {info["current"], canary} & {*info["models"]}]
-            paths += [folder / file["file"] for each in named for file in each["files"].values()]
-        return paths
+            files = [file["file"] for each in named for file in each["files"].values()]
+            self._paths += [folder / file for file in files]
+        self._seen = [_state(path) for path in self._paths]
+        return True
 
-    def _renew(self, role: str, name: str | None, old: Model | None) -> Model | None:
+    async def _renew(self, role: str, name: str | None, old: Model | None) -> Model | None:
         """The model that is to have this role, or the old one where it cannot be had."""
         try:
-            name = registry.record(self.settings.models, name)[0]
+            name = (await _in(self._loader, registry.record, self.settings.models, name))[0]
             if old is not None and old.name == name:
                 return old
-            new = self._load(name)
+            new = self._loaded.pop(name, None) or await self._load(self._loader, name)
         except Exception as error:  # whatever it is, the server lives and says so
             known = isinstance(error, registry.RegistryError)
             reason = str(error) if known else f"the model cannot be used: {error!r}"
             if not known:
                 log.exception("unforeseen")
             self.refused[role] = f"{name}: {reason}" if name and name not in reason else reason
-            self.reason = reason
+            if role == "current":
+                self.reason = reason
             self.metrics.refused.labels(name or "").inc()
             log.error("refused", extra={"role": role, "model": name, "reason": reason})
             return old
@@ -226,20 +259,36 @@ class Engine:
         if old is not None and role == "current":
             self.metrics.swaps.inc()
 
-    def _named(self, name: str) -> Model:
-        registry.record(self.settings.models, name)  # it may have been removed since it was loaded
-        for live in (self.current, self.canary):
-            if live is not None and live.name == name:
-                return live
-        self._loaded[name] = model = self._loaded.pop(name, None) or self._load(name)
+    async def _load_named(self, name: str) -> Model:
+        """One that is neither current nor canary; a failure is remembered for AGAIN_S."""
+        async with self._one:
+            try:
+                model = await self._load(self._named_loader, name)
+            except registry.RegistryError as error:
+                self._failed[name] = error
+                self._again = min(self._again, time.monotonic() + AGAIN_S)
+                raise
+        self._loaded[name] = model
         while len(self._loaded) > LOADED:
             self._loaded.pop(next(iter(self._loaded)))
         return model
 
-    def _load(self, name: str) -> Model:
+    async def _load(self, loader: ThreadPoolExecutor, name: str) -> Model:
         settings = self.settings
-        run = inference.load(settings.models, name, settings.threads, settings.engine)
-        return Model(name, registry.record(settings.models, name)[1], run, settings.max_pixels)
+        folder, threads = settings.models, settings.threads
+        engine: str = settings.engine
+        passed_over = None
+        if self.current is not None:  # its answers are not to wait for what takes long or fails
+            engine, passed_over = await trial.which_engine(folder, name, threads, engine)
+        run = await _in(loader, inference.load, folder, name, threads, engine)
+        if passed_over is not None:
+            run = replace(run, passed_over=passed_over)
+        record = (await _in(loader, registry.record, folder, name))[1]
+        return Model(name, record, run, settings.max_pixels)
+
+
+async def _in(loader: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(loader, function, *args)
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

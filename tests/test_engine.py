@@ -1,8 +1,11 @@
 """serve/engine.py: new models take over without a pause, bad ones never."""
 
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from mnist import inference, registry
-from serve import engine
+from serve import engine, trial
 from serve.app import app
 from tests.test_inference import change, other_golden
 
@@ -38,6 +41,13 @@ def another(folder: Path, promote: str = "always") -> str:
         for kind, each in record["files"].items()
     }
     return registry.save(folder, files, record, promote)
+
+
+def arrive(staging: Path, folder: Path, name: str) -> None:
+    """Bring a model, and with it all of the registry's record, from one folder into another."""
+    for path in staging.glob(f"{name}.*"):
+        shutil.copy(path, folder)
+    (staging / registry.INFO).replace(folder / registry.INFO)
 
 
 def until(client: TestClient, true: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -93,9 +103,7 @@ def test_a_bad_new_model_is_refused_and_the_old_one_answers_on(
             other_golden(staging, each)
     elif harm == "record":
         (staging / registry.INFO).write_text("{")
-    for path in staging.glob(f"{new}.*"):
-        shutil.copy(path, folder)
-    (staging / registry.INFO).replace(folder / registry.INFO)  # all at once
+    arrive(staging, folder, new)
     expected = {
         "altered": "was altered",
         "missing": "No such file",
@@ -114,6 +122,37 @@ def test_a_bad_new_model_is_refused_and_the_old_one_answers_on(
         until(client, lambda ready: ready["model"] == new)
 
 
+def test_a_model_that_ends_whatever_process_loads_it_does_not_end_the_server(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", "import os; os.abort()"))
+    old = client.get("/ready").json()["model"]
+    another(folder)
+    ready = until(client, lambda ready: "ended a process (-6)" in str(ready.get("refused")))
+    assert ready["model"] == old
+
+
+def test_a_model_that_takes_too_long_to_load_is_refused(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", "import time; time.sleep(30)"))
+    monkeypatch.setattr(trial, "LONGEST_S", 0.1)
+    another(folder)
+    until(client, lambda ready: "took over 0.1 s" in str(ready.get("refused")))
+
+
+def test_after_a_swap_the_server_says_which_better_engine_cannot_run_the_model(
+    client: TestClient, folder: Path
+) -> None:
+    staging = Path(shutil.copytree(folder, folder.parent / "staging"))
+    new = another(staging)
+    other_golden(staging, "onnx_int8")
+    arrive(staging, folder, new)
+    ready = until(client, lambda ready: ready["model"] == new)
+    assert ready["engine"] == "onnx"
+    assert "golden inputs" in ready["passed_over"]["onnx_int8"]
+
+
 def test_a_refused_model_is_tried_again_after_a_while(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,14 +168,72 @@ def test_a_refused_model_is_tried_again_after_a_while(
     until(client, lambda ready: ready["model"] == new and "refused" not in ready)
 
 
+def loaded(client: TestClient) -> list[str]:
+    return [*client.app.state.engine._loaded]  # type: ignore[attr-defined]
+
+
 def test_a_model_that_is_asked_for_by_name_is_kept_only_while_it_is_not_live(
     client: TestClient, folder: Path
 ) -> None:
     old = client.get("/ready").json()["model"]
     assert client.post(f"/predict?model={old}", content=b"x").status_code == 415
-    new = another(folder)
+    assert loaded(client) == []
+    new = another(folder, "never")
+    assert client.post(f"/predict?model={new}", content=b"x").status_code == 415
+    assert loaded(client) == [new]
+    registry.use(folder, new)
     until(client, lambda ready: ready["model"] == new)
-    assert client.app.state.engine._loaded == {}  # type: ignore[attr-defined]
+    assert loaded(client) == []
+
+
+def test_many_that_ask_for_a_model_by_name_have_it_loaded_once(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    which_engine = trial.which_engine
+
+    async def counted(*args: Any) -> Any:
+        tried.append(args)
+        return await which_engine(*args)
+
+    monkeypatch.setattr(trial, "which_engine", counted)
+    new = another(folder, "never")
+    with ThreadPoolExecutor(8) as threads:
+        asked = [
+            threads.submit(client.post, f"/predict?model={new}", content=b"x") for _ in range(16)
+        ]
+    assert {each.result().status_code for each in asked} == {415}
+    assert len(tried) == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_not_loaded_for_each_who_asks(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = another(folder, "never")
+    weights = folder / f"{new}.int8.onnx"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + b"?")
+    first = client.post(f"/predict?model={new}", content=b"x")
+    assert (first.status_code, first.json()["error"]["code"]) == (503, "no_model")
+    assert "was altered" in first.json()["error"]["message"]
+    weights.write_bytes(good)
+    assert client.post(f"/predict?model={new}", content=b"x").status_code == 503
+    another(folder, "never")  # the registry changes
+    end = time.monotonic() + 20
+    while client.post(f"/predict?model={new}", content=b"x").status_code == 503:
+        assert time.monotonic() < end
+
+
+def test_a_server_that_is_stopped_ends_the_process_that_tries_a_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    with TestClient(app) as client:
+        monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", code, str(tmp_path / "pid")))
+        another(folder)
+        until(client, lambda _: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_canary_answers_its_share_and_is_counted(

@@ -1,0 +1,82 @@
+"""A new model is first loaded by another process.
+
+python -m serve.trial FOLDER NAME ENGINE [THREADS]
+
+What takes long there, fails, or brings it down, does not touch the process that answers.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from mnist import inference, registry
+
+COMMAND = (sys.executable, "-m", "serve.trial")
+LONGEST_S = 120
+NICE = 5  # who answers goes first; but on a busy machine, too, a model can be replaced
+
+
+async def which_engine(
+    folder: Path, name: str, threads: int | None, engine: str
+) -> tuple[str, dict[str, str]]:
+    """The engine that runs a model, as inference.load finds it, and why better ones do not.
+
+    Raises registry.RegistryError where none does, or the process that tries it fails or takes
+    over LONGEST_S. The process ends with whoever waits for it.
+    """
+    arguments = [str(folder), name, engine, *([] if threads is None else [str(threads)])]
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    pipe = asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, *arguments, env=environment, stdout=pipe, stderr=pipe
+        )
+    except OSError as error:
+        raise registry.RegistryError(f"no process can try model {name}: {error}") from error
+    try:
+        async with asyncio.timeout(LONGEST_S):
+            output, complaints = await process.communicate()
+        found = json.loads(output)
+    except TimeoutError as error:
+        message = f"to try model {name} took over {LONGEST_S} s"
+        raise registry.RegistryError(message) from error
+    except ValueError as error:  # it came to no end
+        last = complaints.decode(errors="replace").strip().rpartition("\n")[2]
+        message = f"to try model {name} ended a process ({process.returncode}) {last}"
+        raise registry.RegistryError(message.strip()) from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if "refused" in found:
+        raise registry.RegistryError(found["refused"])
+    return found["engine"], found["passed_over"]
+
+
+def main(folder: str, name: str, engine: str, threads: str | None = None) -> None:
+    """Print the engine, or why there is none, as JSON."""
+    os.nice(NICE)
+    signal.alarm(LONGEST_S)  # should who asked be gone
+    with suppress(OSError):  # where memory runs out, this process ends, not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no part of it
+    try:
+        run = inference.load(Path(folder), name, int(threads) if threads else None, engine)
+        found = {"engine": run.engine, "passed_over": dict(run.passed_over)}
+    except registry.RegistryError as error:
+        found = {"refused": str(error)}
+    except Exception as error:  # noqa: BLE001 - whatever it is, who asked is told
+        traceback.print_exc()
+        found = {"refused": f"the model cannot be used: {error!r}"}
+    os.write(answer, json.dumps(found).encode())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
