@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from mnist import images, registry
 from serve import feedback, front, schemas
 from serve.batches import Busy
-from serve.engine import Engine
+from serve.engine import BODIES_BYTES, Engine
 from serve.front import Front, problem
 from serve.metrics import Metrics
 from serve.settings import Settings
@@ -195,12 +195,12 @@ async def predict_batch(
     response_model=schemas.Kept,
     responses=ANSWERS,
 )
-async def put_right(request: Request, engine: Live) -> JSONResponse:
-    """Keep a picture with its true class, if FEEDBACK_DIR is set."""
+async def put_right(request: Request, engine: Live, model: Name = None) -> JSONResponse:
+    """Keep a picture with its true class, one of the model's, if FEEDBACK_DIR is set."""
     settings = engine.settings
     if settings.feedback_dir is None:
         raise Refused(404, "not_found", "corrections are not kept here (FEEDBACK_DIR)")
-    live = await engine.model(None)
+    live = await engine.model(model)
     async with _form(request, settings.max_upload_bytes + FORM_BYTES, 1) as form:
         file, label = form.get("file"), form.get("label")
         picture = _sent(await file.read() if isinstance(file, UploadFile) else b"")
@@ -210,7 +210,7 @@ async def put_right(request: Request, engine: Live) -> JSONResponse:
     try:
         await asyncio.to_thread(feedback.keep, where, most, picture, label, settings.max_pixels)
     except feedback.Full as error:
-        raise Refused(413, "too_large", str(error)) from error
+        raise Refused(413, "full", str(error)) from error
     return JSONResponse({"label": label}, 201)
 
 
@@ -245,7 +245,7 @@ async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
 async def _files(request: Request, settings: Settings) -> list[tuple[bytes, str | None]]:
     """The pictures of a form's field `files`, and their names."""
     most = settings.max_batch_files
-    limit = most * (settings.max_upload_bytes + FORM_BYTES)
+    limit = min(most * (settings.max_upload_bytes + FORM_BYTES), BODIES_BYTES)
     async with _form(request, limit, most) as form:
         parts = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
         files = [(await part.read(), part.filename) for part in parts]
@@ -257,7 +257,9 @@ async def _files(request: Request, settings: Settings) -> list[tuple[bytes, str 
 @asynccontextmanager
 async def _form(request: Request, limit: int, most: int) -> AsyncIterator[Any]:
     """A multipart form of at most `limit` bytes and `most` files, kept in memory."""
-    if CHARSET.search(request.headers["content-type"]):  # of Python's codecs some take for ever
+    if CHARSET.search(
+        request.headers.get("content-type", "")
+    ):  # of Python's codecs some take for ever
         raise Refused(400, "bad_request", "the form has a charset; it is UTF-8 without one")
     parser = MultiPartParser(request.headers, _bounded(request, limit), max_files=most)
     parser.spool_max_size = limit  # below it, Starlette keeps a file in memory

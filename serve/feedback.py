@@ -17,8 +17,9 @@ class Full(Exception):
 def keep(folder: Path, most_bytes: int, picture: bytes, label: str, max_pixels: int) -> Path:
     """Keep the picture's bytes under `label`, one of the model's classes; returns the path.
 
-    The same picture is kept once. `run.py --dataset folder:FOLDER` trains on what is there. Raises
-    images.ImageError where it is no picture, Full where the folder would exceed `most_bytes`.
+    The same picture is kept once, under the label that came last. `run.py --dataset folder:FOLDER`
+    trains on what is there. Raises images.ImageError where it is no picture, Full where the folder
+    would exceed `most_bytes`.
     """
     images.normalise(picture, recipe="plain", max_pixels=max_pixels)
     with Image.open(io.BytesIO(picture), formats=images.FORMATS) as image:
@@ -29,6 +30,8 @@ def keep(folder: Path, most_bytes: int, picture: bytes, label: str, max_pixels: 
     with FileLock(folder / ".lock"):  # of all threads and processes
         if path.exists():
             return path
+        for other in folder.glob(f"*/{name}"):
+            other.unlink()
         used = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
         if used + len(picture) > most_bytes:
             raise Full(f"{folder} would hold over {most_bytes} bytes (FEEDBACK_MAX_BYTES)")

@@ -22,6 +22,7 @@ HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-cache"),  # the page's parts belong together
 ]
 
 log = logging.getLogger("serve")
@@ -88,11 +89,13 @@ class Front:
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request that has no key, or comes when the server is busy."""
         engine, post = scope["app"].state.engine, scope["method"] == "POST"
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path, root = scope["path"], scope.get("root_path", "")
+        if root and path.startswith(f"{root}/"):  # as the routes see it
+            path = path.removeprefix(root)
         if (post or path == "/metrics") and not _has_key(scope, engine.settings.api_keys):
             refusal = problem(scope, 401, "unauthorised", "send one of the keys as X-API-Key")
             await refusal(scope, receive, send)
-        elif post and path.startswith("/predict"):
+        elif post and path.startswith(("/predict", "/feedback")):
             try:
                 engine.admit()
             except Busy as error:
@@ -124,6 +127,7 @@ def problem(
 
 
 def busy(scope: Scope, error: Busy) -> JSONResponse:
+    scope["app"].state.engine.metrics.turned_away.labels(error.why).inc()
     return problem(scope, 429, "busy", str(error), {"Retry-After": str(error.retry_after_s)})
 
 

@@ -67,6 +67,9 @@ class Metrics:
         """Of all workers, in Prometheus's text format."""
         if not self.several:
             return generate_latest(self._registry)
+        for path in Path(os.environ[_DIRECTORY]).glob("gauge_live*.db"):
+            if not _alive(int(path.stem.rpartition("_")[2])):
+                workers.mark_process_dead(int(path.stem.rpartition("_")[2]))
         together = CollectorRegistry()
         workers.MultiProcessCollector(together)
         return generate_latest(together)
@@ -75,3 +78,14 @@ class Metrics:
         """What this process alone had, such as its queue, no longer counts."""
         if self.several:
             workers.mark_process_dead(os.getpid())
+
+
+def _alive(pid: int) -> bool:
+    """Not so for a worker that was killed."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -99,7 +99,7 @@ WHEN = {
     400: "bad_request: a form, JSON or parameter that cannot be read",
     401: "unauthorised: keys are set, none or a wrong one in X-API-Key",
     404: "unknown_model: the name is no model's",
-    413: "too_large, too_many_pixels, too_many_files: over a limit",
+    413: "too_large, too_many_pixels, too_many_files, full: over a limit",
     415: "not_an_image: no decoder reads it, or it ends early",
     422: "blank: nothing is drawn; missing_file: nothing was sent",
     429: "busy: the queue is full or the deadline cannot be met; see Retry-After",

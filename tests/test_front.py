@@ -196,6 +196,7 @@ def test_a_batch_has_an_answer_or_an_error_for_each_file(
         assert third["error"]["code"] == "missing_file"
         refused(client.post("/predict/batch", files=files * 2), 413, "too_many_files")
         refused(client.post("/predict/batch", files={"x": b"x"}), 422, "missing_file")
+        refused(client.post("/predict/batch"), 400, "bad_request")
         two = [("file", ("a.png", picture))] * 2
         assert "/predict/batch" in refused(
             client.post("/predict", files=two), 413, "too_many_files"
