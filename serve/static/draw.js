@@ -4,7 +4,7 @@ const SIDE = 280; // units of a drawing
 const SENT = 224; // pixels of the picture that is sent: the longest side the server looks at
 
 export class Drawing {
-  /** Calls changed(done) as strokes grow, with done once a stroke has ended. */
+  /** Calls changed(done) as strokes grow, with done where no stroke is under way. */
   constructor(canvas, changed) {
     this.canvas = canvas;
     this.changed = changed;
@@ -12,6 +12,8 @@ export class Drawing {
     this.removed = []; // what Clear took away, for Undo
     this.brush = 22;
     this.stroke = null;
+    this.off = false; // then nobody draws
+    this.frame = 0; // in which it will be shown
     this.sent = Object.assign(document.createElement("canvas"), { width: SENT, height: SENT });
     canvas.addEventListener("pointerdown", (event) => this.begin(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
@@ -27,13 +29,15 @@ export class Drawing {
   }
 
   begin(event) {
-    if (event.button !== 0 || this.stroke) return;
+    if (event.button !== 0 || this.stroke || this.off) return;
     event.preventDefault();
     this.canvas.setPointerCapture(event.pointerId);
+    this.canvas.focus({ preventScroll: true }); // for its keys
     this.stroke = { pointer: event.pointerId, points: [] };
     this.strokes.push(this.stroke);
     this.removed = [];
     this.add(event);
+    this.show();
     this.changed(false);
   }
 
@@ -41,7 +45,7 @@ export class Drawing {
     if (event.pointerId !== this.stroke?.pointer) return;
     const steps = event.getCoalescedEvents?.() ?? [];
     for (const step of steps.length ? steps : [event]) this.add(step);
-    this.show();
+    this.frame ||= requestAnimationFrame(() => this.show());
     this.changed(false);
   }
 
@@ -62,7 +66,6 @@ export class Drawing {
       y: (event.clientY - box.top) * scale,
       width: this.brush * pressure,
     });
-    this.show();
   }
 
   undo() {
@@ -90,6 +93,8 @@ export class Drawing {
   }
 
   show() {
+    cancelAnimationFrame(this.frame);
+    this.frame = 0;
     const { canvas } = this;
     const pen = canvas.getContext("2d");
     pen.clearRect(0, 0, canvas.width, canvas.height);
@@ -128,16 +133,24 @@ function line(pen, points) {
     return;
   }
   let from = first;
-  for (let i = 1; i < points.length; i++) {
-    const by = points[i - 1];
-    const to = i === points.length - 1 ? points[i] : middle(by, points[i]);
-    pen.lineWidth = points[i].width;
+  let { width } = first;
+  const start = () => {
+    pen.lineWidth = width;
     pen.beginPath();
     pen.moveTo(from.x, from.y);
-    pen.quadraticCurveTo(by.x, by.y, to.x, to.y);
-    pen.stroke();
-    from = to;
+  };
+  start();
+  for (let i = 1; i < points.length; i++) {
+    if (points[i].width !== width) {
+      pen.stroke();
+      ({ width } = points[i]);
+      start();
+    }
+    const by = points[i - 1];
+    from = i === points.length - 1 ? points[i] : middle(by, points[i]);
+    pen.quadraticCurveTo(by.x, by.y, from.x, from.y);
   }
+  pen.stroke();
 }
 
 const middle = (a, b) => ({ x: (a.x + b.x) / 2, y: (a.y + b.y) / 2 });

@@ -6,52 +6,53 @@ import { Drawing } from "./draw.js";
 const $ = (id) => document.getElementById(id);
 const ALIVE_MS = 5000; // between two looks at a server that is ready
 const GONE_MS = 1000; // and at one that is not
+const EVERY_MS = 50; // a stroke that is under way is asked about
 const MOST_BARS = 10;
-const AT_ONCE = 16; // pictures in one request
+const AT_ONCE = 16; // pictures in one request, at most
+const AT_ONCE_BYTES = 8e6; // and so many bytes, if it is more than one
 
-let record = null; // of the model that answers
+let classes = []; // of the model that is described
+let described = ""; // its name
+let answered = null; // the answer that is shown, with its picture
 let chosen = null; // the one picture that was chosen, in place of the drawing
-let correcting = false; // whether the server keeps corrections
 
 // --- what is asked ---
 
-const drawing = new Drawing($("canvas"), (done) => {
-  if (chosen) forget();
-  if (drawing.empty) newest.drop();
-  if (drawing.empty) nothing();
-  else newest.ask(done);
-});
-
 let asked = 0;
-const newest = new api.Newest(() => {
+const newest = new api.Newest((signal) => {
   if (!chosen && drawing.empty) return null;
   asked = performance.now();
-  const picture = chosen ? Promise.resolve(chosen) : drawing.png();
-  return picture.then((bytes) => api.predict(bytes, $("model").value));
+  const name = $("model").value;
+  return (chosen ? Promise.resolve(chosen) : drawing.png()).then(async (picture) => {
+    return { ...(await api.predict(picture, name, signal)), picture };
+  });
 }, show);
 
+const drawing = new Drawing($("canvas"), (done) => {
+  $("words").setAttribute("aria-busy", String(!done)); // it is read out when the pen is up
+  if (drawing.empty) {
+    newest.drop();
+    nothing();
+  } else if (done || performance.now() - asked > EVERY_MS) newest.ask();
+});
+
 /** Pictures that were chosen, dropped, pasted or taken. */
-async function take(files) {
+function take(files) {
   const pictures = [...files];
-  if (!pictures.length) return;
+  if (pictures.length > 1) takeMany(pictures);
+  else if (pictures.length) choose(pictures[0]);
+}
+
+function choose(picture) {
+  forget();
   newest.drop();
-  if (pictures.length === 1) {
-    drawing.clear();
-    [chosen] = pictures;
-    $("picture").src = URL.createObjectURL(chosen);
-    $("picture").hidden = false;
-    newest.ask();
-    return;
-  }
-  $("rows").replaceChildren();
-  $("many").hidden = false;
-  $("many").scrollIntoView({ behavior: "smooth", block: "nearest" });
-  for (let i = 0; i < pictures.length; i += AT_ONCE) {
-    const part = pictures.slice(i, i + AT_ONCE);
-    const rows = part.map((file) => $("rows").appendChild(row(file)));
-    const found = await api.batch(part, $("model").value).catch((error) => error);
-    rows.forEach((each, j) => fill(each, found.results?.[j] ?? { error: found }));
-  }
+  drawing.clear();
+  chosen = picture;
+  drawing.off = true;
+  $("picture").src = URL.createObjectURL(chosen);
+  $("picture").hidden = false;
+  nothing();
+  newest.ask();
 }
 
 function forget() {
@@ -59,6 +60,7 @@ function forget() {
   URL.revokeObjectURL($("picture").src);
   $("picture").hidden = true;
   chosen = null;
+  drawing.off = false;
 }
 
 // --- what is answered ---
@@ -72,26 +74,41 @@ function percent(share) {
 
 function show(answer) {
   if (answer instanceof Error) {
-    nothing(answer.message);
-    if (answer.code === "gone") look();
-    if (answer.code === "unauthorised") askKey();
+    nothing(trouble(answer));
     return;
   }
-  const { prediction, probability, probabilities, top, uncertain, view } = answer;
+  answered = answer;
+  state("ready");
+  const { prediction, probability, probabilities, top, uncertain, view, model } = answer;
   $("class").textContent = prediction;
   $("class").classList.toggle("long", prediction.length > 2);
   $("class").classList.toggle("unsure", uncertain);
   const others = top.slice(1).map(([name, share]) => `${name} (${percent(share)})`);
   const sure = uncertain ? `Not sure; most like ${prediction}` : prediction;
-  $("words").textContent = `${sure}, ${percent(probability)}. Then ${others.join(" and ")}.`;
-  $("time").textContent = `${Math.round(performance.now() - asked)} ms`;
+  const then = others.length ? ` Then ${others.join(" and ")}.` : "";
+  $("words").textContent = `${sure}, ${percent(probability)}.${then}`;
+  const other = model === described ? "" : `, by ${model}`; // a canary, or one that has just come
+  $("time").textContent = `${Math.round(performance.now() - asked)} ms${other}`;
   $("view").src = view;
   $("view").alt = "Your picture as the model sees it";
   bars(probabilities, prediction);
-  $("right").hidden = !correcting;
+  $("right").hidden = !correcting || model !== described;
+  if (other && model !== canary) look();
+}
+
+/** What an error says; and what follows from it. */
+function trouble({ code, message }) {
+  if (code === "busy") state("busy");
+  if (code === "unauthorised") askKey();
+  if (code === "gone") {
+    state("gone");
+    look();
+  }
+  return message;
 }
 
 function nothing(words = chosen || !drawing.empty ? "" : "Nothing drawn yet.") {
+  answered = null;
   $("class").textContent = "–";
   $("class").classList.remove("unsure", "long");
   $("words").textContent = words;
@@ -104,7 +121,8 @@ function nothing(words = chosen || !drawing.empty ? "" : "Nothing drawn yet.") {
 
 /** A bar for each class, or for the likeliest where there are many. */
 function bars(shares, best) {
-  const all = record?.dataset.classes ?? Object.keys(shares);
+  const given = Object.keys(shares);
+  const all = given.every((name) => classes.includes(name)) ? classes : given;
   let names = all;
   if (all.length > MOST_BARS) {
     const likely = [...all].sort((a, b) => (shares[b] ?? 0) - (shares[a] ?? 0));
@@ -133,12 +151,54 @@ function part(tag, kind = "") {
 
 // --- several pictures ---
 
+let lots = 0;
+
+async function takeMany(files) {
+  const lot = ++lots;
+  let waiting = files.map((file) => ({ file, line: row(file) }));
+  let most = AT_ONCE;
+  $("rows").replaceChildren(...waiting.map(({ line }) => line));
+  $("many").hidden = false;
+  $("many").scrollIntoView({ block: "nearest" });
+  while (waiting.length) {
+    $("count").textContent = `${files.length - waiting.length} of ${files.length} answered`;
+    const some = waiting.slice(0, within(waiting, most));
+    const found = await api.batch(some.map(({ file }) => file), $("model").value).catch((e) => e);
+    if (lot !== lots) return; // others have come
+    if (found.code === "too_many_files" && some.length > 1) {
+      most = some.length >> 1;
+      continue;
+    }
+    const words = found.results ? "" : trouble(found);
+    const again = some.filter(({ line }, i) => {
+      const answer = found.results?.[i] ?? { error: { code: found.code, message: words } };
+      const busy = answer.error?.code === "busy";
+      if (!busy) fill(line, answer);
+      return busy;
+    });
+    waiting = [...waiting.slice(some.length), ...again];
+    if (again.length) await api.pause(found.wait || GONE_MS);
+  }
+  $("count").textContent = `${files.length} of ${files.length} answered`;
+}
+
+/** How many of them one request may have. */
+function within(pictures, most) {
+  let bytes = 0;
+  const n = pictures.slice(0, most).findIndex(({ file }) => (bytes += file.size) > AT_ONCE_BYTES);
+  return n < 0 ? most : Math.max(1, n);
+}
+
 function row(file) {
   const line = document.createElement("tr");
   const cells = ["picture", "seen", "file", "prediction", "top"].map((kind) => part("td", kind));
-  const thumbnail = Object.assign(new Image(64, 64), { alt: "", src: URL.createObjectURL(file) });
-  thumbnail.onload = () => URL.revokeObjectURL(thumbnail.src);
-  thumbnail.onerror = () => thumbnail.remove();
+  const url = URL.createObjectURL(file);
+  const thumbnail = Object.assign(new Image(64, 64), { alt: "", src: url });
+  thumbnail.onload = () => URL.revokeObjectURL(url);
+  thumbnail.onerror = () => {
+    URL.revokeObjectURL(url);
+    thumbnail.remove();
+  };
   cells[0].append(thumbnail);
   cells[2].textContent = file.name || "picture";
   cells[3].textContent = "…";
@@ -147,7 +207,7 @@ function row(file) {
 }
 
 function fill(line, answer) {
-  const [, seen, , prediction, top] = line.children;
+  const [, view, , prediction, top] = line.children;
   if (answer.error) {
     const { code, message } = answer.error;
     prediction.textContent = "–";
@@ -155,14 +215,14 @@ function fill(line, answer) {
     line.className = "refused";
     return;
   }
-  seen.append(Object.assign(new Image(56, 56), { alt: "", src: answer.view }));
+  view.append(Object.assign(new Image(56, 56), { alt: "", src: answer.view }));
   prediction.textContent = answer.prediction + (answer.uncertain ? " (not sure)" : "");
   top.textContent = answer.top.map(([name, share]) => `${name} ${percent(share)}`).join(", ");
 }
 
 // --- putting right ---
 
-function labels(classes) {
+function labels() {
   const buttons = classes.map((name) => {
     const button = Object.assign(part("button"), { type: "button", textContent: name });
     button.addEventListener("click", () => correct(name));
@@ -172,68 +232,117 @@ function labels(classes) {
 }
 
 async function correct(label) {
-  const picture = chosen ?? (await drawing.png());
-  const found = await api.feedback(picture, label).catch((error) => error);
-  $("words").textContent = found instanceof Error ? found.message : `Kept as ${label}. Thank you.`;
+  const wrong = answered;
+  const found = await api.feedback(wrong.picture, label, wrong.model).catch((error) => error);
+  if (wrong !== answered) return;
+  const kept = `Kept as ${label}. Thank you.`;
+  $("words").textContent = found instanceof Error ? trouble(found) : kept;
 }
 
 // --- the server ---
 
-const STATES = { ready: "ready", unavailable: "no model yet", gone: "not reachable" };
+const STATES = {
+  ready: "ready",
+  busy: "busy",
+  unavailable: "no model yet",
+  gone: "not reachable",
+};
 let timer = 0;
-let seen = "";
+let looks = 0;
+let current = "";
+let canary = "";
+let correcting = false; // whether the server keeps corrections
+let listed = "";
 
+function state(kind) {
+  $("state").dataset.state = kind;
+  $("state").textContent = STATES[kind] ?? kind;
+}
+
+/** See how the server is, and which models it has; and again, as long as the page is there. */
 async function look() {
   clearTimeout(timer);
-  const found = await api.ready().catch(() => ({ status: "gone" }));
+  const turn = ++looks;
   const was = $("state").dataset.state;
-  $("state").dataset.state = found.status;
-  $("state").textContent = STATES[found.status] ?? found.status;
-  $("state").title = found.reason ?? "";
-  correcting = Boolean(found.feedback);
-  if (found.status === "ready" && (was !== "ready" || seen !== found.model)) {
-    seen = found.model;
-    await list();
-    if (was !== "ready") newest.ask();
+  let kind = "gone";
+  try {
+    const found = await api.ready();
+    if (turn !== looks) return; // a later look is under way
+    kind = found.status;
+    current = found.model ?? "";
+    canary = found.canary;
+    correcting = Boolean(found.feedback);
+    if (kind === "ready") await list();
+    else {
+      described = "";
+      about(found.reason);
+    }
+  } catch (error) {
+    if (!error.code) throw error;
+    if (error.code === "gone") kind = "gone"; // else it is tried again
+  } finally {
+    if (turn === looks) {
+      state(kind);
+      if (kind === "ready" && was !== "ready") newest.ask();
+      timer = setTimeout(look, kind === "ready" ? ALIVE_MS : GONE_MS);
+    }
   }
-  timer = setTimeout(look, found.status === "ready" ? ALIVE_MS : GONE_MS);
 }
 
 async function list() {
-  const { current, models } = await api.models();
-  const kept = $("model").value;
-  const options = models.map(
-    ({ name, dataset, network }) => new Option(`${network}, ${dataset}, ${name}`, name),
-  );
-  const first = new Option(current ? `the current one (${current})` : "the current one", "");
-  $("model").replaceChildren(first, ...options.reverse());
-  $("model").value = models.some(({ name }) => name === kept) ? kept : "";
+  const { models } = await api.models();
+  const names = JSON.stringify([current, models]);
+  if (names !== listed) {
+    const kept = $("model").value;
+    const options = models.map(
+      ({ name, dataset, network }) => new Option(`${network}, ${dataset}, ${name}`, name),
+    );
+    $("model").replaceChildren(new Option(`the current one (${current})`, ""), ...options.reverse());
+    $("model").value = models.some(({ name }) => name === kept) ? kept : "";
+    listed = names;
+  }
   await describe();
 }
 
+/** Show which model answers; where it is another one than before, ask it. */
 async function describe() {
-  const name = $("model").value || seen;
-  record = await api.model(name).catch(() => null);
-  if (!record) return;
-  const { dataset, model, created, metrics } = record;
+  const name = $("model").value || current;
+  if (name === described) return;
+  newest.drop();
+  nothing();
+  const record = await api.model(name);
+  if (name !== ($("model").value || current)) return; // yet another one was chosen meanwhile
+  described = name;
+  ({ classes } = record.dataset);
+  about(summary(record));
+  const digits = classes.every((each) => /^\d$/.test(each));
+  const drawn = record.dataset.recipe === "digit";
+  $("draw-title").textContent = digits ? "Draw a digit" : drawn ? "Draw a letter" : "Choose a picture";
+  $("hint").textContent = drawn
+    ? "or drop, paste, photograph or choose pictures"
+    : "drop, paste or photograph one: better than a drawing";
+  $("known").hidden = classes.length <= MOST_BARS;
+  $("known-title").textContent = `${classes.length} classes`;
+  $("names").textContent = classes.join(", ");
+  labels();
+  bars({});
+  newest.ask();
+}
+
+function summary({ dataset, model, created, metrics }) {
   const { errors, n, interval95: [low, high] = [] } = metrics.test;
   const between = low === undefined ? "" : ` (${(100 * low).toFixed(2)}% to ${(100 * high).toFixed(2)}%)`;
   const right = `${(100 * (1 - errors / n)).toFixed(2)}% right of ${n} test images${between}`;
-  $("about").textContent = `${model.name} on ${dataset.name}: ${right}, ${created.slice(0, 10)}`;
-  const digits = dataset.classes.every((each) => /^\d$/.test(each));
-  const drawn = dataset.recipe === "digit";
-  $("draw-title").textContent = digits ? "Draw a digit" : drawn ? "Draw a letter" : "Choose a picture";
-  const known = dataset.classes.join(", ");
-  $("hint").textContent = digits
-    ? "or drop, paste, photograph or choose pictures"
-    : `This model knows ${known}.${drawn ? "" : " A photo will do better than a drawing."}`;
-  labels(dataset.classes);
-  bars({});
+  return `${model.name} on ${dataset.name}: ${right}, ${created.slice(0, 10)}`;
+}
+
+function about(text) {
+  $("about").textContent = text;
 }
 
 function askKey() {
   $("key-field").hidden = false;
-  $("key").focus();
+  if (!drawing.stroke) $("key").focus({ preventScroll: true });
 }
 
 // --- events ---
@@ -249,10 +358,10 @@ for (const id of ["files", "photo"]) {
     $(id).value = "";
   });
 }
-$("model").addEventListener("change", async () => {
-  newest.drop();
-  await describe();
-  newest.ask();
+$("picture").addEventListener("error", () => ($("picture").hidden = true));
+$("model").addEventListener("change", () => {
+  described = "";
+  describe().catch((error) => nothing(trouble(error)));
 });
 $("key-field").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -270,10 +379,10 @@ function act(what) {
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input:not([type=range]), select")) return;
   const command = event.ctrlKey || event.metaKey;
-  if (command && event.key.toLowerCase() === "z") act("undo");
-  else if (command || event.altKey) return;
+  if (command && event.key === "z") act("undo");
+  else if (command) return;
   else if (event.key === "Escape") act("clear");
-  else if (event.key === "[" || event.key === "]") {
+  else if (["[", "]"].includes(event.key) && event.target.matches("#canvas, #brush")) {
     $("brush")[event.key === "]" ? "stepUp" : "stepDown"](2);
     drawing.brush = Number($("brush").value);
   } else return;
@@ -293,5 +402,4 @@ document.addEventListener("drop", (event) => {
   take(event.dataTransfer.files);
 });
 
-bars({});
 look();
