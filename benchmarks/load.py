@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -62,12 +63,45 @@ class Found:
         return float(np.percentile(good, percent)) * 1000 if len(good) else float("nan")
 
 
+class Wire(asyncio.Protocol):
+    """One TCP connection; `answer` becomes the status of what was last asked."""
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport, self.open = transport, True
+        self.came, self.answer = b"", asyncio.get_running_loop().create_future()
+
+    def ask(self, request: bytes) -> None:
+        self.came, self.answer = b"", asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self.came += data
+        head, end, body = self.came.partition(b"\r\n\r\n")
+        found = HEAD.match(head + end) if end else None
+        if found is not None and len(body) >= int(found[2]):
+            if b"connection: close" in head.lower():
+                self.close()
+            self._answered(int(found[1]))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.open = False
+        self._answered(-1 if self.came else 0)
+
+    def close(self) -> None:
+        self.open = False
+        self._transport.close()
+
+    def _answered(self, status: int) -> None:
+        if not self.answer.done():
+            self.answer.set_result(status)
+
+
 class Connection:
-    """One kept-alive connection."""
+    """One kept-alive connection, opened again where the server closed it."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._reader: asyncio.StreamReader | None = None
+        self._wire: Wire | None = None
 
     async def ask(self, request: bytes, due: float) -> tuple[float, float, int, int]:
         """A row of Found."""
@@ -77,32 +111,22 @@ class Connection:
         return due, time.perf_counter() - due, status, tries
 
     async def _ask(self, request: bytes) -> int:
-        head = b""
         try:
             async with asyncio.timeout(PATIENCE_S):
-                if self._reader is None:
-                    self._reader, self._writer = await asyncio.open_connection(
-                        "127.0.0.1", self._port
-                    )
-                self._writer.write(request)
-                head = await self._reader.readuntil(b"\r\n\r\n")
-                found = HEAD.match(head)
-                assert found is not None, head
-                await self._reader.readexactly(int(found[2]))
-        except asyncio.IncompleteReadError as error:
+                if self._wire is None or not self._wire.open:
+                    loop = asyncio.get_running_loop()
+                    _, self._wire = await loop.create_connection(Wire, "127.0.0.1", self._port)
+                self._wire.ask(request)
+                return await self._wire.answer
+        except TimeoutError:
             self.close()
-            return -1 if head or error.partial else 0
-        except (OSError, TimeoutError) as error:
-            self.close()
-            return -1 if head or isinstance(error, TimeoutError) else 0
-        if b"connection: close" in head.lower():
-            self.close()
-        return int(found[1])
+            return -1
+        except OSError:  # no connection
+            return 0
 
     def close(self) -> None:
-        if self._reader is not None:
-            self._writer.close()
-        self._reader = None
+        if self._wire is not None:
+            self._wire.close()
 
 
 async def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> list:

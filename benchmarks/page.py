@@ -2,9 +2,10 @@
 
 python -m benchmarks.page                       # the current model of saved_models; two minutes
 
-Validation images are traced: thinned to a skeleton, which is followed stroke by stroke. The strokes
-are replayed in Chromium as a mouse's events, with the brush's thickness, and the size and place of
-the digit on the canvas, drawn by chance. The time is from pen up to the last change of the answer.
+Validation images, on which the final model was trained, too, are traced: thinned to a skeleton,
+which is followed stroke by stroke. The strokes are replayed in Chromium as a mouse's events, with
+the brush's thickness, and the size and place of the digit on the canvas, drawn by chance. The time
+is from pen up to the last change of the answer.
 """
 
 import random
@@ -25,8 +26,10 @@ from benchmarks.serving import pictures
 from mnist import data, registry
 
 SCALE = 8  # the skeleton is looked for in an enlarged image: there it is smooth
-THICKNESS = (10, 34)  # the brush, of a canvas of 280
-SIZE = (0.35, 0.85)  # longest side of the digit, of the canvas
+CANVAS = 280  # the page's units of a drawing
+THICKNESS = (10, 34)  # of the brush, in these
+EDGE = 0.01  # of the canvas that stays white around a drawing
+SIZE = (0.35, 0.8)  # longest side of the digit, of the canvas
 LEAST = 0.06  # shorter strokes, of the digit, are spurs of the skeleton
 STEP = 3  # pixels of the skeleton from one event to the next
 QUIET_MS = 150  # without a change: the answer is the last one
@@ -35,12 +38,22 @@ Point = tuple[float, float]
 Stroke = list[Point]
 
 WATCH = """() => {
-    window.up = window.changed = 0;
+    window.up = window.changed = window.pending = 0;
+    const real = window.fetch;
+    window.fetch = async (path, options) => {
+        window.pending += path.startsWith('predict');
+        try {
+            return await real(path, options);
+        } finally {
+            window.pending -= path.startsWith('predict');
+        }
+    };
     addEventListener('pointerup', () => { window.up = performance.now(); }, true);
     new MutationObserver(() => { window.changed = performance.now(); })
-        .observe(document.getElementById('time'), {childList: true, subtree: true});
+        .observe(document.getElementById('view'), {attributes: true, attributeFilter: ['src']});
 }"""
-DONE = f"""() => window.changed > window.up && performance.now() - window.changed > {QUIET_MS}"""
+DONE = f"""() => !window.pending && window.changed > window.up
+    && performance.now() - window.changed > {QUIET_MS}"""
 
 
 def strokes(image: np.ndarray) -> list[Stroke]:
@@ -82,11 +95,10 @@ def _followed(left: set[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         yield path
 
 
-def place(drawn: list[Stroke], chance: random.Random) -> list[Stroke]:
-    """The strokes at a size and place by chance, as shares of the canvas."""
-    size = chance.uniform(*SIZE)
-    room = (1 - size) * 0.9
-    dx, dy = (0.05 + chance.uniform(0, room) for _ in "xy")
+def place(drawn: list[Stroke], thickness: int, chance: random.Random) -> list[Stroke]:
+    """The strokes at a size and place by chance, all on the canvas, as shares of it."""
+    size, margin = chance.uniform(*SIZE), EDGE + thickness / CANVAS / 2
+    dx, dy = (chance.uniform(margin, 1 - margin - size) for _ in "xy")
     return [[(dx + size * x, dy + size * y) for x, y in stroke] for stroke in drawn]
 
 
@@ -128,8 +140,9 @@ def main(folder: Path, data_dir: Path | None, digits: int, seed: int) -> None:
         page.wait_for_selector("#state[data-state=ready]")
         page.evaluate(WATCH)
         for i in chosen:
-            drawn = place(strokes(dataset.validation.images[i, 0].numpy()), chance)
-            answer, taken = replay(page, drawn, chance.randrange(*THICKNESS, 2))
+            thickness = chance.randrange(*THICKNESS, 2)
+            drawn = place(strokes(dataset.validation.images[i, 0].numpy()), thickness, chance)
+            answer, taken = replay(page, drawn, thickness)
             label = dataset.classes[dataset.validation.labels[i]]
             times.append(taken)
             if answer != label:

@@ -1,13 +1,19 @@
 """benchmarks/: that the pictures are what they are called, and that the tables can be printed."""
 
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from benchmarks import robustness, uncertain
+from benchmarks import load, robustness, uncertain
 from mnist import data, images
 from tests.test_images import likeness, recipe_digits
 
@@ -68,3 +74,70 @@ def test_letters_are_drawn_dark_on_light() -> None:
     assert all(picture[0, 0] == 255 and picture.min() < 100 for picture in found)
     seen, refused = uncertain.sent([uncertain.encoded(found[0]), uncertain.encoded(found[0] * 0)])
     assert (len(seen), refused) == (1, 1)
+
+
+def test_the_load_tells_a_connection_closed_before_an_answer_from_one_within_it() -> None:
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+    replies = [b"", whole, whole[:-1], whole]  # to one request after the other
+
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):  # the end of the connection
+            while await reader.readuntil(b"\r\n\r\n"):
+                answer = replies.pop(0)
+                for part in (answer[:20], answer[20:]):
+                    writer.write(part)
+                    await asyncio.sleep(0.01)
+                if answer != whole:
+                    break
+        writer.close()
+
+    async def ask() -> list[tuple[int, int]]:
+        server = await asyncio.start_server(reply, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        connection, found = load.Connection(port), []
+        for _ in range(3):
+            found.append((await connection.ask(b"GET / HTTP/1.1\r\n\r\n", 0.0))[2:])
+        connection.close()
+        server.close()
+        return found
+
+    assert asyncio.run(ask()) == [(200, 2), (-1, 1), (200, 1)]
+
+
+@pytest.fixture
+def drawing() -> Any:
+    return pytest.importorskip("benchmarks.page", reason="scikit-image is in requirements-dev.txt")
+
+
+def inked(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray:
+    """28x28, strokes 255 on 0."""
+    large = Image.new("L", (280, 280))
+    draw(ImageDraw.Draw(large))
+    return np.asarray(large.reduce(10))
+
+
+def test_a_ring_is_traced_in_one_stroke_and_a_cross_along_its_bars(drawing: Any) -> None:
+    (ring,) = drawing.strokes(
+        inked(lambda pen: pen.ellipse((60, 60, 220, 220), width=24, outline=255))
+    )
+    assert np.hypot(*np.subtract(ring[0], ring[-1])) < 0.1
+    lengths = [np.hypot(*np.subtract(a, b)) for a, b in pairwise(ring)]
+    assert sum(lengths) == pytest.approx(np.pi, rel=0.15)
+    bars = ((40, 140, 240, 140), (140, 40, 140, 240))
+    cross = drawing.strokes(inked(lambda pen: [pen.line(bar, 255, 24) for bar in bars]))
+    ends = np.abs(np.subtract(cross[0][0], cross[0][-1]))
+    assert sorted(ends.tolist()) == pytest.approx([0, 1], abs=0.15)  # straight on at the crossing
+
+
+def test_what_is_traced_and_placed_looks_like_the_digit_and_lies_on_the_canvas(
+    drawing: Any,
+) -> None:
+    for i, digit in enumerate(recipe_digits()):
+        placed = drawing.place(drawing.strokes(digit), 30, random.Random(i))
+        assert placed == drawing.place(drawing.strokes(digit), 30, random.Random(i))
+        page = Image.new("L", (280, 280), 255)
+        pen = ImageDraw.Draw(page)
+        for stroke in placed:
+            assert 15 / 280 < np.min(stroke) < np.max(stroke) < 1 - 15 / 280
+            pen.line([(280 * x, 280 * y) for x, y in stroke], 0, 30, "curve")
+        assert likeness(images.normalise(uncertain.encoded(np.asarray(page)))[0], digit) > 0.5
