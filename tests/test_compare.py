@@ -1,6 +1,7 @@
 """mnist.compare: whether two models differ by more than noise."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,3 +39,55 @@ def test_the_chance_is_that_of_throwing_a_coin_for_each_image_that_one_alone_got
 ) -> None:
     names = save(tmp_path, one), save(tmp_path, other)
     assert compare.chance(tmp_path, *names) == pytest.approx(p)
+
+
+def worse_copy(folder: Path, more: int) -> str:
+    """The current model once more, with so many more test errors; not current."""
+    name, record = registry.record(folder)
+    files = {
+        kind: (each["file"].removeprefix(name), (folder / each["file"]).read_bytes())
+        for kind, each in record["files"].items()
+    }
+    with np.load(io.BytesIO(files["predictions"][1])) as kept:
+        parts = dict(kept)
+    right = np.flatnonzero(parts["probabilities"].argmax(1) == parts["labels"])[:more]
+    parts["probabilities"][right] = np.roll(parts["probabilities"][right], 1, 1)
+    stream = io.BytesIO()
+    np.savez(stream, **parts)
+    files["predictions"] = (".test.npz", stream.getvalue())
+    test = record["metrics"]["test"]
+    test |= {"errors": test["errors"] + more}
+    return registry.save(folder, files, record, "never")
+
+
+@pytest.mark.parametrize(
+    ("more", "p", "verdict"),
+    [(1, 1.0, "not told apart (p 1.00)"), (6, 2 / 2**6, "worse (p 0.03)")],
+)
+def test_a_row_says_what_the_record_says_and_how_it_stands_to_the_best(
+    saved: Path, tmp_path: Path, more: int, p: float, verdict: str
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    best, record = registry.record(folder)
+    worse = worse_copy(folder, more)
+    rows = compare.rows(folder, [worse, best])
+    assert [row.name for row in rows] == [best, worse]
+    assert [row.p for row in rows] == [None, pytest.approx(p)]
+    assert [compare.verdict(row) for row in rows] == ["best", verdict]
+    errors = record["metrics"]["test"]["errors"]
+    assert [row.errors for row in rows] == [errors, errors + more]
+    assert rows[0].parameters == record["model"]["parameters"]
+    assert rows[0].bytes == record["files"]["onnx_int8"]["bytes"]
+    page = compare.write(rows)
+    for text in (best, worse, verdict, f"{errors + more} of {rows[0].n}"):
+        assert text in page
+
+
+def test_several_comparisons_with_the_best_count_as_several(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    names = [registry.record(folder)[0], worse_copy(folder, 6), worse_copy(folder, 7)]
+    assert [row.p for row in compare.rows(folder, names)] == [
+        None,
+        pytest.approx(2 * 2 / 2**6),
+        pytest.approx(2 * 2 / 2**7),
+    ]

@@ -1,0 +1,94 @@
+"""mnist.finish: one final model of a study, and the test split opened once."""
+
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mnist import data, finish, models, registry
+from tests.conftest import DIGITS, Command
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
+SHORT = [*DIGITS, "--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs", "1"]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happened to the test split."""
+    seen: list[str] = []
+    evaluate = finish.evaluate
+
+    def watched(job: finish.Job, *rest: Any) -> dict[str, torch.Tensor]:
+        def open_test() -> data.Split:
+            seen.append("opened")
+            return job.dataset.open_test()
+
+        return evaluate(replace(job, dataset=replace(job.dataset, open_test=open_test)), *rest)
+
+    monkeypatch.setattr(finish, "evaluate", watched)
+    return seen
+
+
+def test_who_was_replaced_while_it_exported_does_not_open_the_test_split(
+    run: Command, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = finish.replaced
+
+    def replaced(job: finish.Job) -> bool:
+        opened.append("asked")
+        return opened == ["asked"] or real(job)  # the first time it was; then it finishes again
+
+    monkeypatch.setattr(finish, "replaced", replaced)
+    done = run(*SHORT)
+    assert done.returncode == 0, done.stderr
+    assert opened == ["asked", "asked", "opened", "asked"]
+    assert len(registry.read(tmp_path / "saved_models")["models"]) == 1
+
+
+def test_without_room_for_its_result_the_test_split_stays_closed(
+    run: Command, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(finish.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
+        done = run(*SHORT)
+    assert done.returncode == 1
+    assert "no room for the evaluation" in done.stderr.splitlines()[-1]
+    assert opened == []
+    assert run(*SHORT).returncode == 0
+    assert opened == ["opened"]
+
+
+GREEDY = """
+import multiprocessing
+from pathlib import Path
+import torch
+from mnist import models
+
+class Greedy(models.Linear):
+    def forward(self, images):
+        if self.training and len(images) > 8 and multiprocessing.parent_process():
+            with Path("refusals").open("a") as log:
+                log.write("too large" + chr(10))
+            raise torch.OutOfMemoryError("made up")
+        return super().forward(images)
+
+models.NETWORKS["greedy"] = Greedy
+"""
+
+
+def test_a_winner_whose_batches_were_too_large_for_the_memory_is_finished_in_parts(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.NETWORKS, "greedy", models.Linear)  # gone when the test is over
+    file = tmp_path / "greedy.py"
+    file.write_text(GREEDY)
+    own = ["--import", str(file), "--model", "greedy", "--param", "batch_size=32"]
+    done = run("--dataset", "digits", *own, *SHORT[4:])
+    assert done.returncode == 0, done.stderr
+    record = registry.record(tmp_path / "saved_models")[1]
+    assert record["hyperparameters"]["batch_size"] == 32
+    assert (tmp_path / "refusals").read_text() == "too large\n"  # by the trial, not at the end
