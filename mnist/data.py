@@ -52,10 +52,11 @@ class Dataset:
 
     def record(self, test: int) -> dict[str, Any]:
         """What model_info.json keeps of it; `test` is the number of test images."""
-        keys = ("name", "sha256", "classes", "size", "channels", "recipe", "mean", "std")
+        keys = ("name", "sha256", "size", "channels", "recipe", "mean", "std")
         names = ("train", "validation", "calibration")
         sizes = {name: len(getattr(self, name)) for name in names}
-        return {key: getattr(self, key) for key in keys} | {"splits": sizes | {"test": test}}
+        about = {key: getattr(self, key) for key in keys}
+        return about | {"classes": list(self.classes), "splits": sizes | {"test": test}}
 
 
 def load(

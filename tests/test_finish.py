@@ -62,6 +62,18 @@ def test_without_room_for_its_result_the_test_split_stays_closed(
     assert opened == ["opened"]
 
 
+def test_a_better_model_becomes_current_and_a_worse_one_does_not(
+    run: Command, tmp_path: Path
+) -> None:
+    found = []
+    for study, lr in (("a", "1e-5"), ("b", "0.01"), ("c", "1e-5")):
+        done = run(*SHORT, "--study", study, "--param", f"lr={lr}")
+        assert done.returncode == 0, done.stderr
+        name, record = registry.record(tmp_path / "saved_models")
+        found.append((record["study"]["name"], f"{name}.pth, current" in done.stdout))
+    assert found == [("a", True), ("b", True), ("b", False)]
+
+
 GREEDY = """
 import multiprocessing
 from pathlib import Path
