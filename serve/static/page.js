@@ -320,7 +320,7 @@ async function describe() {
   $("draw-title").textContent = digits ? "Draw a digit" : drawn ? "Draw a letter" : "Choose a picture";
   $("hint").textContent = drawn
     ? "or drop, paste, photograph or choose pictures"
-    : "drop, paste or photograph one: better than a drawing";
+    : "drop, paste or photograph one";
   $("known").hidden = classes.length <= MOST_BARS;
   $("known-title").textContent = `${classes.length} classes`;
   $("names").textContent = classes.join(", ");
