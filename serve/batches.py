@@ -19,7 +19,7 @@ from serve.settings import Settings
 LARGEST = 8  # pictures in a batch: larger ones are hardly faster, and answer all of theirs later
 # While one thread decodes, which takes Python's lock, the other one has its batch inferred.
 THREADS = min(2, os.cpu_count() or 1)
-MARGIN = 0.25  # of the deadline may be spent waiting: a longer queue answers later, not more
+MARGIN = 0.5  # of the deadline may be spent waiting; the rest is for the answer itself
 START_PACE_S = 0.002  # for a picture, until it was measured
 SMOOTH = 0.1  # share of the newest batch in the measured pace
 
