@@ -27,6 +27,9 @@ QUANTISED = ["Conv", "Gemm", "MatMul", "Relu", "Add", "Concat"]
 QUANTISED += ["MaxPool", "AveragePool", "GlobalAveragePool"]
 RANGE_IMAGES = 512  # training images on which int8 learns the range of every layer
 RANK_IMAGES = 2_000  # and on which the directions are learnt in which its outputs vary
+# With their pixels in disorder: what looks like no class must differ in some direction, too. 95.4 %
+# of noise and 81 % of letters are then flagged instead of 94.6 and 78 (`parallel`, 2026-11-21).
+DISORDERED_IMAGES = 50
 MORE_ERRORS = 1  # than torch that int8 may make on the calibration split
 GOLDEN = 16  # images
 MOST_TEMPERATURE = 10.0  # and its inverse is the least
@@ -196,7 +199,8 @@ def to_int8(model: bytes, dataset: Dataset, low_rank: bool) -> bytes:
         quant_pre_process(plain, folded, skip_symbolic_shape=True)  # folds batch norms
         if low_rank:
             images = dataset.train.images[:RANK_IMAGES].numpy()
-            folded.write_bytes(lowrank.lower(folded.read_bytes(), images))
+            seen = np.concatenate([images, _disordered(images[:DISORDERED_IMAGES])])
+            folded.write_bytes(lowrank.lower(folded.read_bytes(), seen))
         quantization.quantize_static(
             folded,
             int8,
@@ -209,6 +213,11 @@ def to_int8(model: bytes, dataset: Dataset, low_rank: bool) -> bytes:
             weight_type=quantization.QuantType.QInt8,
         )
         return int8.read_bytes()
+
+
+def _disordered(images: np.ndarray) -> np.ndarray:
+    pixels = images.reshape(len(images), -1)
+    return np.random.default_rng(0).permuted(pixels, axis=1).reshape(images.shape)
 
 
 def golden(images: np.ndarray, given: dict[str, np.ndarray], served: str) -> bytes:
