@@ -63,7 +63,21 @@ def export(model: nn.Module, dataset: Dataset) -> Export:
     torch on the calibration split, where the temperature is fitted, too, and the score below
     which a picture is uncertain. What cannot be had, of a network of one's own perhaps, is left
     out with a warning; torch can always serve.
+
+    int8 has layers of low rank (mnist.lowrank), unless features then no longer tell what looks like
+    no class, as those of a network that has learnt little may not.
     """
+    found = _export(model, dataset, True)
+    if found.served.likeness is None:
+        found = _export(model, dataset, False)
+    for engine, reason in found.left_out.items():
+        log.warning("the model is saved without %s: %s", engine, reason)
+    if found.served.likeness is None:
+        log.warning("what looks like no class is told by logits, not by features")
+    return found
+
+
+def _export(model: nn.Module, dataset: Dataset, low_rank: bool) -> Export:
     model, dataset = copy.deepcopy(model).cpu(), dataset.to(torch.device("cpu"))
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
     served = Classifier("torch", inference.by_torch(model, dataset.mean, dataset.std))
@@ -72,7 +86,7 @@ def export(model: nn.Module, dataset: Dataset) -> Export:
     left_out: dict[str, str] = {}
     steps: list[tuple[str, str, Callable[[], bytes]]] = [
         ("onnx", ".onnx", lambda: to_onnx(model, dataset)),
-        ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset, True)),
+        ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset, low_rank)),
         ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset, False)),
     ]
     for engine, ending, make in steps:
@@ -90,8 +104,6 @@ def export(model: nn.Module, dataset: Dataset) -> Export:
         left_out.pop(engine, None)
         files[engine] = (ending, content)
         served, outputs[engine] = candidate, found
-    for engine, reason in left_out.items():
-        log.warning("the model is saved without %s: %s", engine, reason)
     logits = {engine: found[0] for engine, found in outputs.items()}
     temperature = fit_temperature(logits[served.engine], labels)
     served = with_threshold(replace(served, temperature=temperature), outputs, dataset)
@@ -278,7 +290,7 @@ def with_threshold(served: Classifier, outputs: dict[str, Outputs], dataset: Dat
                 raise ValueError(f"{engine} is uncertain of {share:.1%} of calibration images")
         return replace(by_features, uncertain_below=limit)
     except ValueError as error:
-        log.warning("what looks like no class is told by logits, not by features: %s", error)
+        log.info("features do not tell what looks like no class: %s", error)
         limit = threshold(outputs[served.engine][0].max(1))
         return replace(served, likeness=None, uncertain_below=limit)
 

@@ -56,7 +56,7 @@ def test_ten_kills_and_a_restart_of_postgresql_lose_nothing(
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
-    soak.wait_until(condition, 120, what)
+    soak.wait_until(condition, 240, what)
 
 
 def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(
