@@ -56,7 +56,7 @@ class Export:
     calibration: dict[str, Any]
 
 
-def export(model: nn.Module, dataset: Dataset) -> Export:
+def export(model: nn.Module, dataset: Dataset, low_rank: bool = True) -> Export:
     """Bring a trained model into every form it can be served in, and see which of them is right.
 
     ONNX in float32 must give torch's probabilities, int8 at most MORE_ERRORS more errors than
@@ -64,11 +64,12 @@ def export(model: nn.Module, dataset: Dataset) -> Export:
     which a picture is uncertain. What cannot be had, of a network of one's own perhaps, is left
     out with a warning; torch can always serve.
 
-    int8 has layers of low rank (mnist.lowrank), unless features then no longer tell what looks like
-    no class, as those of a network that has learnt little may not.
+    With `low_rank`, which takes some 10 s, int8 has layers of low rank (mnist.lowrank), unless
+    features then no longer tell what looks like no class, as those of a network that has learnt
+    little may not.
     """
-    found = _export(model, dataset, True)
-    if found.served.likeness is None:
+    found = _export(model, dataset, low_rank)
+    if low_rank and found.served.likeness is None:
         found = _export(model, dataset, False)
     for engine, reason in found.left_out.items():
         log.warning("the model is saved without %s: %s", engine, reason)

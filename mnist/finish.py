@@ -286,7 +286,7 @@ def save(job: Job, trained: Trained) -> dict[str, Any] | None:
     options, dataset, best, weights = job.options, job.dataset, trained.best, trained.weights
     model = network(job.options, job.dataset, job.device)
     model.load_state_dict(weights)
-    exported = export.export(model, dataset)
+    exported = export.export(model, dataset, low_rank=not options.quick)
     state, predictions = io.BytesIO(), io.BytesIO()
     torch.save(weights, state)
     files = {"weights": (".pth", state.getvalue())} | exported.files
