@@ -90,7 +90,7 @@ def _export(model: nn.Module, dataset: Dataset, low_rank: bool) -> Export:
         ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset, low_rank)),
         ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset, False)),
     ]
-    for engine, ending, make in steps:
+    for engine, ending, make in steps if low_rank else steps[:-1]:  # its last is the same
         if engine in files or "onnx" in left_out:
             break
         try:
