@@ -444,6 +444,7 @@ def test_a_key_is_asked_for_where_one_is_needed_and_errors_come_in_words(
         page.goto(f"http://127.0.0.1:{server.port}/")
         page.wait_for_selector("#state[data-state=ready]")
         assert page.is_hidden("#key-field")
+        page.evaluate(SLOW)  # a request without the key is still under way when it is given
         draw(page)
         page.wait_for_selector("#key-field", state="visible")
         assert "wants an API key" in page.inner_text("#words")

@@ -367,6 +367,7 @@ $("key-field").addEventListener("submit", (event) => {
   event.preventDefault();
   api.key.set($("key").value);
   $("key-field").hidden = Boolean($("key").value);
+  newest.drop(); // it went without the key
   newest.ask();
 });
 
