@@ -38,11 +38,11 @@ from mnist.options import Options, command
 from mnist.workers import Pool, Run, Setup, cores
 
 BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32
-TRIALS, QUICK_TRIALS = 32, 6
+TRIALS, QUICK_TRIALS = 32, 4
 CONFIRM, QUICK_CONFIRM = 2, 0
 TARGET_S = 15.5 * 60  # what the default run plans with: it ends within 20 minutes, also where the
 # machine slows down by a quarter meanwhile (16.5 once took 20.7)
-QUICK_S = 30.0
+QUICK_S = 20.0
 # Whatever is wrong with what one study is to be made of.
 REFUSED = (click.UsageError, data.DataError, registry.RegistryError, studies.StudyError)
 SPEED_BATCH = 64  # with which the machine is measured at the start
@@ -85,17 +85,18 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     device = choose_device(options)
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
     threads = max(1, cores() // workers)
+    setup = Setup(
+        source(options), str(device), threads, options.disk_quota, imports=options.import_
+    )
+    pool = Pool(workers, setup)  # its imports begin here, beside what comes before the training
     with Member(options.storage, options.study_name, threads) as member:
         job = prepare(options, member, device, (start, latest))
         done = result(job) if member.update(studies.finished) >= job.trials else None
         if done is None:
-            setup = Setup(
-                source(options), str(device), threads, options.disk_quota, imports=options.import_
-            )
             rest_s = job.plan.confirm_s + job.plan.final_s
             screen = Display(job.trials, job.plan.trial_s, rest_s, job.space)
             sweep(job)
-            with screen, Pool(workers, setup) as pool:
+            with screen, pool:
                 find(job, pool, screen)
                 done = finish(job, pool, screen)
         publish(job, done)

@@ -262,15 +262,18 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
         return round(job.options.final_epochs * epoch)
     for path in job.folder.glob(f"final-{best.number}-*.pt"):
         return int(path.name.split("-")[2].split(".")[0])
+    least = min(LEAST_FINAL, epoch)
+    most = min(final_s(job) * job.plan.images_per_s, search.MOST_FINAL_EPOCHS * epoch)
+    if most <= least:
+        return least
     measured = training.speed(
         network(job.options, job.dataset, job.device),
         job.dataset,
         **best.params | {"lr": TINY_LR},
         micro_batch=micro_batch(best),
     )
-    speed = min(measured, job.plan.images_per_s)  # a machine is rarely alone for long
-    samples = round(min(final_s(job) * speed, search.MOST_FINAL_EPOCHS * epoch))
-    return max(min(LEAST_FINAL, epoch), samples)
+    # Not faster than planned: a machine is rarely alone for long.
+    return max(least, round(min(final_s(job) * measured, most)))
 
 
 def replaced(job: Job) -> bool:

@@ -22,7 +22,7 @@ SEARCH_SHARE = 0.3
 TRIAL_COST = (
     0.35  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
 )
-LEAST_SAMPLES = 1000  # under which a trial shows nothing
+LEAST_SAMPLES = 600  # under which a trial shows nothing
 MOST_FINAL_EPOCHS = 20
 WAIT_S = 1.0
 

@@ -304,7 +304,7 @@ def speed(model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparamet
         dataset,
         dataset.train,
         batch_size=batch_size,
-        samples=10 * batch_size,
+        samples=4 * batch_size,
         **hyperparameters,
     )
     steps = [(progress.samples, time.perf_counter()) for progress in run]
