@@ -263,7 +263,7 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
     for path in job.folder.glob(f"final-{best.number}-*.pt"):
         return int(path.name.split("-")[2].split(".")[0])
     least = min(LEAST_FINAL, epoch)
-    most = min(final_s(job) * job.plan.images_per_s, search.MOST_FINAL_EPOCHS * epoch)
+    most = min(final_s(job) * job.plan.images_per_s, search.most_final(job.dataset))
     if most <= least:
         return least
     measured = training.speed(

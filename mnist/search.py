@@ -23,7 +23,9 @@ TRIAL_COST = (
     0.35  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
 )
 LEAST_SAMPLES = 600  # under which a trial shows nothing
-MOST_FINAL_EPOCHS = 20
+# Most that a trial and the final model see: a pass and 20 of them; or so many images where the data
+# set is small, for what a few steps of training have made says nothing.
+TRIAL_IMAGES, FINAL_IMAGES, FINAL_PASSES = 10_000, 60_000, 20
 WAIT_S = 1.0
 
 K = TypeVar("K", bound=Hashable)
@@ -247,7 +249,7 @@ def plan(
     By the rungs above a trial costs TRIAL_COST of its most images on average, and forward passes,
     a third of a training step each, over validation images; the confirmation of each of the
     `confirmed` best trials costs CONFIRM_SEEDS whole ones. A faster machine gets longer trials,
-    up to a pass over the training split; then it is simply done sooner.
+    up to a pass over the training split, or TRIAL_IMAGES; then it is simply done sooner.
     """
     whole = len(dataset.validation) / 3
     part = training.SUBSET * (1 + 1 / REDUCTION) / 3 + whole / REDUCTION ** len(RUNGS)
@@ -255,9 +257,14 @@ def plan(
     if trial_samples is None:
         room = total_s * SEARCH_SHARE * images_per_s - trials * part - runs * whole
         samples = room / (trials * TRIAL_COST + runs)
-        trial_samples = int(min(max(samples, LEAST_SAMPLES), len(dataset.train)))
+        most = max(len(dataset.train), TRIAL_IMAGES)
+        trial_samples = int(min(max(samples, LEAST_SAMPLES), most))
     trial_s = (trial_samples * TRIAL_COST + part) / images_per_s
     confirm_s = runs * (trial_samples + whole) / images_per_s
-    most_s = MOST_FINAL_EPOCHS * (len(dataset.train) + len(dataset.validation)) / images_per_s
-    final_s = min(total_s * (1 - SEARCH_SHARE), most_s)
+    final_s = min(total_s * (1 - SEARCH_SHARE), most_final(dataset) / images_per_s)
     return Plan(trial_samples, trial_s, final_s, images_per_s, confirm_s)
+
+
+def most_final(dataset: Dataset) -> int:
+    """Images that the final model sees at most, unless --final-epochs says otherwise."""
+    return max(FINAL_PASSES * (len(dataset.train) + len(dataset.validation)), FINAL_IMAGES)
