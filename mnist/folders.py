@@ -1,8 +1,10 @@
 """A folder of pictures as a data set: one sub-folder for each class."""
 
 import contextlib
+import functools
 import hashlib
 import logging
+import multiprocessing
 import os
 import statistics
 import warnings
@@ -26,6 +28,7 @@ FAR_LARGER = 4  # times the side of what is read: then what is narrower than 4 p
 COLOURFUL = 0.05  # mean difference (0..1) of a pixel's channels: above the tint of a grey scan
 SAMPLE = 100  # pictures that are looked at for a warning
 NAMED = 5  # files at most that a warning names
+WHY = {"blank": "of one colour", "too_many_pixels": "too large"}  # an ImageError's code, in words
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +49,11 @@ def source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
     own_test = all(_folders(half) for half in halves.values())
     if not own_test and _folders(halves["train"]):
         raise DataError(
-            f"{path} has a train/ with classes but no test/ with the same ones; make one, or put "
-            f"the classes' folders right into {path}"
+            f"{path} has a train/ with classes but no test/ with the same ones; make one (or give "
+            f"that name to another part), or put the classes' folders right into {path}"
         )
     if own_test and (unused := sorted(set(_folders(path)) - set(halves))):
-        log.warning("%s: only train/ and test/ are used, not %s", path, ", ".join(unused))
+        _warn(f"{path}: only train/ and test/ are used, not {', '.join(unused)}")
     classes = _classes(halves["train"] if own_test else path)
     if own_test and (differ := set(classes) ^ set(_folders(halves["test"]))):
         names = ", ".join(sorted(differ))
@@ -64,12 +67,15 @@ def source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
         place = hashlib.sha256(str(root).encode()).hexdigest()[:8]
         kept = data_dir / "folders" / f"{path.name}-{place}-{size}x{channels}.npz"
         names = [file for file, _ in files]
-        return remembered(
+        images, labels, notes = remembered(
             kept,
             names,
             (classes, size, channels),
             lambda: _read(root, classes, files, size, channels, least),
         )
+        for note in [*_overlooked(root, classes), *notes.tolist()]:
+            _warn(note)
+        return images, labels
 
     def read(data_dir: Path, part: str) -> Arrays:
         if own_test:
@@ -82,6 +88,12 @@ def source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
         return images[index], labels[index]
 
     return Source(read, classes)
+
+
+@functools.cache  # once for each text: train and test may be read from the same files
+def _warn(text: str) -> None:
+    if multiprocessing.parent_process() is None:  # workers read the same pictures
+        log.warning("%s", text)
 
 
 def _folders(path: Path) -> list[str]:
@@ -98,7 +110,9 @@ def _classes(path: Path) -> tuple[str, ...]:
     if odd := [name for name in names if "\ufffd" in os.fsencode(name).decode(errors="replace")]:
         raise DataError(f"{path}: the folder {odd[0]!r} has a name that is not UTF-8; rename it")
     if len(names) == 1:
-        raise DataError(f"{path} has only one class, {names[0]!r}; at least two are needed")
+        inner = path / names[0]
+        hint = f"; are the classes those in {inner}?" if len(_folders(inner)) > 1 else ""
+        raise DataError(f"{path} has only one class, {names[0]!r}; at least two are needed{hint}")
     return tuple(names)
 
 
@@ -109,6 +123,21 @@ def _files(root: Path, classes: tuple[str, ...]) -> Labelled:
         for file in sorted((root / name).iterdir())
         if file.is_file() and file.name[0] != "."
     ]
+
+
+def _overlooked(root: Path, classes: tuple[str, ...]) -> list[str]:
+    """What is said of files and folders in places where none are looked for."""
+    loose = [each.name for each in root.iterdir() if each.is_file() and each.name[0] != "."]
+    inner = [f"{name}/{each}" for name in classes for each in _folders(root / name)]
+    found = {"files beside the class folders": loose, "folders in class folders": inner}
+    return [
+        f"{root}: {what} are not read: {_some(names)}" for what, names in found.items() if names
+    ]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(sorted(names)[:NAMED]) + more
 
 
 def _enough(root: Path, classes: tuple[str, ...], labels: list[int], least: int) -> None:
@@ -125,8 +154,7 @@ def _enough(root: Path, classes: tuple[str, ...], labels: list[int], least: int)
 def _read(
     root: Path, classes: tuple[str, ...], files: Labelled, size: int, channels: int, least: int
 ) -> Arrays:
-    """All pictures that can be read; warns of what is lost."""
-    _warn_of_loss([file for file, _ in files], size, channels)
+    """All pictures that can be read, their labels, and what is to be said of them: warnings."""
     images, labels = list[np.ndarray](), list[int]()
     broken: list[tuple[Path, int, Exception]] = []
     for file, label in shown(files, f"reading {root}"):
@@ -135,21 +163,22 @@ def _read(
             labels.append(label)
         except (pictures.ImageError, OSError) as error:
             broken.append((file, label, error))
+    notes = _loss([file for file, _ in files], size, channels)
     if broken:
-        _leave_out(classes, files, broken)
+        notes.append(_left_out(classes, files, broken))
     _enough(root, classes, labels, least)
-    _warn_of_unbalance(classes, labels)
-    return np.stack(images), np.array(labels, np.int64)
+    notes += _unbalance(classes, labels)
+    return np.stack(images), np.array(labels, np.int64), np.array(notes, str)
 
 
 def _picture(file: Path, size: int, channels: int) -> np.ndarray:
     return pictures.normalise(file.read_bytes(), size=size, channels=channels, recipe="plain")
 
 
-def _leave_out(
+def _left_out(
     classes: tuple[str, ...], files: Labelled, broken: list[tuple[Path, int, Exception]]
-) -> None:
-    """Name the files that cannot be read; raises DataError where they are most of a class."""
+) -> str:
+    """Names the files that cannot be read; raises DataError where they are most of a class."""
     counts, totals = Counter(label for _, label, _ in broken), Counter(label for _, label in files)
     for label, n in counts.items():
         if n > BROKEN * totals[label]:
@@ -158,26 +187,28 @@ def _leave_out(
                 f"class {classes[label]!r}: {n} of {totals[label]} files cannot be used "
                 f"({file.name}: {error}); mend or remove them"
             )
-    names = ", ".join(f"{file.parent.name}/{file.name}" for file, _, _ in broken[:NAMED])
-    more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-    log.warning(
-        "%d of %d files cannot be used as pictures, and are left out: %s%s",
-        *(len(broken), len(files), names, more),
+    names = _some([f"{file.parent.name}/{file.name}" for file, _, _ in broken])
+    why = Counter(WHY.get(getattr(error, "code", ""), "unreadable") for _, _, error in broken)
+    reasons = ", ".join(f"{n} {word}" for word, n in why.items())
+    return (
+        f"{len(broken)} of {len(files)} files cannot be used as pictures ({reasons}), and are left "
+        f"out: {names}"
     )
 
 
-def _warn_of_unbalance(classes: tuple[str, ...], labels: list[int]) -> None:
+def _unbalance(classes: tuple[str, ...], labels: list[int]) -> list[str]:
     (most, n), *_, (least, m) = Counter(labels).most_common()
-    if n >= UNBALANCED * m:
-        log.warning(
-            "class %r has %d pictures, %r only %d: the model will hardly ever answer %r; add "
-            "pictures of it, or take some of %r away",
-            *(classes[most], n, classes[least], m, classes[least], classes[most]),
-        )
+    if n < UNBALANCED * m:
+        return []
+    return [
+        f"class {classes[most]!r} has {n} pictures, {classes[least]!r} only {m}: the model will "
+        f"hardly ever answer {classes[least]!r}; add pictures of it, or take some of "
+        f"{classes[most]!r} away"
+    ]
 
 
-def _warn_of_loss(files: list[Path], size: int, channels: int) -> None:
-    """Warn where pictures are typically far larger than they are read, or colourful."""
+def _loss(files: list[Path], size: int, channels: int) -> list[str]:
+    """Where pictures are typically far larger than they are read, or colourful."""
     sides, tints = list[int](), list[float]()
     for file in files[:: max(1, len(files) // SAMPLE)]:
         with contextlib.suppress(Exception):  # which it is, reading will say
@@ -185,14 +216,15 @@ def _warn_of_loss(files: list[Path], size: int, channels: int) -> None:
                 colours = _picture(file, size, 3).astype(int)
                 tints.append(float((colours.max(0) - colours.min(0)).mean() / 255))
             sides.append(_side(file))
+    notes = []
     if sides and (side := round(statistics.median(sides))) > FAR_LARGER * size:
-        log.warning(
-            "the pictures are typically %d pixels long and are read at %d: fine detail is lost; "
-            "a larger --image-size keeps more of it",
-            *(side, size),
+        notes.append(
+            f"the pictures are typically {side} pixels long and are read at {size}: fine detail is "
+            "lost; a larger --image-size keeps more of it"
         )
     if tints and statistics.median(tints) > COLOURFUL:
-        log.warning("the pictures are colourful and are read as grey; --color keeps their colors")
+        notes.append("the pictures are colourful and are read as grey; --color keeps their colors")
+    return notes
 
 
 def _side(file: Path) -> int:

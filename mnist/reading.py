@@ -17,7 +17,8 @@ from mnist import images as pictures
 
 PLAIN_EVERY_S = 5.0
 
-Arrays = tuple[np.ndarray, np.ndarray]
+Arrays = tuple[np.ndarray, ...]
+"""Images and labels, and whatever else is to be remembered with them."""
 T = TypeVar("T")
 
 
@@ -38,7 +39,7 @@ def shown(items: Sequence[T], what: str) -> Iterator[T]:
 def remembered(
     path: Path, origin: Iterable[Path], settings: object, make: Callable[[], Arrays]
 ) -> Arrays:
-    """Images and labels as `make` gives them, or as an earlier call kept them in the file `path`.
+    """Arrays as `make` gives them, or as an earlier call kept them in the file `path`.
 
     That is: while the files they are made from (`origin`), the settings and mnist/images.py are
     the same. Where the file cannot be written, nothing is kept.
@@ -50,12 +51,12 @@ def remembered(
     # A damaged file may raise anything: OSError, ValueError, zipfile.BadZipFile, zlib.error.
     with contextlib.suppress(Exception), np.load(path) as kept:
         if str(kept["key"]) == key.hexdigest():
-            return kept["images"], kept["labels"]
-    images, labels = make()
+            return tuple(kept[f"arr_{i}"] for i in range(len(kept.files) - 1))
+    made = make()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as temporary:
             new = Path(temporary) / "new.npz"
-            np.savez(new, key=key.hexdigest(), images=images, labels=labels)
+            np.savez(new, *made, key=key.hexdigest())
             new.replace(path)
-    return images, labels
+    return made

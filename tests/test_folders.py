@@ -31,6 +31,12 @@ def fill(
     return root
 
 
+@pytest.fixture(autouse=True)
+def _new_process() -> None:
+    """Warnings are given once a process."""
+    folders._warn.cache_clear()
+
+
 def load(root: Path, **settings: object) -> data.Dataset:
     """With what is remembered beside the folder."""
     return data.load(f"folder:{root}", root.parent / "data", **settings)  # type: ignore[arg-type]
@@ -163,8 +169,26 @@ def test_a_few_unreadable_files_are_named_and_left_out(
     (root / "dog" / "blank.png").write_bytes(png(60_000, 60_000, b"")[:-20])
     found = load(root, color=color)
     assert len(found.train + found.validation + found.calibration + found.open_test()) == 40
-    assert "2 of 42 files cannot be used as pictures" in caplog.text
-    assert "cat/Thumbs.db, dog/blank.png" in caplog.text
+    text = (
+        "2 of 42 files cannot be used as pictures (1 unreadable, 1 too large), and are left out: "
+    )
+    assert caplog.text.count(text + "cat/Thumbs.db, dog/blank.png") == 1
+    caplog.clear()
+    folders._warn.cache_clear()
+    load(root, color=color)  # from what was remembered
+    assert text in caplog.text
+
+
+def test_what_lies_in_the_wrong_place_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = fill(tmp_path / "outer" / "pets", {"cat": 20, "dog": 20}, colour=False)
+    fill(root / "cat", {"young": 2}, colour=False)
+    (root / "cat" / "000.png").rename(root / "stray.png")
+    data.load(f"folder:{root}", tmp_path)
+    assert "files beside the class folders are not read: stray.png" in caplog.text
+    assert "folders in class folders are not read: cat/young" in caplog.text
+    assert f"are the classes those in {root}?" in problem(root.parent)
 
 
 def test_a_class_that_is_mostly_unreadable_is_refused(tmp_path: Path) -> None:
