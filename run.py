@@ -50,7 +50,10 @@ SPEED_BATCH = 64  # with which the machine is measured at the start
 
 def main(each: list[Options]) -> None:
     """One study after the other; nearly always there is just one."""
-    outcomes, unfinished = [], []
+    if len(each) > 1:  # what is wrong with the last one is to be said before the first is trained
+        check(each)
+    outcomes: list[dict[str, Any]] = []
+    failed: dict[str, Exception] = {}
     latest = time.monotonic() + (each[0].timeout or float("inf"))
     for i, options in enumerate(each):
         if options.timeout:  # each plans with its share; what it takes beyond that, others lack
@@ -63,15 +66,25 @@ def main(each: list[Options]) -> None:
         except (search.Unfinished, *REFUSED) as error:
             if len(each) == 1:
                 raise
-            said = error.format_message() if isinstance(error, click.ClickException) else error
-            click.echo(f"{options.study_name}: {said}", err=True)
-            unfinished.append(options.study_name)
+            click.echo(f"{options.study_name}: {said(error)}", err=True)
+            failed[options.study_name] = error
     if len(each) > 1 and outcomes:
         show_all(each[0], outcomes)
     if each[0].json:
         click.echo(json.dumps(outcomes if len(each) > 1 else outcomes[0]))
-    if unfinished:
-        raise search.Unfinished(f"not finished: {', '.join(unfinished)}")
+    if failed:
+        raise incomplete(failed)
+
+
+def incomplete(failed: dict[str, Exception]) -> Exception:
+    """What several studies end with: one that was refused cannot go on by the same command."""
+    if again := [name for name, error in failed.items() if isinstance(error, search.Unfinished)]:
+        return search.Unfinished(f"not finished: {', '.join(again)}")
+    return click.UsageError(f"refused, for the reasons above: {', '.join(failed)}")
+
+
+def said(error: Exception) -> str:
+    return error.format_message() if isinstance(error, click.ClickException) else str(error)
 
 
 def run(options: Options, latest: float) -> dict[str, Any]:
@@ -103,6 +116,19 @@ def run(options: Options, latest: float) -> dict[str, Any]:
         sweep(job)
         explain(job, done)
         return show(job, done)
+
+
+def check(each: list[Options]) -> None:
+    """Raises what `prepare` would for any of these, after reading each data set once."""
+    device = choose_device(each[0])
+    for name in dict.fromkeys(options.dataset for options in each):
+        some = [options for options in each if options.dataset == name]
+        dataset = loaded(some[0])
+        for options in some:
+            try:
+                choices(options, dataset, device)
+            except click.UsageError as error:
+                raise click.UsageError(f"{options.study_name}: {said(error)}") from error
 
 
 def writable(artifacts: Path) -> None:
@@ -143,12 +169,8 @@ def prepare(
 
     `times`: when the study began, and when it must be over.
     """
-    try:
-        dataset = source(options)().to(device)
-        dropout = bool(training.dropouts(sound(options, dataset, device)))
-        space = spaces.read(options.space, options.param, dropout)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    dataset = loaded(options).to(device)
+    space = choices(options, dataset, device)
     trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
     confirmed = options.confirm
     if confirmed is None:
@@ -159,6 +181,23 @@ def prepare(
     return Job(options, member, dataset, space, device, plan, trials, confirmed, total_s, *times)
 
 
+def loaded(options: Options) -> data.Dataset:
+    """Raises data.DataError, or click.UsageError where --image-size or the like is not for it."""
+    try:
+        return source(options)()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def choices(options: Options, dataset: data.Dataset, device: torch.device) -> spaces.Space:
+    """What trials choose from; raises click.UsageError, also where the network is not sound."""
+    dropout = bool(training.dropouts(sound(options, dataset, device)))
+    try:
+        return spaces.read(options.space, options.param, dropout)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
     """A new network that was seen to give a logit for each class.
 
@@ -167,8 +206,8 @@ def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torc
     images, classes = dataset.train.images[:2].to(device), len(dataset.classes)
     try:
         if device.type == "cpu" and (n := weights(options, dataset)) * BYTES_A_WEIGHT > memory():
-            text = f"its {n:,} weights are too many to be trained here; try --model cnn"
-            raise MemoryError(text)
+            text = f"its {n:,} weights are too many to be trained here"
+            raise MemoryError(f"{text}; try --model cnn or a smaller --image-size")
         model = network(options, dataset, device)
         with torch.no_grad():
             shape = tuple(model.eval()(training.standardise(images, dataset)).shape)

@@ -60,6 +60,8 @@ class DatasetName(click.ParamType):
             return value
         prefix, path = data.FOLDER, Path(str(value).removeprefix(data.FOLDER)).expanduser()
         if not value.startswith(prefix) or value == prefix:
+            if Path(value).expanduser().is_dir():
+                self.fail(f"{value!r} is a folder; write {prefix}{value}", param, ctx)
             known = ", ".join(data.DATASETS)
             self.fail(f"{value!r} is no data set; known: {known}, {prefix}PATH", param, ctx)
         if not path.is_dir():
@@ -108,7 +110,7 @@ class Options:
 
     dataset: str = option(
         "mnist",
-        "Data set: a known name, or folder:PATH; more than one can be given.",
+        "Data set, listed below, or folder:PATH; more than one can be given.",
         type=DatasetName(),
         multiple=True,
     )
@@ -193,7 +195,7 @@ class Options:
         callback=_load_own,
         type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
     )
-    quick: bool = option(False, "The whole path in about two minutes.", is_flag=True)
+    quick: bool = option(False, "The whole path in one or two minutes.", is_flag=True)
     json: bool = option(False, "The result as JSON on standard output.", is_flag=True)
 
     @property
@@ -245,9 +247,11 @@ def command(main: Callable[[list[Options]], None]) -> click.Command:
 
 
 class Command(click.Command):
-    """Its help also lists what --model and --param know."""
+    """Its help also lists what --dataset, --model and --param know."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Data sets"):
+            formatter.write_text(", ".join(data.DATASETS))
         with formatter.section("Networks, with their parameters (28x28, grey, 10 classes)"):
             formatter.write_dl([(name, _shown(_parameters(name))) for name in models.NETWORKS])
         with formatter.section("Hyperparameters, for --space and --param"):

@@ -201,14 +201,16 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
         (["--trials", "0"], "'--trials': 0 is not in the range"),
         (["--trials", "many"], "'--trials': 'many' is not a valid integer"),
         (["--dataset", "mnits"], "'mnits' is no data set; known: mnist, digits, fashion"),
+        (["--dataset", "/tmp"], "'/tmp' is a folder; write folder:/tmp"),
         (["--dataset", "folder:nowhere"], "'folder:nowhere': there is no folder nowhere"),
         (["--dataset", "folder:"], "'folder:' is no data set; known: mnist"),
         (["--color"], "--image-size and --color are for folder:PATH; digits is as it is"),
         (["--image-size", "20"], "are for folder:PATH; digits is as it is"),
         (["--image-size", "4"], "'--image-size': 4 is not in the range"),
         (["--model", "x"], "'x' is no network; known: parallel"),
+        (["--param", "optimizer=Adam,SGD"], "choice:Adam,SGD lets each be chosen"),
         (["--param", "lr=float:2:1"], "lr: 'float:2:1': LOW is above HIGH"),
-        (["--space", "nowhere.toml"], "'nowhere.toml' is neither a space"),
+        (["--space", "nowhere.toml"], "nowhere.toml: neither a space"),
         (["--import", "nowhere.py"], "File 'nowhere.py' does not exist"),
         (["--epochs", "-1"], "'--epochs': -1.0 is not in the range"),
         (["--timeout", "soon"], "'soon' is not a time such as 90s, 15m or 2h"),
@@ -380,6 +382,24 @@ def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> No
     refused = run(*options, "--study", "one")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--study names one study; these options make 2" in refused.stderr
+
+
+def test_what_is_wrong_with_one_of_several_studies_is_said_before_the_first(
+    run: Command, tmp_path: Path
+) -> None:
+    small = fill(tmp_path / "small", {"cat": 12, "dog": 3})
+    two = ["--dataset", "digits", "--model", "linear"]
+    for options, words in (
+        ([*two, "--model", "compact", "--param", "dropout=0.1"], "digits-linear: dropout: the net"),
+        ([*two, "--model", "cnn", "--param", "lrr=3"], "digits-linear: lrr: no such hyper"),
+        ([*two, "--dataset", f"folder:{small}"], "class 'dog' has 3 pictures"),
+        ([*two, "--model", "cnn", "--color"], "--color are for folder:PATH"),
+    ):
+        done = run(*options)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "db.sqlite3").exists()
 
 
 @pytest.mark.slow
