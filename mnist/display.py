@@ -202,11 +202,15 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
     if Path(folder, f"{name}.report.html").exists():
         console.print(f"report: {folder}/{name}.report.html, to be opened in a browser")
     default = folder == "saved_models"
-    if place != "current":
-        where = "" if default else f"--folder {shlex.quote(folder)} "
-        console.print(f"not current; to serve it: python -m mnist.registry {where}use {name}")
+    where = "" if default else f"--folder {shlex.quote(folder)} "
+    use = [f"python -m mnist.registry {where}use {name}"]
+    if place == "current":
+        use = []
+    else:
+        console.print("not current: another model is served until it is made so")
     console.print("next:")
     for command in (
+        *use,
         ("" if default else f"MODELS={shlex.quote(folder)} ") + "uvicorn serve.app:app",
         "curl -F file=@picture.png http://127.0.0.1:8000/predict",
         f"optuna-dashboard {shlex.quote(storage)} --artifact-dir {shlex.quote(artifacts)}",

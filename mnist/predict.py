@@ -45,7 +45,7 @@ def answers(
 ) -> Iterator[Answer | Unreadable]:
     """One answer for each file, in order, by one model of the registry `folder`.
 
-    The current model by default. A folder stands for all pictures in it, sorted. Raises
+    The current model by default. A folder stands for all pictures in and below it. Raises
     registry.RegistryError where the model cannot be used.
     """
     name, record = registry.record(folder, name)
@@ -56,8 +56,9 @@ def answers(
 
 
 def pictures(folder: Path) -> list[Path]:
-    """All pictures in a folder, sorted, by their endings; the folder itself if there are none."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS) or [folder]
+    """All pictures in a folder and those below it, sorted, by their endings; the folder itself if
+    there are none."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS) or [folder]
 
 
 def answer(file: Path, data: dict[str, Any], classify: inference.Classifier) -> Answer | Unreadable:
@@ -163,6 +164,10 @@ def main(
     Prints each file with its class, its probability, and the three most likely classes. Exit
     status 1 if one of them could not be read.
     """
+    if file and file.suffix.lower() != ".png":
+        raise click.BadParameter(f"{file} does not end in .png", param_hint="--plot")
+    if file and not file.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {file.parent}", param_hint="--plot")
     everything: list[Answer | Unreadable] = []
     for found in answers(files, models, model):
         everything.append(found)

@@ -88,7 +88,10 @@ def read(name: str, entries: Iterable[str] = (), dropout: bool = True) -> Space:
         if name == "wide" and dropout:
             space["dropout"] = FloatDistribution(0.0, 0.7)
     else:
-        space = {key: distribution(key, spec) for key, spec in _file(name).items()}
+        try:
+            space = {key: distribution(key, spec) for key, spec in _file(name).items()}
+        except SpaceError as error:
+            raise SpaceError(f"{name}: {error}") from error
     for entry in entries:
         key, equals, spec = entry.partition("=")
         if not equals:
@@ -106,9 +109,9 @@ def _file(name: str) -> Mapping[str, Any]:
         with Path(name).open("rb") as stream:
             return tomllib.load(stream)
     except FileNotFoundError as error:
-        raise SpaceError(f"{name!r} is neither a space ({', '.join(SPACES)}) nor a file") from error
+        raise SpaceError(f"neither a space ({', '.join(SPACES)}) nor a file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpaceError(f"{name} cannot be read: {error}") from error
+        raise SpaceError(f"the file cannot be read: {error}") from error
 
 
 def distribution(key: str, spec: Any) -> BaseDistribution:
@@ -119,12 +122,17 @@ def distribution(key: str, spec: Any) -> BaseDistribution:
     if spec == []:
         raise SpaceError(f"{key}: the list is empty; give it a value, or leave the entry out")
     if isinstance(spec, list):  # in TOML: ["Adam", "SGD"]
-        return CategoricalDistribution([_value(key, known, str(word)) for word in spec])
+        return _one_of(key, known, map(str, spec))
     kind, *parts = str(spec).split(":")
     if kind in ("float", "int"):
         return _range(key, known, kind, parts, str(spec))
     words = parts[0].split(",") if kind == "choice" and len(parts) == 1 else [str(spec)]
-    return CategoricalDistribution([_value(key, known, word.strip()) for word in words])
+    return _one_of(key, known, words)
+
+
+def _one_of(key: str, known: Number | Choice, words: Iterable[str]) -> CategoricalDistribution:
+    values = [_value(key, known, word.strip()) for word in words]
+    return CategoricalDistribution(list(dict.fromkeys(values)))
 
 
 def _range(
@@ -147,13 +155,17 @@ def _range(
 def _value(key: str, known: Number | Choice, word: str) -> Any:
     if isinstance(known, Choice):
         if word not in known.words:
-            raise SpaceError(f"{key}: {word!r} is not one of {known.limits()}")
+            hint = f"; choice:{word} lets each be chosen" if "," in word else ""
+            raise SpaceError(f"{key}: {word!r} is not one of {known.limits()}{hint}")
         return word
     try:
         value = int(word) if known.whole else float(word)
     except ValueError as error:
-        kind = "a whole number" if known.whole else "a number"
-        raise SpaceError(f"{key}: {word!r} is not {kind}; {SPECS} is wanted") from error
+        kind, name = ("a whole number", "int") if known.whole else ("a number", "float")
+        raise SpaceError(
+            f"{key}: {word!r} is not {kind}; it may be {name}:LOW:HIGH, that with :log, "
+            "choice:A,B,… or a single value"
+        ) from error
     if not known.low <= value <= known.high:
         raise SpaceError(f"{key}: {word} is not in {known.limits()}")
     return value

@@ -109,7 +109,7 @@ def agree(study: optuna.Study, wanted: dict[str, Any]) -> None:
         study.set_user_attr("fingerprint", wanted)
         return
     different = [
-        f"{key} is {value}, there {kept.get(key)}"
+        _differing(key, value, kept.get(key))
         for key, value in wanted.items()
         if kept.get(key) != value
     ]
@@ -118,6 +118,17 @@ def agree(study: optuna.Study, wanted: dict[str, Any]) -> None:
             f"study {study.study_name} cannot be continued by this command "
             f"({'; '.join(different)}); start another one with --study {study.study_name}-2"
         )
+
+
+def _differing(key: str, value: Any, there: Any) -> str:
+    if key == "data":
+        return "it has other images: of another folder, --image-size, --color or --train-samples"
+    if isinstance(value, dict):  # the space
+        there = there or {}
+        entries = [each for each in {**value, **there} if value.get(each) != there.get(each)]
+        parts = (f"{each} {value.get(each)}, there {there.get(each)}" for each in entries)
+        return f"{key} is {'; '.join(parts)}"
+    return f"{key} is {value}, there {there}"
 
 
 def rungs(trial_samples: int) -> list[int]:

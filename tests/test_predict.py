@@ -103,7 +103,8 @@ def test_what_cannot_be_read_gets_a_line_and_the_others_an_answer(
 
 
 def test_a_folder_stands_for_its_pictures_sorted(ask: Predict, seven: Path) -> None:
-    for name in ("b.PNG", "a.png"):
+    (seven.parent / "c").mkdir()
+    for name in ("b.PNG", "a.png", "c/d.png"):
         (seven.parent / name).write_bytes(seven.read_bytes())
     (seven.parent / "notes.txt").write_text("not asked about")
     done = ask(seven.parent)
@@ -111,6 +112,7 @@ def test_a_folder_stands_for_its_pictures_sorted(ask: Predict, seven: Path) -> N
         "7.png",
         "a.png",
         "b.PNG",
+        "d.png",
     ]
     assert done.returncode == 0
 
@@ -161,9 +163,10 @@ def test_plot_is_a_picture_of_all_answers(ask: Predict, seven: Path) -> None:
     with Image.open(seven.parent / "out.png") as picture:
         assert picture.format == "PNG"
         assert picture.width > picture.height > 150
-    wrong = ask(seven, "--plot", seven.parent / "no" / "out.png")
-    assert wrong.returncode == 1
-    assert wrong.stderr == f"predict: {seven.parent}/no/out.png: No such file or directory\n"
+    for name, words in (("no/out.png", "there is no folder"), ("out.jpg", "does not end in .png")):
+        wrong = ask(seven, "--plot", seven.parent / name)
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        assert words in wrong.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error_to_talk_about(saved: Path, seven: Path) -> None:

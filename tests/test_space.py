@@ -75,9 +75,7 @@ def test_a_wrong_entry_is_named_in_one_line(entry: str, words: str) -> None:
 
 
 def test_a_wrong_file_is_named_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(
-        space.SpaceError, match=r"'wild' is neither a space \(default, wide\) nor a"
-    ):
+    with pytest.raises(space.SpaceError, match=r"wild: neither a space \(default, wide\) nor a"):
         space.read("wild")
     broken = tmp_path / "broken.toml"
     broken.write_text("lr = []")
