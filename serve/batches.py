@@ -21,7 +21,7 @@ LARGEST = 8  # pictures in a batch: larger ones are hardly faster, and answer al
 THREADS = min(2, os.cpu_count() or 1)
 MARGIN = 0.5  # of the deadline may be spent waiting; the rest is for the answer itself
 START_PACE_S = 0.002  # for a picture, until it was measured
-SMOOTH = 0.1  # share of the newest batch in the measured pace
+FADE = 0.95  # of what was measured before, with each batch: about the last 20 count
 
 
 class Busy(Exception):
@@ -61,7 +61,7 @@ class Batches:
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._active = self._under_way = 0
-        self._pace_s = START_PACE_S
+        self._took_s, self._answered = LARGEST * START_PACE_S, float(LARGEST)  # lately
         self._threads = ThreadPoolExecutor(THREADS, "inference")
         self._loop = asyncio.get_running_loop()
 
@@ -85,6 +85,11 @@ class Batches:
 
     def leave(self) -> None:
         self._under_way -= 1
+
+    @property
+    def _pace_s(self) -> float:
+        """Seconds for a picture: of all lately, so that one slow picture does not count as many."""
+        return self._took_s / self._answered
 
     async def classify(self, data: bytes, model: Model) -> tuple[np.ndarray, Any]:
         """The picture's normalised form, and its row of model.classify().
@@ -115,8 +120,9 @@ class Batches:
                 answers = dict.fromkeys(jobs, error)
             done = sum(not isinstance(answer, Busy) for answer in answers.values())
             if done:
-                seconds = (time.monotonic() - start) / done / self._active
-                self._pace_s += SMOOTH * (seconds - self._pace_s)
+                seconds = (time.monotonic() - start) / self._active
+                self._took_s = FADE * self._took_s + seconds
+                self._answered = FADE * self._answered + done
             self._loop.call_soon_threadsafe(_deliver, answers)
 
     def _take(self) -> list[Job]:

@@ -2,10 +2,10 @@
 
 import hmac
 import logging
+import random
 import re
 import sys
 import time
-import uuid
 from typing import Any
 
 from pydantic import ValidationError
@@ -56,7 +56,7 @@ class Front:
         start, state = time.perf_counter(), scope["app"].state
         headers = dict(scope["headers"])
         sent = headers.get(b"x-request-id", b"")
-        request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex.encode()
+        request_id = sent if REQUEST_ID.fullmatch(sent) else b"%032x" % random.getrandbits(128)
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = 500
 

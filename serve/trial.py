@@ -18,7 +18,7 @@ from mnist import inference, registry
 
 COMMAND = (sys.executable, "-m", "serve.trial")
 LONGEST_S = 120
-NICE = 5  # who answers goes first; but on a busy machine, too, a model can be replaced
+NICE = 10  # who answers goes first; but on a busy machine, too, a model can be replaced
 
 
 async def which_engine(

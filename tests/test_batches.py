@@ -130,3 +130,19 @@ def test_who_cannot_be_in_time_is_turned_away_at_once() -> None:
         await asyncio.gather(*waiting, return_exceptions=True)
 
     within(scenario, deadline_ms=500)
+
+
+def test_one_slow_picture_turns_no_other_away() -> None:
+    async def scenario(queue: Batches, model: Sums) -> None:
+        await asyncio.gather(*(queue.classify(b"\1", model) for _ in range(64)))
+        slow = Sums()
+        slow.classify = lambda rows: time.sleep(0.3) or [0]  # type: ignore
+        await queue.classify(b"\1", slow)
+        model.may.clear()
+        waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(40)]
+        await asyncio.sleep(0)
+        queue.admit()
+        model.may.set()
+        await asyncio.gather(*waiting)
+
+    within(scenario)
