@@ -304,18 +304,28 @@ def test_the_keyboard_is_enough(opened: Opened) -> None:
         page.press("#choose", "Space")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious_and_nothing_shifts(
-    opened: Opened, tmp_path_factory: pytest.TempPathFactory, scheme: str
-) -> None:
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("axe")
     subprocess.run(["npm", "install", "--silent", AXE], cwd=folder, check=True)
-    page = opened(color_scheme=scheme, bypass_csp=True, viewport={"width": 1280, "height": 900})
+    return folder / "node_modules/axe-core/axe.min.js"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_nothing_serious_and_nothing_shifts(
+    opened: Opened, axe: Path, picture: bytes, scheme: str, width: int
+) -> None:
+    page = opened(color_scheme=scheme, bypass_csp=True, viewport={"width": width, "height": 900})
     draw(page)
     page.wait_for_function(ANSWERED)
     assert page.evaluate(SHIFT) == 0
-    page.add_script_tag(path=folder / "node_modules/axe-core/axe.min.js")
+    two = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": picture} for i in range(2)]
+    page.set_input_files("#files", two)
+    page.wait_for_function("() => document.getElementById('count').textContent.startsWith('2 of')")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.add_script_tag(path=axe)
     found = page.evaluate("axe.run()")["violations"]
     serious = [each for each in found if each["impact"] in ("serious", "critical")]
     assert not serious, json.dumps(serious, indent=1)[:3000]

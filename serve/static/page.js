@@ -83,7 +83,7 @@ function show(answer) {
   $("class").textContent = prediction;
   $("class").classList.toggle("long", prediction.length > 2);
   $("class").classList.toggle("unsure", uncertain);
-  const others = top.slice(1).map(([name, share]) => `${name} (${percent(share)})`);
+  const others = top.slice(1).map(([name, share]) => `${name}\u00a0(${percent(share)})`);
   const sure = uncertain ? `Not sure; most like ${prediction}` : prediction;
   const then = others.length ? ` Then ${others.join(" and ")}.` : "";
   $("words").textContent = `${sure}, ${percent(probability)}.${then}`;
@@ -217,7 +217,7 @@ function fill(line, answer) {
   }
   view.append(Object.assign(new Image(56, 56), { alt: "", src: answer.view }));
   prediction.textContent = answer.prediction + (answer.uncertain ? " (not sure)" : "");
-  top.textContent = answer.top.map(([name, share]) => `${name} ${percent(share)}`).join(", ");
+  top.textContent = answer.top.map(([name, share]) => `${name}\u00a0${percent(share)}`).join(", ");
 }
 
 // --- putting right ---
@@ -332,7 +332,7 @@ async function describe() {
 function summary({ dataset, model, created, metrics }) {
   const { errors, n, interval95: [low, high] = [] } = metrics.test;
   const between = low === undefined ? "" : ` (${(100 * low).toFixed(2)}% to ${(100 * high).toFixed(2)}%)`;
-  const right = `${(100 * (1 - errors / n)).toFixed(2)}% right of ${n} test images${between}`;
+  const right = `${(100 * (1 - errors / n)).toFixed(2)}% right of ${n.toLocaleString("en")} test images${between}`;
   return `${model.name} on ${dataset.name}: ${right}, ${created.slice(0, 10)}`;
 }
 
