@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from PIL import Image
 
 import run as run_module
-from mnist import data, models, registry, search
+from mnist import data, models, predict, registry, search
 from serve.app import app
 from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
 from tests.test_folders import fill
@@ -458,7 +458,7 @@ models.NETWORKS["tiny"] = tiny
 """
 
 
-def test_a_network_of_ones_own_is_searched_and_saved(
+def test_a_network_of_ones_own_is_searched_saved_and_answers_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(models.NETWORKS, "tiny", models.Linear)  # gone when the test is over
@@ -472,6 +472,16 @@ def test_a_network_of_ones_own_is_searched_and_saved(
     assert record["hyperparameters"]["lr"] == 0.01
     assert 0 <= record["hyperparameters"]["dropout"] <= 0.5
     assert record["imports"] == {"own.py": OWN}
+    with monkeypatch.context() as later:  # by its ONNX file, without the Python
+        later.delitem(models.NETWORKS, "tiny")
+        picture = tmp_path / "blot.png"
+        Image.fromarray(np.pad(np.zeros((20, 9), np.uint8), 15, constant_values=255)).save(picture)
+        (found,) = predict.answers([picture], tmp_path / "saved_models")
+        assert isinstance(found, predict.Answer)
+        later.setenv("MODELS", str(tmp_path / "saved_models"))
+        with TestClient(app) as client:
+            answer = client.post("/predict", content=picture.read_bytes()).json()
+        assert answer["prediction"] == found.top[0][0]
     file.write_text(OWN + "# another one")
     other = run(*options, "--trials", "2", "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert other.returncode == 2
