@@ -203,11 +203,9 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
         console.print(f"report: {folder}/{name}.report.html, to be opened in a browser")
     default = folder == "saved_models"
     where = "" if default else f"--folder {shlex.quote(folder)} "
-    use = [f"python -m mnist.registry {where}use {name}"]
-    if place == "current":
-        use = []
-    else:
-        console.print("not current: another model is served until it is made so")
+    use = [] if place == "current" else [f"python -m mnist.registry {where}use {name}"]
+    if use:
+        console.print("it is not the current model; the first of these makes it so")
     console.print("next:")
     for command in (
         *use,

@@ -289,8 +289,8 @@ def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
 
 def test_the_next_commands_name_the_registry_and_the_storage_in_use(run: Command) -> None:
     where = ["--output", "my models", "--storage", "sqlite:///mine.sqlite3", "--trials", "1"]
-    run(*DIGITS, *where)
     done = run(*DIGITS, *where, "--promote", "never")
+    assert "next:\n  python -m mnist.registry --folder 'my models' use 2" in done.stdout
     assert "MODELS='my models' uvicorn serve.app:app" in done.stdout
     assert "optuna-dashboard sqlite:///mine.sqlite3" in done.stdout
 
