@@ -111,10 +111,10 @@ def models(engine: Live) -> JSONResponse:
     return JSONResponse({"current": info["current"], "models": brief})
 
 
-@app.get("/models/{name}", responses=schemas.problems(404, 503))
-def model(name: str, engine: Live) -> dict[str, Any]:
+@app.get("/models/{name}", openapi_extra=schemas.BY_NAME, responses=schemas.problems(404, 503))
+def model(request: Request, engine: Live) -> dict[str, Any]:
     """All that is recorded of one model."""
-    return registry.record(engine.settings.models, name)[1]
+    return registry.record(engine.settings.models, request.path_params["name"])[1]
 
 
 @app.get("/metrics", response_class=Response, responses=schemas.problems(401))
@@ -157,7 +157,7 @@ async def predict_base64(
         message = 'the body must be {"image": "..."} with a picture in base64'
         raise Refused(400, "bad_request", message) from error
     if len(data) > limit:
-        raise _too_large(limit)
+        raise _too_large(request)
     return JSONResponse(await engine.answer(live, _sent(data), None, top, view))
 
 
@@ -177,7 +177,7 @@ async def predict_batch(
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
         try:
             if len(data) > engine.settings.max_upload_bytes:
-                raise _too_large(engine.settings.max_upload_bytes)
+                raise _too_large(request)
             return await engine.answer(live, _sent(data), filename, top, view)
         except (Refused, Busy, images.ImageError) as error:
             request_id = request.state.request_id
@@ -238,7 +238,7 @@ async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
         if isinstance(file, UploadFile):
             data, filename = await file.read(), file.filename
     if len(data) > limit:
-        raise _too_large(limit)
+        raise _too_large(request)
     return _sent(data), filename
 
 
@@ -297,12 +297,12 @@ async def _body(request: Request, limit: int) -> bytes:
 async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes]:
     """The body in chunks, as long as it is no larger than allowed."""
     if _content_length(request) > limit:
-        raise _too_large(limit)
+        raise _too_large(request, limit)
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise _too_large(limit)
+            raise _too_large(request, limit)
         request.app.state.engine.hold(request.scope["state"], len(chunk))
         yield chunk
 
@@ -331,8 +331,13 @@ def _sent(data: bytes) -> bytes:
     return data
 
 
-def _too_large(limit: int) -> Refused:
-    return Refused(413, "too_large", f"the upload is over {limit} bytes (MAX_UPLOAD_BYTES)")
+def _too_large(request: Request, limit: int = 0) -> Refused:
+    """`limit` is that of the whole body, which may have more around a picture, or several."""
+    most = request.app.state.engine.settings.max_upload_bytes
+    text = f"a picture may have {most} bytes (MAX_UPLOAD_BYTES)"
+    if limit >= BODIES_BYTES:
+        text = f"all pictures together may have {limit} bytes; send fewer at a time"
+    return Refused(413, "too_large", f"the upload is too large: {text}")
 
 
 # --- errors --------------------------------------------------------------------------------------
