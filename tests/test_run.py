@@ -420,14 +420,14 @@ def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
 
 
 @pytest.mark.slow
-def test_an_unfit_study_does_not_hold_up_the_others(run: Command, tmp_path: Path) -> None:
-    pets = fill(tmp_path / "pets", {"cat": 30, "dog": 30})
-    done = run(
-        "--dataset", f"folder:{pets}", "--dataset", "digits", "--color", "--model", "linear", *SHORT
-    )
-    assert done.returncode == 1
-    assert "digits-linear: --image-size and --color are for folder" in done.stderr
-    assert re.search(r"folder:pets +linear .* of \d+ ", done.stdout)
+def test_a_study_that_cannot_be_continued_does_not_hold_up_the_others(run: Command) -> None:
+    assert run("--dataset", "digits", "--model", "linear", *SHORT).returncode == 0
+    both = ["--dataset", "digits", "--model", "linear", "--model", "compact"]
+    done = run(*both, *SHORT, "--epochs", "0.6")
+    assert done.returncode == 2
+    assert "digits-linear: study digits-linear cannot be continued" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("refused, for the reasons above: digits-linear")
+    assert re.search(r"digits +compact .* of 257 ", done.stdout)
 
 
 def test_two_studies_of_one_name_are_refused(run: Command, tmp_path: Path) -> None:
