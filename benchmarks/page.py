@@ -26,10 +26,8 @@ from benchmarks.serving import pictures
 from mnist import data, registry
 
 SCALE = 8  # the skeleton is looked for in an enlarged image: there it is smooth
-CANVAS = 280  # the page's units of a drawing
-THICKNESS = (10, 34)  # of the brush, in these
-EDGE = 0.01  # of the canvas that stays white around a drawing
-SIZE = (0.35, 0.8)  # longest side of the digit, of the canvas
+THICKNESS = (10, 34)  # the brush, of a canvas of 280
+SIZE = (0.35, 0.85)  # longest side of the digit, of the canvas
 LEAST = 0.06  # shorter strokes, of the digit, are spurs of the skeleton
 STEP = 3  # pixels of the skeleton from one event to the next
 QUIET_MS = 150  # without a change: the answer is the last one
@@ -95,10 +93,14 @@ def _followed(left: set[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         yield path
 
 
-def place(drawn: list[Stroke], thickness: int, chance: random.Random) -> list[Stroke]:
-    """The strokes at a size and place by chance, all on the canvas, as shares of it."""
-    size, margin = chance.uniform(*SIZE), EDGE + thickness / CANVAS / 2
-    dx, dy = (chance.uniform(margin, 1 - margin - size) for _ in "xy")
+def place(drawn: list[Stroke], chance: random.Random) -> list[Stroke]:
+    """The strokes at a size and place by chance, as shares of the canvas.
+
+    A large or thick one can reach over the edge, as a hand's does: what is out there is lost.
+    """
+    size = chance.uniform(*SIZE)
+    room = (1 - size) * 0.9
+    dx, dy = (0.05 + chance.uniform(0, room) for _ in "xy")
     return [[(dx + size * x, dy + size * y) for x, y in stroke] for stroke in drawn]
 
 
@@ -140,9 +142,8 @@ def main(folder: Path, data_dir: Path | None, digits: int, seed: int) -> None:
         page.wait_for_selector("#state[data-state=ready]")
         page.evaluate(WATCH)
         for i in chosen:
-            thickness = chance.randrange(*THICKNESS, 2)
-            drawn = place(strokes(dataset.validation.images[i, 0].numpy()), thickness, chance)
-            answer, taken = replay(page, drawn, thickness)
+            drawn = place(strokes(dataset.validation.images[i, 0].numpy()), chance)
+            answer, taken = replay(page, drawn, chance.randrange(*THICKNESS, 2))
             label = dataset.classes[dataset.validation.labels[i]]
             times.append(taken)
             if answer != label:
