@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import sys
@@ -38,14 +39,14 @@ from mnist.options import Options, command
 from mnist.workers import Pool, Run, Setup, cores
 
 BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32
-TRIALS, QUICK_TRIALS = 32, 4
+TRIALS, QUICK_TRIALS = 32, 3
 CONFIRM, QUICK_CONFIRM = 2, 0
 TARGET_S = 15.5 * 60  # what the default run plans with: it ends within 20 minutes, also where the
 # machine slows down by a quarter meanwhile (16.5 once took 20.7)
 QUICK_S = 20.0
 # Whatever is wrong with what one study is to be made of.
 REFUSED = (click.UsageError, data.DataError, registry.RegistryError, studies.StudyError)
-SPEED_BATCH = 64  # with which the machine is measured at the start
+SPEED_BATCH = 32  # with which the machine is measured at the start
 
 
 def main(each: list[Options]) -> None:
@@ -126,7 +127,7 @@ def check(each: list[Options]) -> None:
         dataset = loaded(some[0])
         for options in some:
             try:
-                choices(options, dataset, device)
+                choices(options, sound(options, dataset, device))
             except click.UsageError as error:
                 raise click.UsageError(f"{options.study_name}: {said(error)}") from error
 
@@ -170,13 +171,14 @@ def prepare(
     `times`: when the study began, and when it must be over.
     """
     dataset = loaded(options).to(device)
-    space = choices(options, dataset, device)
+    model = sound(options, dataset, device)
+    space = choices(options, model)
     trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
     confirmed = options.confirm
     if confirmed is None:
         confirmed = QUICK_CONFIRM if options.quick else CONFIRM
     total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
-    plan = fit_to_machine(options, member, dataset, space, device, (trials, confirmed), total_s)
+    plan = fit_to_machine(options, member, dataset, space, model, (trials, confirmed), total_s)
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
     return Job(options, member, dataset, space, device, plan, trials, confirmed, total_s, *times)
 
@@ -189,11 +191,10 @@ def loaded(options: Options) -> data.Dataset:
         raise click.UsageError(str(error)) from error
 
 
-def choices(options: Options, dataset: data.Dataset, device: torch.device) -> spaces.Space:
-    """What trials choose from; raises click.UsageError, also where the network is not sound."""
-    dropout = bool(training.dropouts(sound(options, dataset, device)))
+def choices(options: Options, model: torch.nn.Module) -> spaces.Space:
+    """What trials choose from; raises click.UsageError."""
     try:
-        return spaces.read(options.space, options.param, dropout)
+        return spaces.read(options.space, options.param, bool(training.dropouts(model)))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
@@ -219,9 +220,8 @@ def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torc
     return model.train()
 
 
-def measured(options: Options, dataset: data.Dataset, device: torch.device) -> float:
+def measured(options: Options, model: torch.nn.Module, dataset: data.Dataset) -> float:
     """Training images a second; raises click.UsageError where the network cannot be trained."""
-    model = sound(options, dataset, device)
     try:
         return training.speed(model, dataset, batch_size=SPEED_BATCH)
     except Exception as error:
@@ -250,17 +250,18 @@ def fit_to_machine(
     member: Member,
     dataset: data.Dataset,
     space: spaces.Space,
-    device: torch.device,
+    model: torch.nn.Module,
     runs: tuple[int, int],
     total_s: float,
 ) -> search.Plan:
-    """The study's own plan, or one by the speed of this machine; `runs`: trials, confirmed."""
+    """The study's own plan, or one by the speed of this machine, for which `model` is trained;
+    `runs`: trials, confirmed."""
     kept = member.update(lambda study: study.user_attrs.get("plan"))
     asked = round(options.epochs * len(dataset.train)) if options.epochs else None
     if kept and asked in (None, kept["trial_samples"]):
         plan = search.Plan(**kept)
     else:
-        speed = measured(options, dataset, device)
+        speed = measured(options, model, dataset)
         plan = search.plan(dataset, *runs, speed, total_s, asked)
 
     def agree(study: optuna.Study) -> search.Plan:
@@ -405,4 +406,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sys.exit(guarded(sys.argv[1:]))
+    code = guarded(sys.argv[1:])
+    gc.freeze()  # Python would look through all that was imported at its end: 2 s
+    sys.exit(code)

@@ -30,7 +30,7 @@ from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore, used
 
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
-LEAST_FINAL = 2_000  # images; a model that has seen fewer is not worth saving
+LEAST_FINAL = 1_200  # images; a model that has seen fewer is not worth saving
 MISTAKES = 24  # whose images are kept, to be looked at
 EVALUATION_BYTES = 10_000_000  # more than what is kept of it
 ABANDONED_S = 600  # writing a checkpoint takes seconds

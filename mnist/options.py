@@ -121,7 +121,7 @@ class Options:
         multiple=True,
     )
     trials: int | None = option(
-        None, "The study's total of finished trials. [default: 32, with --quick 4]", type=AT_LEAST_1
+        None, "The study's total of finished trials. [default: 32, with --quick 3]", type=AT_LEAST_1
     )
     epochs: float | None = option(
         None, "Most training a trial may see, in epochs. [default: fits the machine]", type=POSITIVE

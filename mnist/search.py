@@ -22,7 +22,7 @@ SEARCH_SHARE = 0.3
 TRIAL_COST = (
     0.35  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
 )
-LEAST_SAMPLES = 600  # under which a trial shows nothing
+LEAST_SAMPLES = 300  # under which a trial shows nothing
 # Most that a trial and the final model see: a pass and 20 of them; or so many images where the data
 # set is small, for what a few steps of training have made says nothing.
 TRIAL_IMAGES, FINAL_IMAGES, FINAL_PASSES = 10_000, 60_000, 20

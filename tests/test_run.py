@@ -48,7 +48,7 @@ def test_a_run_saves_a_model_and_the_next_run_only_prints_it(run: Command, tmp_p
     result = json.loads(first.stdout)
     name, record = registry.record(tmp_path / "saved_models")
     assert result["name"] == name
-    assert result["trials"]["complete"] + result["trials"]["pruned"] == 4
+    assert result["trials"]["complete"] + result["trials"]["pruned"] == 3
     assert record["study"]["trial"] == result["best"]["number"]
     assert record["options"]["dataset"] == "digits"
     second = run(*DIGITS)
@@ -60,7 +60,7 @@ def test_a_run_saves_a_model_and_the_next_run_only_prints_it(run: Command, tmp_p
     (tmp_path / "own.py").write_text("# with networks, but not this one")
     assert run(*DIGITS, "--import", str(tmp_path / "own.py")).stdout == second.stdout
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 1
-    assert len(states(tmp_path)) == 4 + result["trials"]["fail"]
+    assert len(states(tmp_path)) == 3 + result["trials"]["fail"]
 
 
 def test_more_trials_continue_the_study(run: Command, tmp_path: Path) -> None:
