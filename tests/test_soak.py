@@ -44,15 +44,15 @@ finish.keep = keep
 """
 
 
-def test_ten_kills_lose_nothing(tmp_path: Path) -> None:
+def test_five_kills_lose_nothing(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/db.sqlite3"
-    soak.soak(storage, tmp_path, kills=10, seed=1, trials=40)
+    soak.soak(storage, tmp_path, kills=5, seed=1, trials=20)
 
 
-def test_ten_kills_and_a_restart_of_postgresql_lose_nothing(
+def test_five_kills_and_a_restart_of_postgresql_lose_nothing(
     tmp_path: Path, server: Any, postgresql: str
 ) -> None:
-    soak.soak(postgresql, tmp_path, 10, seed=2, middle=lambda: soak.restart(server), trials=40)
+    soak.soak(postgresql, tmp_path, 5, seed=2, middle=lambda: soak.restart(server), trials=20)
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
