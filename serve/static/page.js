@@ -22,10 +22,8 @@ let asked = 0;
 const newest = new api.Newest((signal) => {
   if (!chosen && drawing.empty) return null;
   asked = performance.now();
-  const name = $("model").value;
-  return (chosen ? Promise.resolve(chosen) : drawing.png()).then(async (picture) => {
-    return { ...(await api.predict(picture, name, signal)), picture };
-  });
+  const picture = chosen ?? drawing.png();
+  return api.predict(picture, $("model").value, signal).then((found) => ({ ...found, picture }));
 }, show);
 
 const drawing = new Drawing($("canvas"), (done) => {
