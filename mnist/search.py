@@ -22,7 +22,6 @@ SEARCH_SHARE = 0.3
 TRIAL_COST = (
     0.35  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
 )
-LEAST_SAMPLES = 300  # under which a trial shows nothing
 # Most that a trial and the final model see: a pass and 20 of them; or so many images where the data
 # set is small, for what a few steps of training have made says nothing.
 TRIAL_IMAGES, FINAL_IMAGES, FINAL_PASSES = 10_000, 60_000, 20
@@ -242,6 +241,7 @@ def plan(
     confirmed: int,
     images_per_s: float,
     total_s: float,
+    least_samples: int,
     trial_samples: int | None = None,
 ) -> Plan:
     """Spend about `total_s`, SEARCH_SHARE of it on the search, at `images_per_s` in training.
@@ -249,7 +249,8 @@ def plan(
     By the rungs above a trial costs TRIAL_COST of its most images on average, and forward passes,
     a third of a training step each, over validation images; the confirmation of each of the
     `confirmed` best trials costs CONFIRM_SEEDS whole ones. A faster machine gets longer trials,
-    up to a pass over the training split, or TRIAL_IMAGES; then it is simply done sooner.
+    up to a pass over the training split, or TRIAL_IMAGES; then it is simply done sooner. On a slow
+    one they have `least_samples`, and the search takes more than its share.
     """
     whole = len(dataset.validation) / 3
     part = training.SUBSET * (1 + 1 / REDUCTION) / 3 + whole / REDUCTION ** len(RUNGS)
@@ -258,7 +259,7 @@ def plan(
         room = total_s * SEARCH_SHARE * images_per_s - trials * part - runs * whole
         samples = room / (trials * TRIAL_COST + runs)
         most = max(len(dataset.train), TRIAL_IMAGES)
-        trial_samples = int(min(max(samples, LEAST_SAMPLES), most))
+        trial_samples = int(min(max(samples, least_samples), most))
     trial_s = (trial_samples * TRIAL_COST + part) / images_per_s
     confirm_s = runs * (trial_samples + whole) / images_per_s
     final_s = min(total_s * (1 - SEARCH_SHARE), most_final(dataset) / images_per_s)
