@@ -58,6 +58,8 @@ _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # its value
 # What Pillow warns of (odd metadata, many pixels) is not for who serves or trains a model. Here and
 # once: to catch warnings around each picture swaps a global of the whole process.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# What is done here takes microseconds: a second thread is woken in vain, for 0.8 ms of a processor.
+cv2.setNumThreads(1)
 
 
 class ImageError(ValueError):

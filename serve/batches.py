@@ -17,8 +17,9 @@ from serve.metrics import Metrics
 from serve.settings import Settings
 
 LARGEST = 8  # pictures in a batch: larger ones are hardly faster, and answer all of theirs later
-# While one thread decodes, which takes Python's lock, the other one has its batch inferred.
-THREADS = min(2, os.cpu_count() or 1)
+# While one thread decodes, which takes Python's lock, the other one has its batch inferred. With
+# THREADS=1, for as many processes as cores, a second one only gets in the way of the others.
+MOST_THREADS = 2
 MARGIN = 0.5  # of the deadline may be spent waiting; the rest is for the answer itself
 START_PACE_S = 0.002  # for a picture, until it was measured
 FADE = 0.95  # of what was measured before, with each batch: about the last 20 count
@@ -60,9 +61,10 @@ class Batches:
         self._settings, self._metrics = settings, metrics
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
+        self._most = min(MOST_THREADS, settings.threads or os.cpu_count() or 1)
         self._active = self._under_way = 0
         self._took_s, self._answered = LARGEST * START_PACE_S, float(LARGEST)  # lately
-        self._threads = ThreadPoolExecutor(THREADS, "inference")
+        self._threads = ThreadPoolExecutor(self._most, "inference")
         self._loop = asyncio.get_running_loop()
 
     def stop(self) -> None:
@@ -100,7 +102,7 @@ class Batches:
         with self._lock:
             self._jobs.append(job)
             self._metrics.waiting.set(len(self._jobs))
-            idle = self._active < THREADS
+            idle = self._active < self._most
             self._active += idle
         if idle:
             self._threads.submit(self._work)

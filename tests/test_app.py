@@ -439,3 +439,14 @@ def test_importing_the_server_imports_no_training_library() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_libraries_use_no_threads_of_their_own_beside_the_servers() -> None:
+    code = "import serve.app, cv2, threadpoolctl as pools; print(cv2.getNumThreads(), "
+    code += "*[pool['num_threads'] for pool in pools.threadpool_info()])"
+    environment = {key: value for key, value in os.environ.items() if "_NUM_THREADS" not in key}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True
+    )
+    assert set(found.stdout.split()) == {b"1"}
+    assert len(found.stdout.split()) > 1  # NumPy's is among them

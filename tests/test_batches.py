@@ -103,16 +103,31 @@ def test_a_full_queue_turns_away_and_takes_again_when_it_has_room() -> None:
     within(scenario, max_queue=3)
 
 
+def test_as_many_batches_at_a_time_as_there_are_threads_for() -> None:
+    async def scenario(queue: Batches, model: Sums) -> list[int]:
+        model.may.clear()
+        asked = []
+        for _ in range(4):
+            asked.append(asyncio.create_task(queue.classify(b"\1", model)))
+            await asyncio.sleep(0.05)
+        model.may.set()
+        await asyncio.gather(*asked)
+        return model.sizes
+
+    assert sorted(within(scenario, threads=1)) == [1, 3]
+    assert sorted(within(scenario, threads=8)) == [1, 1, 2]
+
+
 def test_who_waited_past_the_deadline_is_turned_away_rather_than_answered() -> None:
     async def scenario(queue: Batches, model: Sums) -> list[Any]:
         model.may.clear()
-        asked = [queue.classify(b"\1", model) for _ in range(batches.THREADS + 2)]
+        asked = [queue.classify(b"\1", model) for _ in range(batches.MOST_THREADS + 2)]
         answers = asyncio.create_task(all_of(*asked))
         await asyncio.sleep(0.2)
         model.may.set()
         return await answers
 
-    *first, late, last = within(scenario, deadline_ms=100)
+    *first, late, last = within(scenario, deadline_ms=100, threads=2)
     assert all(answer[1] == 1 for answer in first)  # they were begun in time
     assert isinstance(late, Busy)
     assert isinstance(last, Busy)
