@@ -43,9 +43,15 @@ class Found:
 
     def between(self, start: float, end: float) -> "Found":
         """Only what was due then."""
-        rows = (start <= self.due) & (self.due < end)
+        return self._rows((start <= self.due) & (self.due < end), end - start)
+
+    def outside(self, start: float, end: float) -> "Found":
+        """All but what was due then."""
+        return self._rows((self.due < start) | (end <= self.due), self.length_s - (end - start))
+
+    def _rows(self, rows: np.ndarray, length_s: float) -> "Found":
         columns = (self.due, self.seconds, self.statuses, self.tries)
-        return Found(*(column[rows] for column in columns), end - start)
+        return Found(*(column[rows] for column in columns), length_s)
 
     def of(self, status: int = 200) -> np.ndarray:
         return self.seconds[self.statuses == status]
@@ -130,17 +136,22 @@ class Connection:
 
 
 async def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> list:
-    """Each connection asks again as soon as it was answered."""
-    found, end = [], time.perf_counter() + seconds
+    """Each connection asks again as soon as it was answered.
 
-    async def one(i: int) -> None:
-        connection = Connection(port)
+    They are opened one after the other: of those that come at once, one worker may accept all.
+    """
+    found, opened = [], [Connection(port) for _ in range(connections)]
+    for connection in opened:
+        await connection.ask(requests[0], time.perf_counter())
+    end = time.perf_counter() + seconds
+
+    async def one(i: int, connection: Connection) -> None:
         while (start := time.perf_counter()) < end:
             found.append(await connection.ask(requests[i % len(requests)], start))
             i += 1
         connection.close()
 
-    await asyncio.gather(*(one(7 * i) for i in range(connections)))
+    await asyncio.gather(*(one(7 * i, each) for i, each in enumerate(opened)))
     return found
 
 

@@ -3,8 +3,8 @@
 python -m benchmarks.swaps                      # the current model of saved_models; two minutes
 
 At half of the server's peak, 20 times another model becomes current; four of them cannot answer
-(corrupt, of a wrong shape, failing its golden inputs) or come slowly (float32 only). Then a server
-of two workers is restarted with SIGHUP.
+(corrupt, of a wrong shape, failing its golden inputs) or are slow (float32 only), in loading and
+in answering. Then a server of two workers is restarted with SIGHUP.
 """
 
 import hashlib
@@ -26,6 +26,8 @@ from benchmarks.serving import keep, pictures
 from mnist import data, registry
 
 SWAPS = 20
+HARMS = ("corrupt", "shape", "slow", "golden")
+SLOW = 4 * HARMS.index("slow") + 3  # which swap is the one to the slow model
 PAUSE_S = 0.5  # between two swaps
 CALM_S, MOST_S = 20.0, 120.0  # of the load without swaps, and at most with them
 LONGEST_S = 20.0  # for one swap, under load
@@ -101,22 +103,27 @@ def arrived(answer: dict[str, Any], name: str, bad_one: bool) -> bool:
 def prepare(folder: Path) -> list[tuple[str, bool]]:
     """The models to swap to, in this order, and whether each is a bad one."""
     good = [registry.record(folder)[0], another(folder)]
-    odd = {harm: bad(folder, harm) for harm in ("corrupt", "shape", "slow", "golden")}
-    order = [(good[(i + 1) % 2], False) for i in range(SWAPS - len(odd))]
-    for i, (harm, name) in enumerate(odd.items()):
-        order.insert(4 * i + 3, (name, harm != "slow"))
+    order = [(good[(i + 1) % 2], False) for i in range(SWAPS - len(HARMS))]
+    for i, harm in enumerate(HARMS):
+        order.insert(4 * i + 3, (bad(folder, harm), harm != "slow"))
     return order
 
 
-def swap(port: int, folder: Path, order: list[tuple[str, bool]]) -> None:
-    """All of them, one after the other; each has arrived, or was refused, before the next."""
+def swap(port: int, folder: Path, order: list[tuple[str, bool]]) -> list[float]:
+    """All of them, one after the other; each has arrived, or was refused, before the next.
+
+    Returns when each began, and when the last one ended.
+    """
+    times = []
     for name, bad_one in order:
+        times.append(time.perf_counter())
         make_current(folder, name)
         end = time.monotonic() + LONGEST_S
         while not arrived(answer := ready(port), name, bad_one):
             assert time.monotonic() < end, (name, answer)
             time.sleep(0.1)
         time.sleep(PAUSE_S)
+    return [*times, time.perf_counter()]
 
 
 def line(what: str, found: load.Found) -> str:
@@ -150,11 +157,13 @@ def main(folder: Path, data_dir: Path | None, workers: int) -> None:
             )
             during = load.Load(server.port, kept, MOST_S, rate=rate)
             time.sleep(3)
-            start = time.perf_counter()
-            swap(server.port, models, order)
-            end = time.perf_counter()
+            times = swap(server.port, models, order)
             during.stop()
-            click.echo(line(f"{len(order)} swaps", during.found().between(start, end)))
+            found = during.found().between(times[0], times[-1])
+            click.echo(line(f"{len(order)} swaps", found))
+            slow = times[SLOW], times[SLOW + 2]  # it answers, or another one is loaded beside it
+            click.echo(line("  of these with the slow one", found.between(*slow)))
+            click.echo(line("  and with all others", found.outside(*slow)))
         two = (*servers.OURS, "--workers", "2", "--timeout-worker-healthcheck", "30")
         with servers.server(models, requests[0], two) as server:
             before = set(servers.below(server.process.pid))

@@ -5,9 +5,15 @@ python -m serve.trial FOLDER NAME ENGINE [THREADS]
 What takes long there, fails, or brings it down, does not touch the process that answers.
 """
 
+import os
+
+if __name__ == "__main__":
+    # Who answers goes first, also before the imports below, which are most of the work. On a busy
+    # machine, too, a model can be replaced.
+    os.nice(10)
+
 import asyncio
 import json
-import os
 import signal
 import sys
 import traceback
@@ -18,7 +24,6 @@ from mnist import inference, registry
 
 COMMAND = (sys.executable, "-m", "serve.trial")
 LONGEST_S = 120
-NICE = 10  # who answers goes first; but on a busy machine, too, a model can be replaced
 
 
 async def which_engine(
@@ -61,7 +66,6 @@ async def which_engine(
 
 def main(folder: str, name: str, engine: str, threads: str | None = None) -> None:
     """Print the engine, or why there is none, as JSON."""
-    os.nice(NICE)
     signal.alarm(LONGEST_S)  # should who asked be gone
     with suppress(OSError):  # where memory runs out, this process ends, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
