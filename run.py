@@ -42,8 +42,8 @@ BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float
 TRIALS, QUICK_TRIALS = 32, 3
 CONFIRM, QUICK_CONFIRM = 2, 0
 # Least images that a trial sees. Where a slow machine left 300, the best of 32 was 43 % right, its
-# rank a matter of luck; with 1,500 it was 90 %, and the final model as good (158 and 165 errors).
-LEAST, QUICK_LEAST = 1_500, 300
+# rank a matter of luck. With 1,500 it was 90 %, but that took much of the final training's time.
+LEAST, QUICK_LEAST = 1_000, 300
 TARGET_S = 15.5 * 60  # what the default run plans with: it ends within 20 minutes, also where the
 # machine slows down by a quarter meanwhile (16.5 once took 20.7)
 QUICK_S = 20.0

@@ -252,7 +252,7 @@ def final_s(job: Job) -> float:
     passed_s = time.monotonic() - job.start
     if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
         return min(0.7 * max(0.0, job.options.timeout - passed_s), job.plan.final_s)
-    return min(max(job.total_s - passed_s, 0.6 * job.plan.final_s), 1.1 * job.plan.final_s)
+    return min(max(job.total_s - passed_s, 0.75 * job.plan.final_s), 1.1 * job.plan.final_s)
 
 
 def final_samples(job: Job, best: FrozenTrial) -> int:
