@@ -43,7 +43,7 @@ class Display:
         self.accuracy: dict[int, str] = {}  # that a running trial reported last
         self.said = ""
         self.start = self.last = time.monotonic()
-        self.final_start: float | None = None
+        self.started: dict[str, tuple[float, float]] = {}  # what: at what time, and share of it
 
     def __enter__(self) -> "Display":
         if self.live:
@@ -100,13 +100,13 @@ class Display:
             self.said = text
             self.say(f"{text}; waiting for it")
 
-    def final(self, progress: Progress) -> None:
-        """Show the final training."""
+    def training(self, what: str, progress: Progress, expected_s: float) -> None:
+        """Show a training that is no trial, of which all of it is expected to take `expected_s`."""
         now, share = time.monotonic(), progress.samples / progress.total
-        if self.final_start is None:
-            self.final_start = now
-        left_s = self.final_s if share < 0.05 else (now - self.final_start) * (1 / share - 1)
-        self._show([*self._row("final"), f"{share:.0%}", f"loss {progress.loss:.3f}"], left_s)
+        start, before = self.started.setdefault(what, (now, share))
+        each_s = (now - start) / (share - before) if share > before + 0.05 else expected_s
+        row = [*self._row(what), f"{share:.0%}", f"loss {progress.loss:.3f}"]
+        self._show(row, each_s * (1 - share))
 
     def _row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
         return [str(first), *(_value((params or {}).get(name, "")) for name in self.names)]
@@ -191,6 +191,9 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
         f"test: {test['errors']} errors of {test['n']:,}, accuracy {test['accuracy']:.2%} "
         f"(95 % interval {low:.2%} to {high:.2%})"
     )
+    engine = outcome.get("engines", {}).get("served", "torch")  # old records have none
+    if engine != "torch":
+        console.print(f"as it is served, in {engine}: {test['served_errors']} errors")
     name = outcome["name"]
     if place == "elsewhere":
         console.print(

@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import nn
 
-from mnist import inference, likeness, lowrank, models, training
+from mnist import inference, likeness, models, training
 from mnist.data import Dataset
 from mnist.inference import Classifier, Outputs, probabilities
 from mnist.scores import calibration_error
@@ -26,10 +26,6 @@ from mnist.scores import calibration_error
 QUANTISED = ["Conv", "Gemm", "MatMul", "Relu", "Add", "Concat"]
 QUANTISED += ["MaxPool", "AveragePool", "GlobalAveragePool"]
 RANGE_IMAGES = 512  # training images on which int8 learns the range of every layer
-RANK_IMAGES = 2_000  # and on which the directions are learnt in which its outputs vary
-# With their pixels in disorder: what looks like no class must differ in some direction, too. 95.4 %
-# of noise and 81 % of letters are then flagged instead of 94.6 and 78 (`parallel`, 2026-11-21).
-DISORDERED_IMAGES = 50
 MORE_ERRORS = 1  # than torch that int8 may make on the calibration split
 GOLDEN = 16  # images
 MOST_TEMPERATURE = 10.0  # and its inverse is the least
@@ -38,6 +34,9 @@ MOST_UNCERTAIN = 0.1  # of them by another engine than the one that is served; 1
 LIKENESS_IMAGES = 5_000  # training images; with 2,500 of them 2 % less noise is flagged
 
 log = logging.getLogger(__name__)
+
+Form = tuple[Classifier, Outputs]
+"""A model as one engine carries it out, and what it makes of the calibration images."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Export:
     calibration: dict[str, Any]
 
 
-def export(model: nn.Module, dataset: Dataset, low_rank: bool = True) -> Export:
+def export(model: nn.Module, dataset: Dataset, lowered: bytes | None = None) -> Export:
     """Bring a trained model into every form it can be served in, and see which of them is right.
 
     ONNX in float32 must give torch's probabilities, int8 at most MORE_ERRORS more errors than
@@ -64,13 +63,12 @@ def export(model: nn.Module, dataset: Dataset, low_rank: bool = True) -> Export:
     which a picture is uncertain. What cannot be had, of a network of one's own perhaps, is left
     out with a warning; torch can always serve.
 
-    With `low_rank`, which takes some 10 s, int8 has layers of low rank (mnist.lowrank), unless
-    features then no longer tell what looks like no class, as those of a network that has learnt
-    little may not.
+    int8 is of `lowered`, the same model with less work (mnist.lowrank) as to_onnx() makes it, if
+    there is one; unless that makes too many errors, or features then no longer tell what looks like
+    no class.
     """
-    found = _export(model, dataset, low_rank)
-    if low_rank and found.served.likeness is None:
-        found = _export(model, dataset, False)
+    found = (lowered and _export(model, dataset, lowered)) or _export(model, dataset, None)
+    assert found is not None
     for engine, reason in found.left_out.items():
         log.warning("the model is saved without %s: %s", engine, reason)
     if found.served.likeness is None:
@@ -78,53 +76,67 @@ def export(model: nn.Module, dataset: Dataset, low_rank: bool = True) -> Export:
     return found
 
 
-def _export(model: nn.Module, dataset: Dataset, low_rank: bool) -> Export:
+def _export(model: nn.Module, dataset: Dataset, lowered: bytes | None) -> Export | None:
+    """None where int8 of `lowered` is not right."""
     model, dataset = copy.deepcopy(model).cpu(), dataset.to(torch.device("cpu"))
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
-    served = Classifier("torch", inference.by_torch(model, dataset.mean, dataset.std))
-    outputs = {"torch": served.outputs(images)}
+    forms, files, left_out = _forms(model, dataset, lowered)
+    if lowered and "onnx_int8" not in forms:
+        log.warning("int8 has no layers of low rank: %s", left_out["onnx_int8"])
+        return None
+    engines = [engine for engine in inference.FILES if engine in forms]
+    networks = [engines[:1], engines[1:]] if lowered else [engines]
+    found = [calibrated({each: forms[each] for each in network}, dataset) for network in networks]
+    served = found[0]
+    if lowered and served.likeness is None:
+        log.warning("int8 has no layers of low rank: they tell nothing of what looks like no class")
+        return None
+    given = {}
+    for name, network, each in zip(("likeness", "full_likeness"), networks, found, strict=False):
+        if each.likeness:
+            files[name] = (f".{name}.npz", each.likeness.to_bytes())
+        for engine in network:
+            given[engine] = probabilities(forms[engine][1][0], each.temperature)
+    files["golden"] = (".golden.npz", golden(images, given, served.engine))
+    logits = forms[served.engine][1][0]
+    metrics = {
+        "errors": errors(given["torch"], labels),
+        "n": len(labels),
+        "served_errors": errors(given[served.engine], labels),
+        "ece": calibration_error(given[served.engine], labels),
+        "ece_before": calibration_error(probabilities(logits), labels),
+    }
+    calibration = decided(served) | ({"full": decided(found[1])} if lowered else {})
+    return Export(files, served, left_out, metrics, calibration)
+
+
+def _forms(
+    model: nn.Module, dataset: Dataset, lowered: bytes | None
+) -> tuple[dict[str, Form], dict[str, tuple[str, bytes]], dict[str, str]]:
+    """By engine what is right, and its file; and why others are left out."""
+    images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
+    in_torch = Classifier("torch", inference.by_torch(model, dataset.mean, dataset.std))
+    forms = {"torch": (in_torch, in_torch.outputs(images))}
     files: dict[str, tuple[str, bytes]] = {}
     left_out: dict[str, str] = {}
     steps: list[tuple[str, str, Callable[[], bytes]]] = [
         ("onnx", ".onnx", lambda: to_onnx(model, dataset)),
-        ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset, low_rank)),
-        ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset, False)),
+        ("onnx_int8", ".int8.onnx", lambda: to_int8(lowered or files["onnx"][1], dataset)),
     ]
-    for engine, ending, make in steps if low_rank else steps[:-1]:  # its last is the same
-        if engine in files or "onnx" in left_out:
-            break
+    for engine, ending, make in steps:
         try:
             content = make()
-            candidate = Classifier(engine, inference.by_onnx(content))
-            found = candidate.outputs(images)
-            _check(engine, found[0], outputs["torch"][0], labels)
+            form = Classifier(engine, inference.by_onnx(content))
+            outputs = form.outputs(images)
+            _check(engine, outputs[0], forms["torch"][1][0], labels)
         except Exception as error:  # noqa: BLE001 - whatever the exporter or a runtime raises
             left_out[engine] = textwrap.shorten(str(error) or repr(error), 150)
             log.info("%s: %s", engine, left_out[engine])
+            if engine == "onnx":
+                break
             continue
-        left_out.pop(engine, None)
-        files[engine] = (ending, content)
-        served, outputs[engine] = candidate, found
-    logits = {engine: found[0] for engine, found in outputs.items()}
-    temperature = fit_temperature(logits[served.engine], labels)
-    served = with_threshold(replace(served, temperature=temperature), outputs, dataset)
-    if served.likeness:
-        files["likeness"] = (".likeness.npz", served.likeness.to_bytes())
-    given = {engine: probabilities(found, temperature) for engine, found in logits.items()}
-    files["golden"] = (".golden.npz", golden(images, given, served.engine))
-    metrics = {
-        "errors": errors(logits["torch"], labels),
-        "n": len(labels),
-        "served_errors": errors(logits[served.engine], labels),
-        "ece": calibration_error(given[served.engine], labels),
-        "ece_before": calibration_error(probabilities(logits[served.engine]), labels),
-    }
-    calibration = {
-        "temperature": temperature,
-        "uncertain_below": served.uncertain_below,
-        "score": "likeness" if served.likeness else "logit",
-    }
-    return Export(files, served, left_out, metrics, calibration)
+        files[engine], forms[engine] = (ending, content), (form, outputs)
+    return forms, files, left_out
 
 
 def errors(scores: np.ndarray, labels: np.ndarray) -> int:
@@ -188,10 +200,8 @@ def to_onnx(model: nn.Module, dataset: Dataset) -> bytes:
         return path.read_bytes()
 
 
-def to_int8(model: bytes, dataset: Dataset, low_rank: bool) -> bytes:
+def to_int8(model: bytes, dataset: Dataset) -> bytes:
     """The same with weights and activations in int8, as static ranges on training images say.
-
-    With `low_rank`, layers that few directions do for are in two steps (mnist.lowrank).
 
     Other ways to find the ranges (more images, percentiles), full range and single scales for a
     layer all made 21 to 23 errors on 2,500 calibration images, and torch 22 (`parallel`).
@@ -210,10 +220,6 @@ def to_int8(model: bytes, dataset: Dataset, low_rank: bool) -> bytes:
         plain, folded, int8 = (Path(name) / stage for stage in ("plain", "folded", "int8"))
         plain.write_bytes(model)
         quant_pre_process(plain, folded, skip_symbolic_shape=True)  # folds batch norms
-        if low_rank:
-            images = dataset.train.images[:RANK_IMAGES].numpy()
-            seen = np.concatenate([images, _disordered(images[:DISORDERED_IMAGES])])
-            folded.write_bytes(lowrank.lower(folded.read_bytes(), seen))
         quantization.quantize_static(
             folded,
             int8,
@@ -226,11 +232,6 @@ def to_int8(model: bytes, dataset: Dataset, low_rank: bool) -> bytes:
             weight_type=quantization.QuantType.QInt8,
         )
         return int8.read_bytes()
-
-
-def _disordered(images: np.ndarray) -> np.ndarray:
-    pixels = images.reshape(len(images), -1)
-    return np.random.default_rng(0).permuted(pixels, axis=1).reshape(images.shape)
 
 
 def golden(images: np.ndarray, given: dict[str, np.ndarray], served: str) -> bytes:
@@ -251,6 +252,24 @@ def golden(images: np.ndarray, given: dict[str, np.ndarray], served: str) -> byt
 
 
 # --- the temperature -----------------------------------------------------------------------------
+
+
+def calibrated(network: dict[str, Form], dataset: Dataset) -> Classifier:
+    """The first of these engines, all of which carry out one network, with temperature and
+    threshold."""
+    outputs = {engine: found for engine, (_, found) in network.items()}
+    first = next(iter(network))
+    temperature = fit_temperature(outputs[first][0], dataset.calibration.labels.numpy())
+    return with_threshold(replace(network[first][0], temperature=temperature), outputs, dataset)
+
+
+def decided(classifier: Classifier) -> dict[str, Any]:
+    """What a record says of it."""
+    return {
+        "temperature": classifier.temperature,
+        "uncertain_below": classifier.uncertain_below,
+        "score": "likeness" if classifier.likeness else "logit",
+    }
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

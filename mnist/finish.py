@@ -19,10 +19,9 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from mnist import data, export, models, own, registry, search, training
+from mnist import data, export, lowrank, models, own, registry, search, training
 from mnist import study as studies
 from mnist.display import Display, words
-from mnist.inference import Classifier
 from mnist.members import Member
 from mnist.options import Options
 from mnist.space import Space
@@ -31,6 +30,11 @@ from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore, used
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
 LEAST_FINAL = 1_200  # images; a model that has seen fewer is not worth saving
+RANK_IMAGES = 1_000  # training images from which layers of low rank are learnt
+# Of the final training's work, so much goes into training them on. With a tenth of the model's
+# work, as in `parallel`, they see half as many images again as it did.
+LOWERED_SHARE = 0.15
+ADAM = {"batch_size": 50, "optimizer": "Adam", "lr": 0.0005}  # with which they are
 MISTAKES = 24  # whose images are kept, to be looked at
 EVALUATION_BYTES = 10_000_000  # more than what is kept of it
 ABANDONED_S = 600  # writing a checkpoint takes seconds
@@ -131,8 +135,7 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
                 screen.say(f"trial {found['study']['trial']} has won before; its model is kept")
                 return found
             trained = train(job, pool, screen)
-            screen.say("evaluating, once, and saving")
-            if found := save(job, trained):
+            if found := save(job, trained, screen):
                 return found
         screen.waiting("another process finishes the study")
         time.sleep(WAIT_S)
@@ -213,7 +216,7 @@ def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, f
     seen: list[tuple[int, float]] = []  # images, at what time; fewer of them after a restart
     for _, message in search.carry_out(pool, {"final": run}):
         if isinstance(message, Report):
-            screen.final(message.progress)
+            screen.training("final", message.progress, screen.final_s)
             seen.append((message.progress.samples, time.monotonic()))
         elif message is not None:
             (m, start), (n, end) = (seen[0], seen[-1]) if seen else ((0, 0.0), (0, 0.0))
@@ -281,7 +284,7 @@ def replaced(job: Job) -> bool:
     return not job.member.finisher() or result(job) is not None
 
 
-def save(job: Job, trained: Trained) -> dict[str, Any] | None:
+def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
     """Measure the finished model, open the test split this one time, save; the result().
 
     None where this member was replaced meanwhile.
@@ -289,7 +292,9 @@ def save(job: Job, trained: Trained) -> dict[str, Any] | None:
     options, dataset, best, weights = job.options, job.dataset, trained.best, trained.weights
     model = network(job.options, job.dataset, job.device)
     model.load_state_dict(weights)
-    exported = export.export(model, dataset, low_rank=not options.quick)
+    lowered = None if options.quick else lower(job, trained, model, screen)
+    screen.say("evaluating, once, and saving")
+    exported = export.export(model, dataset, lowered)
     state, predictions = io.BytesIO(), io.BytesIO()
     torch.save(weights, state)
     files = {"weights": (".pth", state.getvalue())} | exported.files
@@ -297,7 +302,7 @@ def save(job: Job, trained: Trained) -> dict[str, Any] | None:
     digest = hashlib.sha256(evaluated).hexdigest()
     if replaced(job):
         return None
-    found = evaluate(job, model, exported.served, job.folder / f"test-{digest[:16]}.pt")
+    found = evaluate(job, model, exported, job.folder / f"test-{digest[:16]}.pt")
     scores = training.scores(found["probabilities"], found["labels"], dataset.classes)
     served_errors = export.errors(found["served"].numpy(), found["labels"].numpy())
     record = {
@@ -334,8 +339,48 @@ def save(job: Job, trained: Trained) -> dict[str, Any] | None:
     return registry.record(options.output, name)[1] | {"name": name}
 
 
+def lower(job: Job, trained: Trained, model: torch.nn.Module, screen: Display) -> bytes | None:
+    """The model with less work (mnist.lowrank), trained on for a while; ONNX in float32.
+
+    It is kept until the model is saved: who takes over from a process that was killed goes on with
+    the same. None where no layer gains, or what a network of one's own does not allow fails.
+    """
+    dataset, best = job.dataset, trained.best
+    path = job.folder / f"lowered-{best.number}-{trained.samples}.pt"
+    if (kept := restore(path)) is not None:
+        return kept["onnx"].numpy().tobytes()
+    some = dataset.train.images[:RANK_IMAGES].to(job.device)
+    try:
+        torch.manual_seed(studies.seed_of(job.options.seed))
+        lowered = lowrank.lower(model, training.standardise(some, dataset))
+        if lowered is None:
+            return None
+        samples = round(LOWERED_SHARE / lowered.work * trained.samples)
+        text = f"for int8: the model in {lowered.work:.0%} of its work, {samples:,} images more"
+        screen.say(text)
+        for progress in training.fit(
+            lowered.model,
+            dataset,
+            dataset.train + dataset.validation,
+            **best.params | ADAM,
+            samples=samples,
+            seed=studies.seed_of(job.options.seed),
+            micro_batch=micro_batch(best),
+        ):
+            screen.training("low rank", progress, LOWERED_SHARE * screen.final_s)
+            job.in_time("the model is not saved yet")
+        content = export.to_onnx(lowered.model, dataset)
+    except search.Unfinished:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a network of one's own raises
+        log.warning("int8 goes without layers of low rank: %s", str(error) or repr(error))
+        return None
+    keep({"onnx": torch.frombuffer(bytearray(content), dtype=torch.uint8)}, path)
+    return content
+
+
 def evaluate(
-    job: Job, model: torch.nn.Module, served: Classifier, path: Path
+    job: Job, model: torch.nn.Module, exported: export.Export, path: Path
 ) -> dict[str, torch.Tensor]:
     """What is found on the test split, which is opened here only.
 
@@ -354,11 +399,12 @@ def evaluate(
             raise OSError(f"no room for the evaluation in {job.folder}; it is not begun")
         test = job.dataset.open_test()
         images = test.images.to(job.device)
-        probabilities = training.predict(model, job.dataset, images, served.temperature)
+        about = exported.calibration.get("full", exported.calibration)
+        probabilities = training.predict(model, job.dataset, images, about["temperature"])
         worst = training.worst(probabilities, test.labels, MISTAKES)
         kept = {
             "probabilities": probabilities,
-            "served": torch.from_numpy(served(test.images.numpy())),
+            "served": torch.from_numpy(exported.served(test.images.numpy())),
             "labels": test.labels,
             "mistakes": worst,
             "images": test.images[worst],

@@ -100,7 +100,6 @@ def load(
         raise ValueError(f"unknown engine {engine!r}; known: auto, {', '.join(FILES)}")
     name, record = registry.record(folder, name)
     golden = _golden(folder, name, record)
-    calibrated = _calibrated(folder, name, record)
     left_out = record.get("engines", {}).get("left_out", {})
     why: dict[str, str] = {}
     order = sorted(FILES, key="torch".__ne__) if _has_gpu() else FILES
@@ -109,6 +108,7 @@ def load(
             why[candidate] = left_out.get(candidate, f"there is no {FILES[candidate]} file")
             continue
         path = registry.file(folder, name, FILES[candidate])
+        calibrated = _calibrated(folder, name, record, candidate)
         try:
             run = _torch(path, record, threads) if candidate == "torch" else by_onnx(path, threads)
             classifier = Classifier(candidate, run, passed_over=why, **calibrated)
@@ -191,12 +191,17 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _calibrated(folder: Path, name: str, record: registry.Record) -> dict[str, Any]:
-    """What a Classifier takes of the record's `calibration`; old records say less."""
-    about = record.get("calibration", {})
+def _calibrated(folder: Path, name: str, record: registry.Record, engine: str) -> dict[str, Any]:
+    """What a Classifier takes of the record's `calibration`; old records say less.
+
+    Where int8 has layers of low rank, the other engines have a `full` network, and their own.
+    """
+    about, kind = record.get("calibration", {}), "likeness"
+    if engine != "onnx_int8" and "full" in about:
+        about, kind = about["full"], "full_likeness"
     found = {key: about[key] for key in ("temperature", "uncertain_below") if key in about}
-    if "likeness" in record["files"]:
-        found["likeness"] = likeness.load(registry.file(folder, name, "likeness"))
+    if kind in record["files"]:
+        found["likeness"] = likeness.load(registry.file(folder, name, kind))
     return found
 
 

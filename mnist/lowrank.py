@@ -1,133 +1,184 @@
-"""Fewer weights in an ONNX model: layers whose outputs need few directions, in two narrow steps."""
+"""A network with less work: its large layers in narrow steps, which few directions do for."""
 
-from collections.abc import Mapping
+import copy
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import onnx
-import onnxruntime
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
-from threadpoolctl import threadpool_limits
+import torch
+from torch import nn
 
-LOSS = 0.02  # most of a layer's variance that its two steps may lose
-GAIN = 0.5  # most of a layer's weights that its two steps may have together
+# Most of the variance of what a layer is given, or gives, that its steps may lose. What that costs
+# in errors, some more training brings back.
+LOSS = 0.1
+GAIN = 0.5  # most of a layer's work that its steps may have together
+LARGE = 0.05  # least share of the network's work that a layer must have
 PART = 50  # images at a time: what every layer gives for them is in memory together
 
-Floats = NDArray[np.float32]
-Arrays = Mapping[str, onnx.TensorProto]
+Layer = nn.Conv2d | nn.Linear
 
 
-def lower(content: bytes, images: np.ndarray) -> bytes:
-    """An ONNX model with each layer that gains by it in two: onto few directions, and back.
+class Steps(nn.Sequential):
+    """A layer as two or three: onto few directions, then what it did, and back from few."""
 
-    These are the directions in which the layer's outputs vary most (Zhang et al. 2015, arXiv
-    1505.06798), as many as leave LOSS of the variance to all others; they are learnt from
-    `images`, what the model's one input may be given. On one thread: the result is then the same,
-    bit for bit, however many cores there are.
+
+@dataclass(frozen=True)
+class Lowered:
+    """A network in which some layers are Steps, and its work as a share of the original's."""
+
+    model: nn.Module
+    work: float
+
+
+class _Seen:
+    """What one layer was given and gave: the products of its channels with each other, summed."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.inputs = self.outputs = 0  # places, of one image
+        self.given = self.gave = torch.zeros((), dtype=torch.double)
+
+    def add(self, given: torch.Tensor, gave: torch.Tensor) -> None:
+        if isinstance(self.layer, nn.Conv2d):
+            self.given = self.given + _products(given)
+            self.inputs = given[0, 0].numel()
+            self.outputs = gave[0, 0].numel()
+        else:
+            self.outputs = gave[0].numel() // gave.shape[-1]
+            gave = gave.movedim(-1, 1)
+        self.gave = self.gave + _products(torch.cat([gave, torch.ones_like(gave[:, :1])], 1))
+
+    @property
+    def work(self) -> int:
+        """Products of a number and a weight, for one image."""
+        return self.layer.weight.numel() * self.outputs
+
+
+def lower(model: nn.Module, images: torch.Tensor) -> Lowered | None:
+    """A copy of a network with each large layer that gains by it in narrow steps.
+
+    These are onto the directions in which the layer's inputs (of convolutions only) and outputs
+    vary most, for `images`, standardised float32 (N, channels, size, size) on the network's device:
+    as many as leave LOSS of it to all others (Zhang et al. 2015, arXiv 1505.06798; Kim et al. 2016,
+    arXiv 1511.06530). The copy is to be trained on. None where no layer gains.
     """
-    with threadpool_limits(1, "blas"):
-        return _lowered(content, images)
+    model = copy.deepcopy(model).eval()
+    seen = _watch(model, images)
+    whole = sum(each.work for each in seen.values())
+    saved = 0
+    for name, layer in list(model.named_modules()):
+        if layer not in seen or seen[layer].work < LARGE * whole:
+            continue
+        if found := _in_steps(seen[layer]):
+            steps, work = found
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, steps)
+            saved += seen[layer].work - work
+    return Lowered(model, 1 - saved / whole) if saved else None
 
 
-def _lowered(content: bytes, images: np.ndarray) -> bytes:
-    model = onnx.load_from_string(content)
-    arrays = {each.name: each for each in model.graph.initializer}
-    layers = {node.output[0]: node for node in model.graph.node if _is_layer(node, arrays)}
-    lowered = {
-        name: _in_two(layers[name], arrays, *spread)
-        for name, spread in _spreads(model, [*layers], images).items()
-    }
-    graph = model.graph
-    nodes, parts = [], []
-    for node in graph.node:
-        steps, their_parts = lowered.get(node.output[0]) or ([node], [])
-        nodes += steps
-        parts += their_parts
-    used = {name for node in nodes for name in node.input}
-    gone = {name for layer in layers.values() for name in layer.input} - used
-    parts += [each for name, each in arrays.items() if name not in gone]
-    graph.CopyFrom(helper.make_graph(nodes, graph.name, graph.input, graph.output, parts))
-    return model.SerializeToString()
+@torch.no_grad()
+def _watch(model: nn.Module, images: torch.Tensor) -> dict[nn.Module, _Seen]:
+    """By layer, of those that are plain convolutions and linear layers."""
+    layers = [each for each in model.modules() if type(each) in (nn.Conv2d, nn.Linear)]
+    seen: dict[nn.Module, _Seen] = {}
+
+    def keep(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if getattr(layer, "groups", 1) == 1:
+            seen.setdefault(layer, _Seen(layer)).add(inputs[0], output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        for part in images.split(PART):
+            model(part)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 
-def _is_layer(node: onnx.NodeProto, arrays: Arrays) -> bool:
-    """Whether it is a convolution or a linear layer, as torch exports them, of known weights."""
-    about = _attributes(node)
-    if node.op_type == "Conv":
-        usual = about.get("group", 1) == 1
+def _products(x: torch.Tensor) -> torch.Tensor:
+    """Of (N, d, ...) those of all columns d with each other, summed over the rest: (d, d)."""
+    rows = x.movedim(1, -1).flatten(0, -2)
+    return (rows.T @ rows).double().cpu()
+
+
+def _in_steps(seen: _Seen) -> tuple[Steps, int] | None:
+    """The layer done with the least work, and that work; None where it is no gain."""
+    sums = seen.gave / seen.gave[-1, -1]  # its last row and column: the means, and 1
+    mean = sums[-1, :-1]
+    back = _directions(sums[:-1, :-1] - torch.outer(mean, mean))
+    ways: list[tuple[torch.Tensor | None, torch.Tensor | None]] = [(None, back)]
+    if isinstance(seen.layer, nn.Conv2d):
+        onto = _directions(seen.given)
+        ways += [(onto, None), (onto, back)]
+    best = min(ways, key=lambda way: _work(seen, *way))
+    work = _work(seen, *best)
+    return None if work > GAIN * seen.work else (_steps(seen.layer, *best, mean), work)
+
+
+def _work(seen: _Seen, onto: torch.Tensor | None, back: torch.Tensor | None) -> int:
+    outputs, inputs, *kernel = seen.layer.weight.shape
+    first = last = 0
+    if onto is not None:
+        first, inputs = inputs * onto.shape[1] * seen.inputs, onto.shape[1]
+    if back is not None:
+        last, outputs = outputs * back.shape[1] * seen.outputs, back.shape[1]
+    return first + outputs * inputs * torch.Size(kernel).numel() * seen.outputs + last
+
+
+def _steps(
+    layer: Layer, onto: torch.Tensor | None, back: torch.Tensor | None, mean: torch.Tensor
+) -> Steps:
+    """The layer between `onto` (inputs, few) and `back` (outputs, few): what varies from the mean
+    (outputs,) of what it gave."""
+    weight = layer.weight.detach().double().cpu()
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().double().cpu()
+    steps: list[nn.Module] = []
+    if onto is not None:
+        weight = torch.einsum("oi...,if->of...", weight, onto)
+        steps.append(_place(layer, onto.T))
+    if back is None:
+        steps.append(_like(layer, weight, bias))
     else:
-        usual = node.op_type == "Gemm" and about.get("transB") == 1 and not about.get("transA")
-        usual &= about.get("alpha", 1) == about.get("beta", 1) == 1
-    float32 = {name for name, each in arrays.items() if each.data_type == onnx.TensorProto.FLOAT}
-    return usual and {*node.input[1:]} <= float32
+        weight = torch.einsum("oi...,of->fi...", weight, back)
+        steps.append(_like(layer, weight, back.T @ (bias - mean)))
+        steps.append(_place(layer, back, mean))
+    return Steps(*steps).to(layer.weight.device)
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {each.name: helper.get_attribute_value(each) for each in node.attribute}
+def _like(layer: Layer, weight: torch.Tensor, bias: torch.Tensor) -> Layer:
+    """The layer with other weights, of fewer inputs or outputs."""
+    outputs, inputs = weight.shape[:2]
+    if isinstance(layer, nn.Linear):
+        return _with(nn.Linear(inputs, outputs), weight, bias)
+    how = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    return _with(nn.Conv2d(inputs, outputs, weight.shape[2:], **how), weight, bias)  # type: ignore[arg-type]
 
 
-def _spreads(
-    model: onnx.ModelProto, names: list[str], images: np.ndarray
-) -> dict[str, tuple[Floats, NDArray[np.float64]]]:
-    """Of each of these tensors, (N, d) or (N, d, H, W), the mean (d,) and covariance (d, d)."""
-    if not names:
-        return {}
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    del watched.graph.output[:]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = onnxruntime.InferenceSession(
-        watched.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    (given,) = session.get_inputs()
-    products: dict[str, Any] = dict.fromkeys(names, 0.0)
-    for i in range(0, len(images), PART):
-        outputs = session.run(names, {given.name: images[i : i + PART]})
-        for name, found in zip(names, outputs, strict=True):
-            rows = np.moveaxis(found, 1, -1).reshape(-1, found.shape[1])
-            rows = np.concatenate([rows, np.ones_like(rows[:, :1])], 1)
-            products[name] = products[name] + (rows.T @ rows).astype(float)
-    spreads = {}
-    for name, product in products.items():  # its last row and column: the sums, and their number
-        product /= product[-1, -1]
-        mean = product[-1, :-1]
-        spreads[name] = mean.astype(np.float32), product[:-1, :-1] - np.outer(mean, mean)
-    return spreads
+def _place(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Layer:
+    """A layer that takes (outputs, inputs) `weight` of every place of a map, or of a row."""
+    outputs, inputs = weight.shape
+    if isinstance(layer, nn.Linear):
+        return _with(nn.Linear(inputs, outputs, bias is not None), weight, bias)
+    made = nn.Conv2d(inputs, outputs, 1, bias=bias is not None)
+    return _with(made, weight[:, :, None, None], bias)
 
 
-def _in_two(
-    node: onnx.NodeProto, arrays: Arrays, mean: Floats, covariance: NDArray[np.float64]
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]] | None:
-    """The two layers, and their weights and biases; nothing where they would not be much less."""
-    weights, *biases = (numpy_helper.to_array(arrays[name]) for name in node.input[1:])
-    bias = biases[0].reshape(-1) if biases else np.zeros_like(mean)
-    basis = _directions(covariance)
-    outputs, rank = basis.shape
-    if rank * (outputs + weights.size // outputs) > GAIN * weights.size:
-        return None
-    narrow = (basis.T @ weights.reshape(outputs, -1)).reshape(rank, *weights.shape[1:])
-    wide = basis.reshape(outputs, rank, *(1 for _ in weights.shape[2:]))
-    back = {"transB": 1} if node.op_type == "Gemm" else {"kernel_shape": wide.shape[2:]}
-    middle = f"{node.output[0]}_narrow"
-    nodes, parts = [], []
-    for start, end, attributes, *values in (
-        (node.input[0], middle, _attributes(node), narrow, basis.T @ (bias - mean)),
-        (middle, node.output[0], back, wide, mean),
-    ):
-        names = [f"{end}_weights", f"{end}_bias"]
-        parts += [numpy_helper.from_array(*pair) for pair in zip(values, names, strict=True)]
-        nodes.append(helper.make_node(node.op_type, [start, *names], [end], end, **attributes))
-    return nodes, parts
+def _with(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
+    state = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    layer.load_state_dict(state)
+    return layer
 
 
-def _directions(covariance: NDArray[np.float64]) -> Floats:
-    """An orthonormal basis (d, rank) of all but LOSS of the variance.
+def _directions(products: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis (d, few) of all but LOSS of what these products (d, d) have.
 
     It is turned at random, so that all of its directions vary alike: 8 bits then do for each.
     """
-    variances, axes = np.linalg.eigh(covariance)
-    lost = np.cumsum(np.maximum(variances, 0)) <= LOSS * np.trace(covariance)
-    rank = max(1, int((~lost).sum()))
-    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((rank, rank)))[0]
-    return (axes[:, -rank:] @ turn).astype(np.float32)
+    variances, axes = torch.linalg.eigh(products)
+    variances = variances.clamp(min=0)
+    lost = variances.cumsum(0) <= LOSS * variances.sum()
+    few = max(1, int((~lost).sum()))
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(few, few, generator=generator, dtype=torch.double))[0]
+    return axes[:, -few:] @ turn

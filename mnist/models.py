@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mnist.lowrank import Steps
+
 
 def _start(model: nn.Module) -> None:
     """He et al. 2015 (arXiv 1502.01852): weights that keep the signal's size through ReLUs.
@@ -167,7 +169,8 @@ class WithFeatures(nn.Module):
 
     Images (N, channels, size, size) float32 -> logits (N, classes), and for each of the last
     FEATURE_LAYERS linear and 2-d convolutional layers features (N, d) float32, d at most WIDEST:
-    that layer's input. A network without such layers, or of fewer, gives fewer.
+    that layer's input. A network without such layers, or of fewer, gives fewer. Steps of low rank
+    are one layer, so that a lowered network has the features of the one it was made from.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -182,7 +185,9 @@ class WithFeatures(nn.Module):
                 seen.append(_features(layer, inputs[0]))
                 del seen[:-FEATURE_LAYERS]
 
-        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        modules = [*self.model.modules()]
+        later = {step for m in modules if isinstance(m, Steps) for step in [*m][1:]}
+        layers = [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d) and m not in later]
         hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         try:
             return self.model(images), *seen

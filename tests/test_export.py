@@ -14,6 +14,7 @@ from torch import nn
 
 from mnist import data, export, inference, models, own, registry, scores, training
 from tests.conftest import DIGITS, Command
+from tests.test_registry import entry
 
 
 def small(channels: int, size: int, classes: int) -> data.Dataset:
@@ -63,11 +64,13 @@ class Tokens(nn.Module):
         return self.output(self.block(self.patches(images).flatten(2).transpose(1, 2)).mean(1))
 
 
-def trained(dataset: data.Dataset) -> nn.Module:
-    """A linear network that reads most of it right."""
-    torch.manual_seed(0)
-    model = models.build("linear", dataset.channels, dataset.size, len(dataset.classes))
-    for _ in training.fit(model, dataset, dataset.train, samples=3_000, augmentation=0):
+def trained(
+    dataset: data.Dataset, network: str = "linear", seed: int = 0, samples: int = 3_000
+) -> nn.Module:
+    """A network that reads most of it right."""
+    torch.manual_seed(seed)
+    model = models.build(network, dataset.channels, dataset.size, len(dataset.classes))
+    for _ in training.fit(model, dataset, dataset.train, samples=samples, augmentation=0):
         pass
     return model
 
@@ -91,13 +94,13 @@ def test_any_network_answers_in_onnx_as_in_torch_and_in_int8_nearly(
     dataset = small(channels, size, classes)
     model = fresh(network, dataset)
     float32 = export.to_onnx(model, dataset)
-    both = [export.to_int8(float32, dataset, low_rank) for low_rank in (True, False)]
+    int8 = export.to_int8(float32, dataset)
     wanted = inference.by_torch(model, dataset.mean, dataset.std)
     for n in (1, 2, 20):  # the size of a batch is free
         images = dataset.validation.images[:n].numpy()
         logits, wanted_features = wanted(images)
         largest = float(np.abs(logits).max())
-        for content, tolerance in ((float32, 1e-4), (both[0], 0.3), (both[1], 0.1)):
+        for content, tolerance in ((float32, 1e-4), (int8, 0.1)):
             found, features = inference.by_onnx(content)(images)
             assert found.shape == (n, classes)
             assert found == pytest.approx(logits, abs=tolerance * largest)
@@ -167,18 +170,50 @@ def test_int8_with_more_errors_than_allowed_is_left_out(monkeypatch: pytest.Monk
     assert "more errors of" in exported.left_out["onnx_int8"]
 
 
-def test_where_low_rank_costs_too_much_int8_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def hidden(channels: int, size: int, classes: int) -> nn.Module:
+    layers = nn.Linear(channels * size**2, 32), nn.ReLU(), nn.Linear(32, classes)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def test_int8_is_of_the_lowered_model_and_each_of_the_two_is_calibrated_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.NETWORKS, "hidden", hidden)
+    dataset = data.load("digits")
+    model = trained(dataset, "hidden")
+    lowered = trained(dataset, "hidden", seed=1, samples=12_000)  # has other features
+    exported = export.export(model, dataset, export.to_onnx(lowered, dataset))
+    images = dataset.validation.images.numpy()
+    wanted = inference.by_torch(lowered, dataset.mean, dataset.std)(images)[0]
+    assert exported.served.engine == "onnx_int8"
+    assert exported.served.logits(images) == pytest.approx(
+        wanted, abs=0.1 * float(np.abs(wanted).max())
+    )
+    about = exported.calibration
+    assert about["full"]["temperature"] != about["temperature"]
+    state = io.BytesIO()
+    torch.save(model.state_dict(), state)
+    record = entry(dataset=dataset.record(0), model={"name": "hidden"}, calibration=about)
+    files = {"weights": (".pth", state.getvalue())} | exported.files
+    name = registry.save(tmp_path, files, record, "always")
+    for engine in inference.FILES:
+        classify = inference.load(tmp_path, name, engine=engine)
+        decided = about if engine == "onnx_int8" else about["full"]
+        assert classify.temperature == decided["temperature"]
+        _, uncertain = classify.read(dataset.calibration.images.numpy())
+        assert uncertain.sum() == int(export.UNCERTAIN * len(uncertain))
+
+
+def test_where_the_lowered_model_is_wrong_int8_goes_without(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     dataset = small(1, 16, 3)
     wrong = export.to_onnx(models.build("linear", 1, 16, 3), dataset)  # of other weights
-    to_int8 = export.to_int8
-
-    def costly(content: bytes, dataset: data.Dataset, low_rank: bool) -> bytes:
-        return wrong if low_rank else to_int8(content, dataset, low_rank)
-
-    monkeypatch.setattr(export, "to_int8", costly)
-    exported = export.export(trained(dataset), dataset)
+    exported = export.export(trained(dataset), dataset, wrong)
     assert exported.served.engine == "onnx_int8"
     assert exported.left_out == {}
+    assert "full" not in exported.calibration
+    assert "no layers of low rank: it makes" in caplog.text
 
 
 @pytest.mark.parametrize(("more", "taken"), [(0, True), (1, True), (2, False)])

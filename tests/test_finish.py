@@ -104,3 +104,63 @@ def test_a_winner_whose_batches_were_too_large_for_the_memory_is_finished_in_par
     record = registry.record(tmp_path / "saved_models")[1]
     assert record["hyperparameters"]["batch_size"] == 32
     assert (tmp_path / "refusals").read_text() == "too large\n"  # by the trial, not at the end
+
+
+WIDE = """
+from torch import nn
+from mnist import models
+
+def wide(channels, size, classes):
+    layers = nn.Linear(channels * size**2, 300), nn.ReLU(), nn.Linear(300, classes)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+models.NETWORKS["wide"] = wide
+"""
+
+
+@pytest.fixture
+def wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options with which a model has a layer that low rank is a gain for."""
+    monkeypatch.setitem(models.NETWORKS, "wide", models.Linear)  # gone when the test is over
+    file = tmp_path / "wide.py"
+    file.write_text(WIDE)
+    return ["--dataset", "digits", "--import", str(file), "--model", "wide", *SHORT[5:]]
+
+
+def test_int8_is_of_the_model_in_low_rank_which_is_trained_once(
+    run: Command, tmp_path: Path, wide: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(finish, "evaluate", killed)
+        assert run(*wide).returncode == 130
+    monkeypatch.setattr(finish.lowrank, "lower", killed)  # what was kept will do
+    done = run(*wide)
+    assert done.returncode == 0, done.stderr
+    record = registry.record(tmp_path / "saved_models")[1]
+    assert "full" in record["calibration"]
+    files = record["files"]
+    assert "full_likeness" in files
+    assert files["onnx_int8"]["bytes"] < files["onnx"]["bytes"] / 5  # 8 bits alone: a quarter
+    assert not list((tmp_path / "artifacts").rglob("lowered*"))
+
+
+def test_a_model_is_saved_without_low_rank_where_that_fails(
+    run: Command,
+    tmp_path: Path,
+    wide: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise TypeError("made up")
+
+    monkeypatch.setattr(finish.lowrank, "lower", fails)
+    done = run(*wide)
+    assert done.returncode == 0, done.stderr
+    assert "int8 goes without layers of low rank: made up" in caplog.text
+    record = registry.record(tmp_path / "saved_models")[1]
+    assert record["engines"] == {"served": "onnx_int8", "left_out": {}}
+    assert "full" not in record["calibration"]
