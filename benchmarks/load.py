@@ -43,15 +43,9 @@ class Found:
 
     def between(self, start: float, end: float) -> "Found":
         """Only what was due then."""
-        return self._rows((start <= self.due) & (self.due < end), end - start)
-
-    def outside(self, start: float, end: float) -> "Found":
-        """All but what was due then."""
-        return self._rows((self.due < start) | (end <= self.due), self.length_s - (end - start))
-
-    def _rows(self, rows: np.ndarray, length_s: float) -> "Found":
+        rows = (start <= self.due) & (self.due < end)
         columns = (self.due, self.seconds, self.statuses, self.tries)
-        return Found(*(column[rows] for column in columns), length_s)
+        return Found(*(column[rows] for column in columns), end - start)
 
     def of(self, status: int = 200) -> np.ndarray:
         return self.seconds[self.statuses == status]
