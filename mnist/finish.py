@@ -343,7 +343,8 @@ def lower(job: Job, trained: Trained, model: torch.nn.Module, screen: Display) -
     """The model with less work (mnist.lowrank), trained on for a while; ONNX in float32.
 
     It is kept until the model is saved: who takes over from a process that was killed goes on with
-    the same. None where no layer gains, or what a network of one's own does not allow fails.
+    the same. None where no layer gains, the time is over, or a network of one's own does not allow
+    it.
     """
     dataset, best = job.dataset, trained.best
     path = job.folder / f"lowered-{best.number}-{trained.samples}.pt"
@@ -368,10 +369,9 @@ def lower(job: Job, trained: Trained, model: torch.nn.Module, screen: Display) -
             micro_batch=micro_batch(best),
         ):
             screen.training("low rank", progress, LOWERED_SHARE * screen.final_s)
-            job.in_time("the model is not saved yet")
+            if time.monotonic() > job.latest:
+                raise TimeoutError("--timeout")
         content = export.to_onnx(lowered.model, dataset)
-    except search.Unfinished:
-        raise
     except Exception as error:  # noqa: BLE001 - whatever a network of one's own raises
         log.warning("int8 goes without layers of low rank: %s", str(error) or repr(error))
         return None

@@ -111,9 +111,12 @@ def found(report: Report) -> list[str]:
     summary = studies.summary(report.study, report.best.number)
     counts, test = summary["trials"], report.record["metrics"]["test"]
     low, high = test["interval95"]
+    engine = report.record.get("engines", {}).get("served", "torch")  # old records have none
+    served = f"As it is served, in {engine}, it reads {test.get('served_errors')} wrong."
     return [
         f"{test['errors']:,} of {test['n']:,} test images are read wrong: {test['accuracy']:.2%} "
         f"are right (95 % interval {low:.2%} to {high:.2%}).",
+        *([] if engine == "torch" else [served]),
         won(summary["best"], report.record["metrics"]["validation"]),
         compared(summary["best"], summary["first"]),
         f"{counts['complete']} trials were completed, {counts['pruned']} pruned, "

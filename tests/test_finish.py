@@ -145,9 +145,15 @@ def test_int8_is_of_the_model_in_low_rank_which_is_trained_once(
     assert "full_likeness" in files
     assert files["onnx_int8"]["bytes"] < files["onnx"]["bytes"] / 5  # 8 bits alone: a quarter
     assert not list((tmp_path / "artifacts").rglob("lowered*"))
+    wrong = record["metrics"]["test"]["served_errors"]
+    assert f"as it is served, in onnx_int8: {wrong} errors" in done.stdout
+    (page,) = (tmp_path / "saved_models").glob("*.report.html")
+    assert f"As it is served, in onnx_int8, it reads {wrong} wrong." in page.read_text()
 
 
-def test_a_model_is_saved_without_low_rank_where_that_fails(
+@pytest.mark.parametrize("why", ["made up", "--timeout"])
+def test_a_model_is_saved_without_low_rank_where_that_fails_or_takes_too_long(
+    why: str,
     run: Command,
     tmp_path: Path,
     wide: list[str],
@@ -155,12 +161,16 @@ def test_a_model_is_saved_without_low_rank_where_that_fails(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fails(*_: Any) -> None:
-        raise TypeError("made up")
+        raise TypeError(why)
 
-    monkeypatch.setattr(finish.lowrank, "lower", fails)
+    if why == "--timeout":
+        lower = finish.lower
+        monkeypatch.setattr(finish, "lower", lambda job, *_: lower(replace(job, latest=0.0), *_))
+    else:
+        monkeypatch.setattr(finish.lowrank, "lower", fails)
     done = run(*wide)
     assert done.returncode == 0, done.stderr
-    assert "int8 goes without layers of low rank: made up" in caplog.text
+    assert f"int8 goes without layers of low rank: {why}" in caplog.text
     record = registry.record(tmp_path / "saved_models")[1]
     assert record["engines"] == {"served": "onnx_int8", "left_out": {}}
     assert "full" not in record["calibration"]
