@@ -82,7 +82,7 @@ def _export(model: nn.Module, dataset: Dataset, lowered: bytes | None) -> Export
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
     forms, files, left_out = _forms(model, dataset, lowered)
     if lowered and "onnx_int8" not in forms:
-        log.warning("int8 has no layers of low rank: %s", left_out["onnx_int8"])
+        log.warning("int8 has no layers of low rank: %s", "; ".join(left_out.values()))
         return None
     engines = [engine for engine in inference.FILES if engine in forms]
     networks = [engines[:1], engines[1:]] if lowered else [engines]

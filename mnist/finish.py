@@ -25,16 +25,16 @@ from mnist.display import Display, words
 from mnist.members import Member
 from mnist.options import Options
 from mnist.space import Space
-from mnist.workers import Ended, Pool, Report, Run, cores, keep, restore, used
+from mnist.workers import CHECKPOINT_S, Ended, Pool, Report, Run, cores, keep, restore, used
 
 TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
 LEAST_FINAL = 1_200  # images; a model that has seen fewer is not worth saving
 RANK_IMAGES = 1_000  # training images from which layers of low rank are learnt
 # Of the final training's work, so much goes into training them on. With a tenth of the model's
-# work, as in `parallel`, they see half as many images again as it did.
-LOWERED_SHARE = 0.15
-ADAM = {"batch_size": 50, "optimizer": "Adam", "lr": 0.0005}  # with which they are
+# work, as in `parallel`, they see half as many images again as it did; never over twice as many.
+LOWERED_SHARE, LOWERED_MOST = 0.15, 2.0
+LOWERED_HOW = {"batch_size": 50, "optimizer": "Adam", "lr": 0.0005, "weight_decay": 0.0}
 MISTAKES = 24  # whose images are kept, to be looked at
 EVALUATION_BYTES = 10_000_000  # more than what is kept of it
 ABANDONED_S = 600  # writing a checkpoint takes seconds
@@ -346,37 +346,54 @@ def lower(job: Job, trained: Trained, model: torch.nn.Module, screen: Display) -
     the same. None where no layer gains, the time is over, or a network of one's own does not allow
     it.
     """
-    dataset, best = job.dataset, trained.best
-    path = job.folder / f"lowered-{best.number}-{trained.samples}.pt"
+    path = job.folder / f"lowered-{trained.best.number}-{trained.samples}.pt"
+    quota = job.options.disk_quota
     if (kept := restore(path)) is not None:
-        return kept["onnx"].numpy().tobytes()
-    some = dataset.train.images[:RANK_IMAGES].to(job.device)
+        return kept["onnx"].numpy().tobytes() or None
+    content = b""
     try:
-        torch.manual_seed(studies.seed_of(job.options.seed))
-        lowered = lowrank.lower(model, training.standardise(some, dataset))
-        if lowered is None:
-            return None
-        samples = round(LOWERED_SHARE / lowered.work * trained.samples)
-        text = f"for int8: the model in {lowered.work:.0%} of its work, {samples:,} images more"
-        screen.say(text)
-        for progress in training.fit(
-            lowered.model,
-            dataset,
-            dataset.train + dataset.validation,
-            **best.params | ADAM,
-            samples=samples,
-            seed=studies.seed_of(job.options.seed),
-            micro_batch=micro_batch(best),
-        ):
-            screen.training("low rank", progress, LOWERED_SHARE * screen.final_s)
-            if time.monotonic() > job.latest:
-                raise TimeoutError("--timeout")
-        content = export.to_onnx(lowered.model, dataset)
+        if lowered := lowered_by(job, trained, model, screen, path.with_suffix(".checkpoint.pt")):
+            content = export.to_onnx(lowered, job.dataset)
     except Exception as error:  # noqa: BLE001 - whatever a network of one's own raises
         log.warning("int8 goes without layers of low rank: %s", str(error) or repr(error))
+    with contextlib.suppress(OSError):  # without it all goes on as well, unless it is killed
+        keep({"onnx": torch.from_numpy(np.frombuffer(content, np.uint8).copy())}, path, quota)
+    return content or None
+
+
+def lowered_by(
+    job: Job, trained: Trained, model: torch.nn.Module, screen: Display, checkpoint: Path
+) -> torch.nn.Module | None:
+    """The lowered model, trained on from the checkpoint, if there is one; None if nothing gains.
+
+    Raises TimeoutError where the time is over, and what a network of one's own raises.
+    """
+    dataset, seed = job.dataset, studies.seed_of(job.options.seed)
+    some = dataset.train.images[:RANK_IMAGES].to(job.device)
+    torch.manual_seed(seed)
+    lowered = lowrank.lower(model, training.standardise(some, dataset))
+    if lowered is None:
         return None
-    keep({"onnx": torch.frombuffer(bytearray(content), dtype=torch.uint8)}, path)
-    return content
+    samples = round(min(LOWERED_SHARE / lowered.work, LOWERED_MOST) * trained.samples)
+    screen.say(f"for int8: the model in {lowered.work:.0%} of its work, {samples:,} images more")
+    saved = time.monotonic()
+    for progress in training.fit(
+        lowered.model,
+        dataset,
+        dataset.train + dataset.validation,
+        **trained.best.params | LOWERED_HOW,
+        samples=samples,
+        seed=seed,
+        micro_batch=micro_batch(trained.best),
+        resume=restore(checkpoint),
+    ):
+        screen.training("low rank", progress, LOWERED_SHARE * screen.final_s)
+        if time.monotonic() > job.latest:
+            raise TimeoutError("--timeout")
+        if time.monotonic() - saved > CHECKPOINT_S and progress.state:
+            keep(progress.state(), checkpoint, job.options.disk_quota)
+            saved = time.monotonic()
+    return lowered.model
 
 
 def evaluate(

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-# Most of the variance of what a layer is given, or gives, that its steps may lose. What that costs
-# in errors, some more training brings back.
+# Most that the steps of a layer may lose: of the second moment of what it is given, or the variance
+# of what it gives. What that costs in errors, some more training brings back.
 LOSS = 0.1
 GAIN = 0.5  # most of a layer's work that its steps may have together
 LARGE = 0.05  # least share of the network's work that a layer must have
-PART = 50  # images at a time: what every layer gives for them is in memory together
+PART = 50  # images at a time, which bounds the memory
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -65,7 +65,7 @@ def lower(model: nn.Module, images: torch.Tensor) -> Lowered | None:
     seen = _watch(model, images)
     whole = sum(each.work for each in seen.values())
     saved = 0
-    for name, layer in list(model.named_modules()):
+    for name, layer in [*model.named_modules()]:
         if layer not in seen or seen[layer].work < LARGE * whole:
             continue
         if found := _in_steps(seen[layer]):
@@ -78,13 +78,12 @@ def lower(model: nn.Module, images: torch.Tensor) -> Lowered | None:
 
 @torch.no_grad()
 def _watch(model: nn.Module, images: torch.Tensor) -> dict[nn.Module, _Seen]:
-    """By layer, of those that are plain convolutions and linear layers."""
+    """By layer, of all convolutions and linear layers."""
     layers = [each for each in model.modules() if type(each) in (nn.Conv2d, nn.Linear)]
     seen: dict[nn.Module, _Seen] = {}
 
     def keep(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if getattr(layer, "groups", 1) == 1:
-            seen.setdefault(layer, _Seen(layer)).add(inputs[0], output)
+        seen.setdefault(layer, _Seen(layer)).add(inputs[0], output)
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
@@ -99,11 +98,13 @@ def _watch(model: nn.Module, images: torch.Tensor) -> dict[nn.Module, _Seen]:
 def _products(x: torch.Tensor) -> torch.Tensor:
     """Of (N, d, ...) those of all columns d with each other, summed over the rest: (d, d)."""
     rows = x.movedim(1, -1).flatten(0, -2)
-    return (rows.T @ rows).double().cpu()
+    return (rows.T @ rows).cpu().double()  # there is no float64 on mps
 
 
 def _in_steps(seen: _Seen) -> tuple[Steps, int] | None:
     """The layer done with the least work, and that work; None where it is no gain."""
+    if getattr(seen.layer, "groups", 1) != 1:
+        return None
     sums = seen.gave / seen.gave[-1, -1]  # its last row and column: the means, and 1
     mean = sums[-1, :-1]
     back = _directions(sums[:-1, :-1] - torch.outer(mean, mean))
@@ -131,8 +132,8 @@ def _steps(
 ) -> Steps:
     """The layer between `onto` (inputs, few) and `back` (outputs, few): what varies from the mean
     (outputs,) of what it gave."""
-    weight = layer.weight.detach().double().cpu()
-    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().double().cpu()
+    weight = layer.weight.detach().cpu().double()
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().cpu().double()
     steps: list[nn.Module] = []
     if onto is not None:
         weight = torch.einsum("oi...,if->of...", weight, onto)

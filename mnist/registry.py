@@ -132,7 +132,8 @@ def better(new: Record, current: Record | None) -> bool:
     """Whether `new` may become current in place of `current`, by its own merit.
 
     It may where there is none, or for the same data and classes when it makes no larger share of
-    errors on the calibration split; but a --quick model never replaces one that is not.
+    errors on the calibration split, neither with its weights nor as it is served, which may be
+    another network (mnist.lowrank); but a --quick model never replaces one that is not.
     """
     if current is None:
         return True
@@ -141,7 +142,8 @@ def better(new: Record, current: Record | None) -> bool:
     if any(new["dataset"][key] != current["dataset"][key] for key in ("name", "sha256", "classes")):
         return False
     a, b = (entry["metrics"]["calibration"] for entry in (new, current))
-    return a["errors"] * b["n"] <= b["errors"] * a["n"]
+    kinds = [kind for kind in ("errors", "served_errors") if kind in a and kind in b]
+    return all(a[kind] * b["n"] <= b[kind] * a["n"] for kind in kinds)
 
 
 def use(folder: Path, name: str) -> None:

@@ -156,6 +156,8 @@ def test_a_network_that_cannot_be_exported_is_served_by_torch(
     assert exported.served.engine == "torch"
     assert exported.left_out["onnx"]
     assert "saved without onnx" in caplog.text
+    again = export.export(fresh(network, small(1, 16, 3)), small(1, 16, 3), b"the lowered model")
+    assert again.served.engine == "torch"
     assert capfd.readouterr().out == ""  # run.py --json writes there
 
 

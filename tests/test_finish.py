@@ -1,6 +1,7 @@
 """mnist.finish: one final model of a study, and the test split opened once."""
 
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist import data, finish, models, registry
+from mnist import data, finish, models, registry, training
 from tests.conftest import DIGITS, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -149,6 +150,31 @@ def test_int8_is_of_the_model_in_low_rank_which_is_trained_once(
     assert f"as it is served, in onnx_int8: {wrong} errors" in done.stdout
     (page,) = (tmp_path / "saved_models").glob("*.report.html")
     assert f"As it is served, in onnx_int8, it reads {wrong} wrong." in page.read_text()
+
+
+def test_a_training_on_that_was_killed_goes_on_from_its_checkpoint(
+    run: Command, tmp_path: Path, wide: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "CHECKPOINT_S", 0)
+    begun: list[int] = []
+
+    def fit(*rest: Any, **options: Any) -> Iterator[training.Progress]:
+        if "resume" not in options:  # the network is tried, or the machine's speed
+            yield from real(*rest, **options)
+            return
+        begun.append((options["resume"] or {"step": 0})["step"])
+        for progress in real(*rest, **options):
+            yield progress
+            if len(begun) == 1 and 2 * progress.samples > progress.total:
+                raise KeyboardInterrupt
+
+    real = training.fit
+    monkeypatch.setattr(finish.training, "fit", fit)
+    assert run(*wide).returncode == 130
+    assert run(*wide).returncode == 0
+    first, second = begun
+    assert first == 0 < second
+    assert "full" in registry.record(tmp_path / "saved_models")[1]["calibration"]
 
 
 @pytest.mark.parametrize("why", ["made up", "--timeout"])

@@ -100,6 +100,19 @@ def test_a_new_model_becomes_current_only_by_merit(
     assert current(tmp_path) == (name if promoted else old)
 
 
+@pytest.mark.parametrize(("wrong", "served", "promoted"), [(10, 8, 1), (10, 9, 0), (11, 7, 0)])
+def test_nor_if_what_is_served_is_worse(
+    tmp_path: Path, wrong: int, served: int, promoted: bool
+) -> None:
+    def made(wrong: int, served: int) -> str:
+        record = entry(wrong)
+        record["metrics"]["calibration"]["served_errors"] = served
+        return save(tmp_path, record)
+
+    old, new = made(10, 8), made(wrong, served)
+    assert current(tmp_path) == (new if promoted else old)
+
+
 def test_promote_always_and_never_are_obeyed(tmp_path: Path) -> None:
     assert current(tmp_path) is None
     save(tmp_path, entry(), promote="never")
