@@ -435,7 +435,9 @@ def test_a_model_of_other_classes_takes_over_on_an_open_page(
         assert page.query_selector_all("#bars .best .name")[0].inner_text() in CLOTHES
         page.select_option("#model", first)
         page.wait_for_function("() => document.getElementById('class').textContent.length === 1")
-        assert "Draw a digit" in page.inner_text("#draw-title")
+        page.wait_for_function(
+            "() => document.getElementById('draw-title').textContent.includes('Draw a digit')"
+        )
     page.close()
 
 
