@@ -209,8 +209,9 @@ def _features(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     group = math.ceil(width / WIDEST)
     if group == 1:
         return x
-    padded = F.pad(x, (0, -width % group))
-    return padded.reshape(-1, math.ceil(width / group), group).mean(2)
+    if rest := -width % group:  # to pad by nothing would be a step of its own in ONNX
+        x = F.pad(x, (0, rest))
+    return x.reshape(-1, math.ceil(width / group), group).mean(2)
 
 
 def parameters(model: nn.Module) -> int:
