@@ -279,7 +279,9 @@ class Engine:
         engine: str = settings.engine
         passed_over = None
         if self.current is not None:  # its answers are not to wait for what takes long or fails
-            engine, passed_over = await trial.which_engine(folder, name, threads, engine)
+            engine, passed_over = await trial.which_engine(
+                folder, name, threads, engine, self.metrics.shared
+            )
         run = await _in(loader, inference.load, folder, name, threads, engine)
         if passed_over is not None:
             run = replace(run, passed_over=passed_over)

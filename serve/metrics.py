@@ -26,9 +26,10 @@ class Metrics:
     """The counters of one process."""
 
     def __init__(self) -> None:
-        self.several = _DIRECTORY in os.environ
-        if self.several:
-            Path(os.environ[_DIRECTORY]).mkdir(parents=True, exist_ok=True)
+        self.shared: Path | None = None  # a folder of all workers, if there are several
+        if directory := os.environ.get(_DIRECTORY):
+            self.shared = Path(directory)
+            self.shared.mkdir(parents=True, exist_ok=True)
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "requests", "Answered requests", ["method", "route", "status"], registry=registry
@@ -65,9 +66,9 @@ class Metrics:
 
     def text(self) -> bytes:
         """Of all workers, in Prometheus's text format."""
-        if not self.several:
+        if self.shared is None:
             return generate_latest(self._registry)
-        for path in Path(os.environ[_DIRECTORY]).glob("gauge_live*.db"):
+        for path in self.shared.glob("gauge_live*.db"):
             if not _alive(int(path.stem.rpartition("_")[2])):
                 workers.mark_process_dead(int(path.stem.rpartition("_")[2]))
         together = CollectorRegistry()
@@ -76,7 +77,7 @@ class Metrics:
 
     def close(self) -> None:
         """What this process alone had, such as its queue, no longer counts."""
-        if self.several:
+        if self.shared:
             workers.mark_process_dead(os.getpid())
 
 

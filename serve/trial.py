@@ -13,28 +13,52 @@ if __name__ == "__main__":
     os.nice(10)
 
 import asyncio
+import hashlib
 import json
 import signal
 import sys
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+
+from filelock import AsyncFileLock
 
 from mnist import inference, registry
 
 COMMAND = (sys.executable, "-m", "serve.trial")
 LONGEST_S = 120
+RECENT_S = 5  # workers look at the registry within half a second of each other
+
+Found = tuple[str, dict[str, str]]
+"""The engine that runs a model, as inference.load finds it, and why better ones do not."""
 
 
 async def which_engine(
-    folder: Path, name: str, threads: int | None, engine: str
-) -> tuple[str, dict[str, str]]:
-    """The engine that runs a model, as inference.load finds it, and why better ones do not.
+    folder: Path, name: str, threads: int | None, engine: str, shared: Path | None
+) -> Found:
+    """What another process finds, which ends with whoever waits for it.
 
-    Raises registry.RegistryError where none does, or the process that tries it fails or takes
-    over LONGEST_S. The process ends with whoever waits for it.
+    The workers of one server have a folder `shared`: one tries a model, and if it can be run, the
+    others take that from there. Raises registry.RegistryError where no engine runs it, or the
+    process fails or takes over LONGEST_S.
     """
     arguments = [str(folder), name, engine, *([] if threads is None else [str(threads)])]
+    if shared is None:
+        return await _found(name, arguments)
+    known = shared / f"trial-{hashlib.sha256(repr(arguments).encode()).hexdigest()[:16]}.json"
+    async with AsyncFileLock(known.with_suffix(".lock")):
+        with suppress(OSError):
+            if time.time() - known.stat().st_mtime < RECENT_S:
+                run_by, passed_over = json.loads(known.read_text())
+                return run_by, passed_over
+        found = await _found(name, arguments)
+        with suppress(OSError):
+            known.write_text(json.dumps(found))
+    return found
+
+
+async def _found(name: str, arguments: list[str]) -> Found:
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     pipe = asyncio.subprocess.PIPE

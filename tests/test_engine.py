@@ -1,5 +1,6 @@
 """serve/engine.py: new models take over without a pause, bad ones never."""
 
+import asyncio
 import os
 import shutil
 import sys
@@ -139,6 +140,30 @@ def test_a_model_that_takes_too_long_to_load_is_refused(
     monkeypatch.setattr(trial, "LONGEST_S", 0.1)
     another(folder)
     until(client, lambda ready: "took over 0.1 s" in str(ready.get("refused")))
+
+
+def test_of_several_workers_one_tries_a_model_for_all_but_a_refused_one_is_tried_by_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+
+    def tried(answer: str) -> tuple[list[str], int]:
+        """What three workers find that have this answer, and how often they asked."""
+        log.write_text("")
+        code = f"open({str(log)!r}, 'a').write('.'); print({answer!r})"
+        monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", code))
+
+        async def together() -> list[Any]:
+            asked = (trial.which_engine(tmp_path, "new", 1, "auto", tmp_path) for _ in range(3))
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        return [str(each) for each in asyncio.run(together())], len(log.read_text())
+
+    assert tried('{"refused": "no"}') == (["no"] * 3, 3)
+    good = '{"engine": "onnx", "passed_over": {}}'
+    assert tried(good) == (["('onnx', {})"] * 3, 1)
+    monkeypatch.setattr(trial, "RECENT_S", 0)
+    assert tried(good)[1] == 3
 
 
 def test_after_a_swap_the_server_says_which_better_engine_cannot_run_the_model(
