@@ -33,7 +33,7 @@ from mnist import compare, data, display, models, own, registry, report, search,
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import Display, duration
-from mnist.finish import Job, finish, network, origin, publish, result, sweep
+from mnist.finish import Job, finish, lowering, network, origin, publish, result, sweep
 from mnist.members import Claim, Member
 from mnist.options import Options, command
 from mnist.workers import Pool, Run, Setup, cores
@@ -110,8 +110,7 @@ def run(options: Options, latest: float) -> dict[str, Any]:
         job = prepare(options, member, device, (start, latest))
         done = result(job) if member.update(studies.finished) >= job.trials else None
         if done is None:
-            rest_s = job.plan.confirm_s + job.plan.final_s
-            screen = Display(job.trials, job.plan.trial_s, rest_s, job.space)
+            screen = Display(job.trials, job.plan.trial_s, job.rest_s, job.space)
             sweep(job)
             with screen, pool:
                 find(job, pool, screen)
@@ -266,7 +265,7 @@ def fit_to_machine(
     else:
         speed = measured(options, model, dataset)
         least = QUICK_LEAST if options.quick else LEAST
-        plan = search.plan(dataset, *runs, speed, total_s, least, asked)
+        plan = search.plan(dataset, *runs, speed, total_s, least, asked, lowering(options))
 
     def agree(study: optuna.Study) -> search.Plan:
         """By the first member's plan, if another one came first."""
@@ -299,7 +298,7 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
         f"study {job.study.study_name}: {done} of {job.trials} trials finished; a trial sees "
         f"at most {job.plan.trial_samples:,} images; expected: "
         f"{duration((job.trials - done) * job.plan.trial_s)} for the search, "
-        f"{duration(job.plan.confirm_s + job.plan.final_s)} for the final model"
+        f"{duration(job.rest_s)} for the final model"
     )
     updates = search.search(
         job.member,

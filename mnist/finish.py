@@ -63,6 +63,11 @@ class Job:
         return self.member.study
 
     @property
+    def rest_s(self) -> float:
+        """Seconds expected of all that comes after the search."""
+        return self.plan.confirm_s + self.plan.final_s * (1 + lowering(self.options))
+
+    @property
     def folder(self) -> Path:
         """For the checkpoints of this study; gone when it is finished."""
         return self.options.artifacts / f"{self.study.study_name}-{self.member.study_id[:8]}"
@@ -159,7 +164,8 @@ def confirm(job: Job, pool: Pool, screen: Display) -> None:
         )
 
     for done, total in search.confirm(job.member, pool, run_of, job.confirmed):
-        left_s = job.plan.confirm_s * (1 - done / total) + final_s(job)
+        final = final_s(job) * (1 + lowering(job.options))
+        left_s = job.plan.confirm_s * (1 - done / total) + final
         screen.confirmation(done, total, left_s)
         job.in_time("the best trials are not confirmed yet")
 
@@ -216,7 +222,7 @@ def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, f
     seen: list[tuple[int, float]] = []  # images, at what time; fewer of them after a restart
     for _, message in search.carry_out(pool, {"final": run}):
         if isinstance(message, Report):
-            screen.training("final", message.progress, screen.final_s)
+            screen.training("final", message.progress, job.plan.final_s, lowering(job.options))
             seen.append((message.progress.samples, time.monotonic()))
         elif message is not None:
             (m, start), (n, end) = (seen[0], seen[-1]) if seen else ((0, 0.0), (0, 0.0))
@@ -252,10 +258,16 @@ def final_s(job: Job) -> float:
     """Seconds that the final training may take, as far as it goes by the time left."""
     if job.options.final_epochs:
         return job.plan.final_s
-    passed_s = time.monotonic() - job.start
+    passed_s, share = time.monotonic() - job.start, 1 / (1 + lowering(job.options))
     if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
-        return min(0.7 * max(0.0, job.options.timeout - passed_s), job.plan.final_s)
-    return min(max(job.total_s - passed_s, 0.75 * job.plan.final_s), 1.1 * job.plan.final_s)
+        return min(0.7 * max(0.0, job.options.timeout - passed_s) * share, job.plan.final_s)
+    left_s = (job.total_s - passed_s) * share
+    return min(max(left_s, 0.75 * job.plan.final_s), 1.1 * job.plan.final_s)
+
+
+def lowering(options: Options) -> float:
+    """The time for training layers of low rank on, as a share of the final training's."""
+    return 0.0 if options.quick else LOWERED_SHARE
 
 
 def final_samples(job: Job, best: FrozenTrial) -> int:
@@ -292,7 +304,7 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
     options, dataset, best, weights = job.options, job.dataset, trained.best, trained.weights
     model = network(job.options, job.dataset, job.device)
     model.load_state_dict(weights)
-    lowered = None if options.quick else lower(job, trained, model, screen)
+    lowered = lower(job, trained, model, screen) if lowering(options) else None
     screen.say("evaluating, once, and saving")
     exported = export.export(model, dataset, lowered)
     state, predictions = io.BytesIO(), io.BytesIO()
@@ -387,7 +399,7 @@ def lowered_by(
         micro_batch=micro_batch(trained.best),
         resume=restore(checkpoint),
     ):
-        screen.training("low rank", progress, LOWERED_SHARE * screen.final_s)
+        screen.training("low rank", progress, LOWERED_SHARE * job.plan.final_s)
         if time.monotonic() > job.latest:
             raise TimeoutError("--timeout")
         if time.monotonic() - saved > CHECKPOINT_S and progress.state:

@@ -243,6 +243,7 @@ def plan(
     total_s: float,
     least_samples: int,
     trial_samples: int | None = None,
+    lowering: float = 0.0,
 ) -> Plan:
     """Spend about `total_s`, SEARCH_SHARE of it on the search, at `images_per_s` in training.
 
@@ -250,7 +251,8 @@ def plan(
     a third of a training step each, over validation images; the confirmation of each of the
     `confirmed` best trials costs CONFIRM_SEEDS whole ones. A faster machine gets longer trials,
     up to a pass over the training split, or TRIAL_IMAGES; then it is simply done sooner. On a slow
-    one they have `least_samples`, and the search takes more than its share.
+    one they have `least_samples`, and the search takes more than its share. What comes after the
+    final training takes `lowering` of the time of that.
     """
     whole = len(dataset.validation) / 3
     part = training.SUBSET * (1 + 1 / REDUCTION) / 3 + whole / REDUCTION ** len(RUNGS)
@@ -262,7 +264,8 @@ def plan(
         trial_samples = int(min(max(samples, least_samples), most))
     trial_s = (trial_samples * TRIAL_COST + part) / images_per_s
     confirm_s = runs * (trial_samples + whole) / images_per_s
-    final_s = min(total_s * (1 - SEARCH_SHARE), most_final(dataset) / images_per_s)
+    final_s = total_s * (1 - SEARCH_SHARE) / (1 + lowering)
+    final_s = min(final_s, most_final(dataset) / images_per_s)
     return Plan(trial_samples, trial_s, final_s, images_per_s, confirm_s)
 
 
