@@ -1,7 +1,11 @@
 """The server; imports only mnist.images, mnist.inference and mnist.registry."""
 
 import os
+import sys
 
 # NumPy reads this when it is first imported. Its products here are small: a second thread that
 # waits busily for the next one took 2 of the 8 ms that a request costs the processors.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# FastAPI imports all of pydantic.v1, a thirtieth of the start, only to refuse its models.
+sys.modules.setdefault("pydantic.v1", None)  # type: ignore[arg-type]

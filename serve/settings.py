@@ -1,18 +1,18 @@
 """Every setting of the server, read from the environment."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from mnist import registry
 
-Words = Annotated[tuple[str, ...], NoDecode]
+Words = tuple[str, ...]
 """Words with commas between them."""
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """MODELS, ENGINE, THREADS and so on; a value that is out of range stops the start."""
 
     models: Path = Field(Path("saved_models"), description="registry folder")
@@ -25,21 +25,21 @@ class Settings(BaseSettings):
     max_batch_files: int = Field(64, ge=1, description="most pictures in one request")
     max_queue: int = Field(256, ge=1, description="most requests under way at a time")
     deadline_ms: int = Field(1000, ge=1, description="longest wait for an answer, in ms")
-    api_keys: Words = Field(
-        (), validate_default=False, description="keys, one of which POST and /metrics then need"
-    )
-    cors_origins: Words = Field(
-        (), validate_default=False, description="web origins that may ask; * for all"
-    )
-    canary: Annotated[tuple[str, float] | None, NoDecode] = Field(
-        None,
-        validate_default=False,
-        description="NAME:SHARE, a model that answers this share (0..1) of the requests",
+    api_keys: Words = Field((), description="keys, one of which POST and /metrics then need")
+    cors_origins: Words = Field((), description="web origins that may ask; * for all")
+    canary: tuple[str, float] | None = Field(
+        None, description="NAME:SHARE, a model that answers this share (0..1) of the requests"
     )
     feedback_dir: Path | None = Field(None, description="where corrections are kept, if at all")
     feedback_max_bytes: int = Field(
         100_000_000, ge=1, description="most that corrections may take, in bytes"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_environment(cls, given: dict[str, Any]) -> dict[str, Any]:
+        known = {name: os.environ.get(name.upper()) for name in cls.model_fields}
+        return {name: text for name, text in known.items() if text is not None} | given
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
