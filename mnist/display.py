@@ -25,16 +25,16 @@ class Display:
     """Shows a search and a final training on standard error; a context manager.
 
     On a terminal it is one live table; else a line every PLAIN_EVERY_S seconds and one for each
-    trial that ends. `trial_s` and `final_s` are the seconds expected of a trial and of
-    the final training, `names` are the hyperparameters.
+    trial that ends. `trial_s` and `rest_s` are the seconds expected of a trial and of all
+    that comes after the search, `names` are the hyperparameters.
     """
 
-    def __init__(self, trials: int, trial_s: float, final_s: float, names: Iterable[str]) -> None:
+    def __init__(self, trials: int, trial_s: float, rest_s: float, names: Iterable[str]) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.live = (
             Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         )
-        self.trials, self.final_s = trials, final_s
+        self.trials, self.rest_s = trials, rest_s
         self.expected_s, self.names = trial_s, tuple(names)
         self.done = self.pruned = self.timed = 0
         self.best: tuple[float, int] | None = None
@@ -117,7 +117,7 @@ class Display:
     def _search_left_s(self) -> float:
         spent_s = time.monotonic() - self.start
         each_s = (spent_s + 5 * self.expected_s) / (self.timed + 5)  # the plan weighs five trials
-        return each_s * max(0, self.trials - self.done) + self.final_s
+        return each_s * max(0, self.trials - self.done) + self.rest_s
 
     def _show(self, row: list[str] | None, left_s: float, ended: bool = False) -> None:
         best = f"best {self.best[0]:.2%} (trial {-self.best[1]})" if self.best else "no best yet"

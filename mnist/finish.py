@@ -266,7 +266,8 @@ def final_s(job: Job) -> float:
 
 
 def lowering(options: Options) -> float:
-    """The time for training layers of low rank on, as a share of the final training's."""
+    """The time for training layers of low rank on, as a share of the final training's; a network
+    in which none gains is done sooner."""
     return 0.0 if options.quick else LOWERED_SHARE
 
 

@@ -379,12 +379,20 @@ def _pieces(mask: NDArray[np.bool_], strong: NDArray[np.bool_]) -> NDArray[np.bo
     if len(large) == 1:
         return labels == large[0]
     if len(large) > 1:
-        shown = [(i, _extent((labels == i).view(np.uint8))) for i in large]
+        _, labels, boxes, _ = cv2.connectedComponentsWithStats(
+            mask.view(np.uint8), connectivity=8, ltype=cv2.CV_16U
+        )
+        shown = [(i, _box(boxes[i])) for i in large]
         frames = [i for i, box in shown if _is_frame(labels[box] == i, box, mask.shape)]
         least = DIGIT_SIDE * max(mask.shape)
         if any(max(labels[box].shape) >= least for i, box in shown if i not in frames):
             pixels[frames] = 0
     return (pixels > SPECK * pixels.max())[labels]
+
+
+def _box(found: NDArray[np.int32]) -> tuple[slice, slice]:
+    left, top, width, height = found[:4].tolist()
+    return slice(top, top + height), slice(left, left + width)
 
 
 def _is_frame(piece: NDArray[np.bool_], box: tuple[slice, slice], shape: tuple[int, ...]) -> bool:

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+if not os.environ.get(_DIRECTORY):
+    os.environ.pop(_DIRECTORY, None)  # for prometheus_client an empty one is one, too
 if multiprocessing.parent_process() is not None:  # one of several workers of one uvicorn
     # They share their parent's authkey, and nobody else does.
     _shared = hashlib.sha256(multiprocessing.current_process().authkey).hexdigest()[:16]

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mnist import registry
 
@@ -14,6 +14,8 @@ Words = tuple[str, ...]
 
 class Settings(BaseModel):
     """MODELS, ENGINE, THREADS and so on; a value that is out of range stops the start."""
+
+    model_config = ConfigDict(extra="forbid")
 
     models: Path = Field(Path("saved_models"), description="registry folder")
     engine: Literal["auto", "onnx_int8", "onnx", "torch"] = Field(
@@ -38,8 +40,8 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_environment(cls, given: dict[str, Any]) -> dict[str, Any]:
-        known = {name: os.environ.get(name.upper()) for name in cls.model_fields}
-        return {name: text for name, text in known.items() if text is not None} | given
+        found = {name.lower(): text for name, text in os.environ.items()}
+        return {name: found[name] for name in cls.model_fields if name in found} | given
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

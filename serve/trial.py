@@ -40,22 +40,24 @@ async def which_engine(
     """What another process finds, which ends with whoever waits for it.
 
     The workers of one server have a folder `shared`: one tries a model, and if it can be run, the
-    others take that from there. Raises registry.RegistryError where no engine runs it, or the
-    process fails or takes over LONGEST_S.
+    others take that from there; one that is refused they try as well, one after the other. Raises
+    registry.RegistryError where no engine runs it, or the process fails or takes over LONGEST_S.
     """
     arguments = [str(folder), name, engine, *([] if threads is None else [str(threads)])]
     if shared is None:
         return await _found(name, arguments)
     known = shared / f"trial-{hashlib.sha256(repr(arguments).encode()).hexdigest()[:16]}.json"
-    async with AsyncFileLock(known.with_suffix(".lock")):
-        with suppress(OSError):
-            if time.time() - known.stat().st_mtime < RECENT_S:
-                run_by, passed_over = json.loads(known.read_text())
-                return run_by, passed_over
-        found = await _found(name, arguments)
-        with suppress(OSError):
-            known.write_text(json.dumps(found))
-    return found
+    with suppress(OSError):  # no room for the lock, or another one has it for as long as it may
+        async with AsyncFileLock(known.with_suffix(".lock"), timeout=LONGEST_S):
+            with suppress(OSError, ValueError):
+                if time.time() - known.stat().st_mtime < RECENT_S:
+                    run_by, passed_over = json.loads(known.read_text())
+                    return run_by, passed_over
+            found = await _found(name, arguments)
+            with suppress(OSError):
+                known.write_text(json.dumps(found))
+            return found
+    return await _found(name, arguments)
 
 
 async def _found(name: str, arguments: list[str]) -> Found:

@@ -147,14 +147,14 @@ def test_of_several_workers_one_tries_a_model_for_all_but_a_refused_one_is_tried
 ) -> None:
     log = tmp_path / "log"
 
-    def tried(answer: str) -> tuple[list[str], int]:
-        """What three workers find that have this answer, and how often they asked."""
+    def tried(answer: str, name: str = "new") -> tuple[list[str], int]:
+        """What three workers find for the model, which has this answer, and how often they ask."""
         log.write_text("")
         code = f"open({str(log)!r}, 'a').write('.'); print({answer!r})"
         monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", code))
 
         async def together() -> list[Any]:
-            asked = (trial.which_engine(tmp_path, "new", 1, "auto", tmp_path) for _ in range(3))
+            asked = (trial.which_engine(tmp_path, name, 1, "auto", tmp_path) for _ in range(3))
             return await asyncio.gather(*asked, return_exceptions=True)
 
         return [str(each) for each in asyncio.run(together())], len(log.read_text())
@@ -162,6 +162,10 @@ def test_of_several_workers_one_tries_a_model_for_all_but_a_refused_one_is_tried
     assert tried('{"refused": "no"}') == (["no"] * 3, 3)
     good = '{"engine": "onnx", "passed_over": {}}'
     assert tried(good) == (["('onnx', {})"] * 3, 1)
+    assert tried('{"engine": "torch", "passed_over": {}}', "newer")[0] == ["('torch', {})"] * 3
+    for path in tmp_path.glob("trial-*.json"):
+        path.write_text("[")  # by one that was killed
+    assert tried(good)[1] == 1
     monkeypatch.setattr(trial, "RECENT_S", 0)
     assert tried(good)[1] == 3
 

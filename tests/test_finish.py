@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist import data, finish, models, registry, training
+from mnist import data, finish, models, registry, search, training
 from tests.conftest import DIGITS, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -48,6 +48,25 @@ def test_who_was_replaced_while_it_exported_does_not_open_the_test_split(
     assert done.returncode == 0, done.stderr
     assert opened == ["asked", "asked", "opened", "asked"]
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 1
+
+
+def test_the_final_training_leaves_time_for_the_layers_of_low_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = search.Plan(1000, 1.0, final_s=600.0, images_per_s=100.0, confirm_s=20.0)
+
+    def job(passed_s: float, **chosen: Any) -> Any:
+        given = {"final_epochs": None, "timeout": None, "quick": False} | chosen
+        monkeypatch.setattr(finish.time, "monotonic", lambda: passed_s)
+        options = types.SimpleNamespace(**given)
+        return types.SimpleNamespace(options=options, plan=plan, start=0.0, total_s=1000.0)
+
+    share = 1 + finish.LOWERED_SHARE
+    assert finish.final_s(job(400)) == pytest.approx(600 / share)
+    assert finish.final_s(job(400, quick=True)) == pytest.approx(600)
+    assert finish.final_s(job(0, timeout=500)) == pytest.approx(0.7 * 500 / share)
+    rest_s = finish.Job.rest_s.fget(job(0))  # type: ignore[attr-defined]
+    assert rest_s == pytest.approx(20 + 600 * share)
 
 
 def test_without_room_for_its_result_the_test_split_stays_closed(
