@@ -170,6 +170,16 @@ def test_of_several_workers_one_tries_a_model_for_all_but_a_refused_one_is_tried
     assert tried(good)[1] == 3
 
 
+def test_a_worker_leaves_what_it_found_to_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "shared"))
+    with TestClient(app) as client:
+        new = another(folder)
+        until(client, lambda ready: ready["model"] == new)
+    assert len([*(tmp_path / "shared").glob("trial-*.json")]) == 1
+
+
 def test_after_a_swap_the_server_says_which_better_engine_cannot_run_the_model(
     client: TestClient, folder: Path
 ) -> None:

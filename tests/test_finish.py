@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist import data, finish, models, registry, search, training
+from mnist import data, display, finish, models, registry, search, training
 from tests.conftest import DIGITS, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -67,6 +67,16 @@ def test_the_final_training_leaves_time_for_the_layers_of_low_rank(
     assert finish.final_s(job(0, timeout=500)) == pytest.approx(0.7 * 500 / share)
     rest_s = finish.Job.rest_s.fget(job(0))  # type: ignore[attr-defined]
     assert rest_s == pytest.approx(20 + 600 * share)
+
+
+def test_the_time_left_has_what_comes_after_a_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(display, "PLAIN_EVERY_S", -1.0)
+    half: Any = types.SimpleNamespace(samples=50, total=100, loss=0.5)
+    for after, left in ((0.0, "about 50 s left"), (0.3, "about 80 s left")):
+        display.Display(1, 1.0, 1.0, []).training("final", half, 100.0, after)
+        assert left in capsys.readouterr().err
 
 
 def test_without_room_for_its_result_the_test_split_stays_closed(
