@@ -3,27 +3,28 @@
 It runs in a process of its own, so that it can be kept on one core.
 """
 
-import asyncio
+import itertools
 import json
 import os
 import random
 import re
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-import uvloop
 
 HEAD = re.compile(rb"HTTP/1\.1 (\d{3}).*?\r\ncontent-length: (\d+)\r\n", re.I | re.S)
 MOST_CONNECTIONS = 1000  # of an open loop
 PATIENCE_S = 10.0  # for one answer
+Row = tuple[float, float, int, int]  # of Found
 
 
 @dataclass(frozen=True)
@@ -63,122 +64,151 @@ class Found:
         return float(np.percentile(good, percent)) * 1000 if len(good) else float("nan")
 
 
-class Wire(asyncio.Protocol):
-    """One TCP connection; `answer` becomes the status of what was last asked."""
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport, self.open = transport, True
-        self.came, self.answer = b"", asyncio.get_running_loop().create_future()
-
-    def ask(self, request: bytes) -> None:
-        self.came, self.answer = b"", asyncio.get_running_loop().create_future()
-        self._transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        self.came += data
-        head, end, body = self.came.partition(b"\r\n\r\n")
-        found = HEAD.match(head + end) if end else None
-        if found is not None and len(body) >= int(found[2]):
-            if b"connection: close" in head.lower():
-                self.close()
-            self._answered(int(found[1]))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.open = False
-        self._answered(-1 if self.came else 0)
-
-    def close(self) -> None:
-        self.open = False
-        self._transport.close()
-
-    def _answered(self, status: int) -> None:
-        if not self.answer.done():
-            self.answer.set_result(status)
-
-
 class Connection:
     """One kept-alive connection, opened again where the server closed it."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._wire: Wire | None = None
+    def __init__(self, port: int, selector: selectors.BaseSelector) -> None:
+        self._port, self._selector = port, selector
+        self._socket: socket.socket | None = None
+        self._asked = False
 
-    async def ask(self, request: bytes, due: float) -> tuple[float, float, int, int]:
-        """A row of Found."""
-        status, tries = await self._ask(request), 1
-        if not status:
-            status, tries = await self._ask(request), 2
-        return due, time.perf_counter() - due, status, tries
+    def ask(self, request: bytes, due: float) -> Row | None:
+        """A row only where the request cannot be sent."""
+        self._request, self.due, self._tries = request, due, 0
+        return self._send()
 
-    async def _ask(self, request: bytes) -> int:
+    def read(self) -> Row | None:
+        """A row where what came ends an answer, or none will come."""
+        assert self._socket is not None
         try:
-            async with asyncio.timeout(PATIENCE_S):
-                if self._wire is None or not self._wire.open:
-                    loop = asyncio.get_running_loop()
-                    _, self._wire = await loop.create_connection(Wire, "127.0.0.1", self._port)
-                self._wire.ask(request)
-                return await self._wire.answer
-        except TimeoutError:
+            data = self._socket.recv(65_536)
+        except OSError:
+            data = b""
+        if not data:
+            return self._lost()
+        self._came += data
+        head, end, body = self._came.partition(b"\r\n\r\n")
+        found = HEAD.match(head + end) if end else None
+        if found is None or len(body) < int(found[2]):
+            return None
+        if b"connection: close" in head.lower():
             self.close()
-            return -1
-        except OSError:  # no connection
-            return 0
+        return self._row(int(found[1]))
+
+    def give_up(self) -> Row:
+        self.close()
+        return self._row(-1)
 
     def close(self) -> None:
-        if self._wire is not None:
-            self._wire.close()
+        if self._socket is not None:
+            self._selector.unregister(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _send(self) -> Row | None:
+        self._asked, self._came, self._tries = True, b"", self._tries + 1
+        try:
+            if self._socket is None:
+                self._socket = socket.create_connection(("127.0.0.1", self._port), PATIENCE_S)
+                self._selector.register(self._socket, selectors.EVENT_READ, self)
+            self._socket.sendall(self._request)
+        except OSError:
+            return self._lost()
+        return None
+
+    def _lost(self) -> Row | None:
+        self.close()
+        if not self._asked:  # it was idle
+            return None
+        if self._came:
+            return self._row(-1)
+        return self._send() if self._tries == 1 else self._row(0)
+
+    def _row(self, status: int) -> Row:
+        self._asked = False
+        return self.due, time.perf_counter() - self.due, status, self._tries
 
 
-async def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> list:
+class Clients:
+    """Connections that are asked without waiting for an answer; `found` has all that came of it.
+
+    Plain sockets: with asyncio's tasks, futures and time-outs a request took twice the processor's
+    time, which the server on the same cores then lacks.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port, self._selector = port, selectors.DefaultSelector()
+        self._asked: dict[Connection, None] = {}  # who was asked first is first
+        self._free: list[Connection] = []
+        self.found: list[Row] = []
+
+    def __len__(self) -> int:
+        """How many were asked and are not free again."""
+        return len(self._asked) + len(self._free)
+
+    def open(self) -> Connection:
+        return Connection(self._port, self._selector)
+
+    def ask(self, connection: Connection, request: bytes, due: float) -> None:
+        self._asked[connection] = None
+        self._note(connection, connection.ask(request, due))
+
+    def free(self, seconds: float) -> list[Connection]:
+        """Those that have their answer, or will have none; waits for one, at most so long."""
+        for key, _ in self._selector.select(0 if self._free else min(seconds, PATIENCE_S / 10)):
+            self._note(key.data, key.data.read())
+        patient = time.perf_counter() - PATIENCE_S
+        while self._asked and (first := next(iter(self._asked))).due < patient:
+            self._note(first, first.give_up())
+        free, self._free = self._free, []
+        return free
+
+    def _note(self, connection: Connection, row: Row | None) -> None:
+        if row is not None:
+            self.found.append(row)
+            del self._asked[connection]
+            self._free.append(connection)
+
+
+def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> list[Row]:
     """Each connection asks again as soon as it was answered.
 
     They are opened one after the other: of those that come at once, one worker may accept all.
     """
-    found, opened = [], [Connection(port) for _ in range(connections)]
+    clients, opened = Clients(port), []
+    for _ in range(connections):
+        clients.ask(clients.open(), requests[0], time.perf_counter())
+        while clients:
+            opened += clients.free(PATIENCE_S)
+    end, turn = time.perf_counter() + seconds, itertools.cycle(requests)
     for connection in opened:
-        await connection.ask(requests[0], time.perf_counter())
-    end = time.perf_counter() + seconds
-
-    async def one(i: int, connection: Connection) -> None:
-        while (start := time.perf_counter()) < end:
-            found.append(await connection.ask(requests[i % len(requests)], start))
-            i += 1
-        connection.close()
-
-    await asyncio.gather(*(one(7 * i, each) for i, each in enumerate(opened)))
-    return found
+        clients.ask(connection, next(turn), time.perf_counter())
+    while clients:
+        for connection in clients.free(PATIENCE_S):
+            if (now := time.perf_counter()) < end:
+                clients.ask(connection, next(turn), now)
+    return clients.found
 
 
-async def open_(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> list:
+def open_(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> list[Row]:
     """Requests come at random at this rate, whether or not the earlier ones were answered.
 
     Until SIGTERM, or for so many seconds.
     """
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    found: list[tuple[float, float, int, int]] = []
-    idle: list[Connection] = []
-    chance, tasks, at, i = random.Random(0), set(), time.perf_counter(), 0
-    end = at + seconds
-
-    async def one(due: float, request: bytes) -> None:
-        connection = idle.pop() if idle else Connection(port)
-        found.append(await connection.ask(request, due))
-        idle.append(connection)
-
-    while at < end and not stop.is_set():
-        at, i = at + chance.expovariate(rate), i + 1
-        await asyncio.sleep(at - time.perf_counter())
-        if len(tasks) < MOST_CONNECTIONS:
-            task = asyncio.create_task(one(at, requests[i % len(requests)]))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        else:
-            found.append((at, 0.0, -1, 1))
-    await asyncio.gather(*tasks)
-    for connection in idle:
-        connection.close()
-    return found
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    clients, idle = Clients(port), []
+    chance, turn, due = random.Random(0), itertools.cycle(requests), time.perf_counter()
+    end = due + seconds
+    while clients or (due < end and not stopped):
+        idle += clients.free(due - time.perf_counter())
+        while due <= time.perf_counter() and due < end and not stopped:
+            if idle or len(clients) < MOST_CONNECTIONS:
+                clients.ask(idle.pop() if idle else clients.open(), next(turn), due)
+            else:
+                clients.found.append((due, 0.0, -1, 1))
+            due += chance.expovariate(rate)
+    return clients.found
 
 
 def request(path: str, picture: bytes, kind: str = "image/png") -> bytes:
@@ -232,11 +262,10 @@ def main(port: int, requests: Path, seconds: float, connections: int, rate: floa
     if hasattr(os, "sched_setaffinity"):  # the last core; a server may use it, too
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     bodies = [path.read_bytes() for path in sorted(requests.iterdir())]
-    stage = (
+    start = time.perf_counter()
+    found = (
         open_(port, bodies, rate, seconds) if rate else closed(port, bodies, connections, seconds)
     )
-    start = time.perf_counter()
-    found = uvloop.run(stage)
     json.dump([time.perf_counter() - start, found], sys.stdout)
 
 

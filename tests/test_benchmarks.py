@@ -1,9 +1,11 @@
 """benchmarks/: that the pictures are what they are called, and that the tables can be printed."""
 
-import asyncio
 import random
+import socket
+import socketserver
+import threading
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -80,28 +82,38 @@ def test_the_load_tells_a_connection_closed_before_an_answer_from_one_within_it(
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
     replies = [b"", whole, whole[:-1], whole]  # to one request after the other
 
-    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError):  # the end of the connection
-            while await reader.readuntil(b"\r\n\r\n"):
+    class Reply(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                self.rfile.readline()
                 answer = replies.pop(0)
                 for part in (answer[:20], answer[20:]):
-                    writer.write(part)
-                    await asyncio.sleep(0.01)
+                    self.wfile.write(part)
+                    time.sleep(0.01)
                 if answer != whole:
                     break
-        writer.close()
 
-    async def ask() -> list[tuple[int, int]]:
-        server = await asyncio.start_server(reply, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        connection, found = load.Connection(port), []
+    with socketserver.TCPServer(("127.0.0.1", 0), Reply) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        clients = load.Clients(server.server_address[1])
+        connection = clients.open()
         for _ in range(3):
-            found.append((await connection.ask(b"GET / HTTP/1.1\r\n\r\n", 0.0))[2:])
+            clients.ask(connection, b"GET / HTTP/1.1\r\n\r\n", time.perf_counter())
+            while clients:
+                assert clients.free(10) in ([], [connection])
         connection.close()
-        server.close()
-        return found
+        server.shutdown()
+    assert [row[2:] for row in clients.found] == [(200, 2), (-1, 1), (200, 1)]
+    clients.ask(connection, b"GET / HTTP/1.1\r\n\r\n", time.perf_counter())
+    assert clients.free(10) == [connection]  # at once, as nobody listens any more
+    assert clients.found[-1][2:] == (0, 2)
 
-    assert asyncio.run(ask()) == [(200, 2), (-1, 1), (200, 1)]
+
+def test_the_load_gives_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "PATIENCE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        found = load.closed(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 1, 0.05)
+    assert [row[2:] for row in found] == [(-1, 1), (-1, 1)]
 
 
 @pytest.fixture
