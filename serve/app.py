@@ -57,7 +57,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     metrics.close()
 
 
-app = FastAPI(title="Small-image classifier", lifespan=lifespan)
+app = FastAPI(
+    title="Small-image classifier",
+    lifespan=lifespan,
+    # It would look for another library's settings with each request; serve.metrics has its own.
+    telemetry={"tracing": False, "metrics": False, "logs": False},
+)
 app.add_middleware(Front)
 
 

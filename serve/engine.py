@@ -78,7 +78,7 @@ class Engine:
 
     It watches the registry: a new current model is loaded and tried while the old one answers, and
     takes over only then. `refused` says which one could not, and why; `reason`, why there is no
-    model where there is none.
+    model where there is none. `turned_away` counts requests that the log has not told of yet.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -87,6 +87,7 @@ class Engine:
         self.canary: Model | None = None
         self.reason = "starting"
         self.refused: dict[str, str] = {}
+        self.turned_away = 0
         self._loaded: dict[str, Model] = {}  # by name, the last one used at the end
         self._loading: dict[str, asyncio.Task[Model]] = {}  # by name, for all that wait for it
         self._failed: dict[str, registry.RegistryError] = {}  # by name, until it is tried again
@@ -111,6 +112,7 @@ class Engine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._tell_turned_away()
         self._loader.shutdown()
         self._named_loader.shutdown()
         self._batches.stop()
@@ -199,10 +201,16 @@ class Engine:
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(WATCH_S)
+            self._tell_turned_away()
             try:
                 await self._look()
             except Exception:  # nothing that is wrong with a registry ends the looking
                 log.exception("unforeseen")
+
+    def _tell_turned_away(self) -> None:
+        if self.turned_away:
+            log.warning("turned away", extra={"status": 429, "requests": self.turned_away})
+            self.turned_away = 0
 
     async def _look(self) -> None:
         """Where the registry changed, load what is to answer; whatever fails, go on as before."""

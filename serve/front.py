@@ -75,9 +75,12 @@ class Front:
             method, route = scope["method"], getattr(scope.get("route"), "path", "other")
             state.engine.metrics.requests.labels(method, route, status).inc()
             state.engine.metrics.seconds.labels(route).observe(seconds)
-            about = {"request_id": request_id.decode(), "method": method, "path": scope["path"]}
-            about |= {"status": status, "ms": round(seconds * 1000, 2)}
-            log.info("request", extra=about | scope["state"].get("about", {}))
+            if status == 429:  # a line for each took a seventh of what it costs to turn one away
+                state.engine.turned_away += 1
+            else:
+                about = {"request_id": request_id.decode(), "method": method, "path": scope["path"]}
+                about |= {"status": status, "ms": round(seconds * 1000, 2)}
+                log.info("request", extra=about | scope["state"].get("about", {}))
 
     def _inside(self, origins: tuple[str, ...]) -> ASGIApp:
         if origins not in self._cors:

@@ -136,6 +136,22 @@ def test_each_request_is_one_json_line_in_the_log_and_one_in_the_count(
     assert not logging.getLogger("uvicorn.access").hasHandlers()
 
 
+def test_one_line_counts_those_turned_away(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(engine, "BODIES_BYTES", 1_000)
+    with TestClient(app) as client:
+        monkeypatch.setattr(front.log.handlers[0], "stream", stream)
+        for _ in range(3):
+            refused(client.post("/predict", content=bytes(2_000)), 429, "busy")
+        end = time.monotonic() + 10
+        while "turned away" not in stream.getvalue() and time.monotonic() < end:
+            time.sleep(0.05)
+        refused(client.post("/predict", content=bytes(2_000)), 429, "busy")  # the server ends
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert {(line["event"], line["status"]) for line in lines} == {("turned away", 429)}
+    assert sum(line["requests"] for line in lines) == 4 > len(lines)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
