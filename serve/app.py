@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -403,3 +404,9 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
     code = "not_found" if error.status_code == 404 else "bad_request"
     return problem(request.scope, error.status_code, code, str(error.detail), error.headers)
+
+
+# --- after all imports (serve/__init__.py) ------------------------------------------------------
+
+gc.freeze()  # never to be looked through
+gc.enable()

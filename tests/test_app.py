@@ -443,7 +443,7 @@ def test_settings_come_from_the_environment_in_either_case(monkeypatch: pytest.M
 
 def test_importing_the_server_imports_no_training_library() -> None:
     code = (
-        "import serve.app, sys; "
+        "import gc, sys, serve.app; assert gc.isenabled(); "
         "names = 'torch', 'torchvision', 'optuna', 'sklearn', 'pydantic.v1.main'; "
         "print([name for name in names if name in sys.modules])"
     )
