@@ -163,7 +163,8 @@ def _thicken(ink: Grey) -> Grey:
     if missing < 1:
         return ink
     square = np.ones((missing + 1, missing + 1), np.uint8)
-    return np.asarray(cv2.dilate(np.pad(ink, missing), square), np.uint8)
+    padded = cv2.copyMakeBorder(ink, missing, missing, missing, missing, cv2.BORDER_CONSTANT)
+    return np.asarray(cv2.dilate(padded, square), np.uint8)
 
 
 def _decode(
@@ -291,13 +292,16 @@ def _on_ground(image: Image.Image) -> Image.Image:
 
 def _ink(grey: Grey) -> Grey:
     relief = _relief(grey)
-    levels, counts = np.arange(256), np.bincount(relief.ravel(), minlength=256)
-    threshold = _otsu(counts)
-    rest, strong = counts * (levels <= threshold), counts * (levels > threshold)
-    full, ground = _median(strong), _median(rest)
+    counts = np.bincount(relief.ravel(), minlength=256)
+    below = counts.cumsum()
+    threshold = _otsu(counts, below)
+    rest = below[threshold]
+    ground, full = np.searchsorted(below, (rest / 2, (rest + below[-1]) / 2)).tolist()
     if full - ground < MIN_CONTRAST:
         raise _blank()
-    noise = _median(np.bincount(np.abs(levels - ground), rest))
+    levels = np.arange(256)
+    deviations = np.bincount(abs(levels - ground)[: threshold + 1], counts[: threshold + 1])
+    noise = int(np.searchsorted(deviations.cumsum(), rest / 2))
     low = ground + min(max(NOISE_FLOOR, NOISE_DEVIATIONS * noise), (threshold - ground) / 2)
     tones = np.clip((levels - low) * (255 / (full - low)), 0, 255).astype(np.uint8)
     toned = np.asarray(cv2.LUT(relief, tones), np.uint8)
@@ -324,26 +328,23 @@ def _relief(grey: Grey) -> Grey:
 
 def _ink_is_dark(thumb: Grey) -> bool:
     """Whether most of a picture and of its rim is in the lighter half, a slope of light removed."""
-    level = thumb.astype(float)
-    for lines in (level, level.T):
-        ramp = np.arange(len(lines)) - (len(lines) - 1) / 2
-        slope = ramp @ lines.sum(1) / max(1, lines.shape[1] * (ramp @ ramp))
-        lines -= (slope * ramp)[:, None]
+    down, right = (np.arange(side) - (side - 1) / 2 for side in thumb.shape)
+    slopes = [
+        ramp @ sums / max(1, thumb.size / len(ramp) * (ramp @ ramp))
+        for ramp, sums in ((down, thumb.sum(1)), (right, thumb.sum(0)))
+    ]
+    level = thumb - (slopes[0] * down)[:, None] - slopes[1] * right
     light = level > (level.min() + level.max()) / 2
     rim = np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])
     shares = [np.count_nonzero(part) / part.size for part in (light, rim)]
     return bool(shares[0] + shares[1] / 3 > 2 / 3)  # a frame all round must not outvote paper
 
 
-def _otsu(counts: NDArray[np.int64]) -> int:
-    below, mass = counts.cumsum(), (counts * np.arange(256.0)).cumsum()
+def _otsu(counts: NDArray[np.int64], below: NDArray[np.int64]) -> int:
+    """The threshold between two kinds of levels; `below` is the running sum of their counts."""
+    mass = (counts * np.arange(256.0)).cumsum()
     shares = np.maximum(below * (below[-1] - below), 1)
     return int(np.argmax((mass * below[-1] - mass[-1] * below) ** 2 / shares))
-
-
-def _median(counts: NDArray[Any]) -> int:
-    below = counts.cumsum()
-    return int(np.searchsorted(below, below[-1] / 2))
 
 
 def _without_rules(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
