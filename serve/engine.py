@@ -286,11 +286,12 @@ class Engine:
         folder, threads = settings.models, settings.threads
         engine: str = settings.engine
         passed_over = None
-        if self.current is not None:  # its answers are not to wait for what takes long or fails
+        tried = self.current is not None  # its answers are not to wait for what takes long or fails
+        if tried:
             engine, passed_over = await trial.which_engine(
                 folder, name, threads, engine, self.metrics.shared
             )
-        run = await _in(loader, inference.load, folder, name, threads, engine)
+        run = await _in(loader, inference.load, folder, name, threads, engine, tried)
         if passed_over is not None:
             run = replace(run, passed_over=passed_over)
         record = (await _in(loader, registry.record, folder, name))[1]
