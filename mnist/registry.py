@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from filelock import FileLock
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 INFO = "model_info.json"
 NAME = re.compile(r"\d{8}-\d{6}(-\d+)?")
@@ -221,7 +223,9 @@ def _new_name(folder: Path, info: dict[str, Any], now: datetime) -> str:
     return name
 
 
-def _locked(folder: Path) -> FileLock:
+def _locked(folder: Path) -> "FileLock":
+    from filelock import FileLock  # who only reads, as the server does, starts faster without
+
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / ".lock")
 

@@ -4,7 +4,6 @@ import hashlib
 import io
 from pathlib import Path
 
-from filelock import FileLock
 from PIL import Image
 
 from mnist import images
@@ -21,6 +20,8 @@ def keep(folder: Path, most_bytes: int, picture: bytes, label: str, max_pixels: 
     trains on what is there. Raises images.ImageError where it is no picture, Full where the folder
     would exceed `most_bytes`.
     """
+    from filelock import FileLock  # most servers keep none, and start faster without
+
     images.normalise(picture, recipe="plain", max_pixels=max_pixels)
     with Image.open(io.BytesIO(picture), formats=images.FORMATS) as image:
         ending = (image.format or "").lower()

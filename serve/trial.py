@@ -12,7 +12,6 @@ if __name__ == "__main__":
     # machine, too, a model can be replaced.
     os.nice(10)
 
-import asyncio
 import hashlib
 import json
 import signal
@@ -21,8 +20,6 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-
-from filelock import AsyncFileLock
 
 from mnist import inference, registry
 
@@ -46,6 +43,8 @@ async def which_engine(
     arguments = [str(folder), name, engine, *([] if threads is None else [str(threads)])]
     if shared is None:
         return await _found(name, arguments)
+    from filelock import AsyncFileLock
+
     known = shared / f"trial-{hashlib.sha256(repr(arguments).encode()).hexdigest()[:16]}.json"
     with suppress(OSError):  # no room for the lock, or another one has it for as long as it may
         async with AsyncFileLock(known.with_suffix(".lock"), timeout=LONGEST_S):
@@ -61,6 +60,8 @@ async def which_engine(
 
 
 async def _found(name: str, arguments: list[str]) -> Found:
+    import asyncio  # who asks has it; the process that tries starts a fifth faster without
+
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     pipe = asyncio.subprocess.PIPE

@@ -441,16 +441,29 @@ def test_settings_come_from_the_environment_in_either_case(monkeypatch: pytest.M
         Settings(max_queu=4)  # type: ignore[call-arg]
 
 
-def test_importing_the_server_imports_no_training_library() -> None:
-    code = (
-        "import gc, sys, serve.app; assert gc.isenabled(); "
-        "names = 'torch', 'torchvision', 'optuna', 'sklearn', 'pydantic.v1.main'; "
-        "print([name for name in names if name in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (
+            "serve.app",
+            ("torch", "torchvision", "optuna", "sklearn", "pydantic.v1.main", "filelock"),
+        ),
+        ("serve.trial", ("torch", "asyncio", "filelock")),
+    ],
+)
+def test_importing_the_server_imports_nothing_that_it_seldom_needs(
+    module: str, names: tuple[str, ...]
+) -> None:
+    code = f"import sys, {module}; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_garbage_is_collected_once_the_server_was_imported() -> None:
+    code = "import gc, serve.app; assert gc.isenabled()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ)
 
 
 def test_libraries_use_no_threads_of_their_own_beside_the_servers() -> None:
