@@ -24,7 +24,7 @@ NVIDIA = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of which one is there whe
 # Largest difference of a golden probability. Where the same files were carried out in another way
 # (ONNX Runtime without its optimisations), it was 0.007 in int8 and 1e-6 else, over 2,500 images.
 TOLERANCE = {"onnx_int8": 0.02, "onnx": 1e-4, "torch": 1e-4}
-PART = 250  # images at a time; more are no faster, and take memory
+PART = 64  # images at a time; more are no faster, and take memory
 
 Outputs = tuple[np.ndarray, np.ndarray]
 """Logits (N, classes) and features (N, d), both float32; old models have none: d is 0."""
