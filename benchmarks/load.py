@@ -24,7 +24,7 @@ import numpy as np
 HEAD = re.compile(rb"HTTP/1\.1 (\d{3}).*?\r\ncontent-length: (\d+)\r\n", re.I | re.S)
 MOST_CONNECTIONS = 1000  # of an open loop
 PATIENCE_S = 10.0  # for one answer
-Row = tuple[float, float, int, int]  # of Found
+Row = tuple[float, float, int, int]  # due, seconds, status and tries, of Found
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Connection:
             data = self._socket.recv(65_536)
         except OSError:
             data = b""
-        if not data:
+        if not data or not self._asked:  # of an idle connection it can only be the end
             return self._lost()
         self._came += data
         head, end, body = self._came.partition(b"\r\n\r\n")
@@ -112,6 +112,8 @@ class Connection:
                 self._socket = socket.create_connection(("127.0.0.1", self._port), PATIENCE_S)
                 self._selector.register(self._socket, selectors.EVENT_READ, self)
             self._socket.sendall(self._request)
+        except TimeoutError:
+            return self.give_up()
         except OSError:
             return self._lost()
         return None
@@ -132,8 +134,8 @@ class Connection:
 class Clients:
     """Connections that are asked without waiting for an answer; `found` has all that came of it.
 
-    Plain sockets: with asyncio's tasks, futures and time-outs a request took twice the processor's
-    time, which the server on the same cores then lacks.
+    To connect and to send may block, which on loopback is done at once. Plain sockets: asyncio's
+    tasks, futures and time-outs took a processor longer, which the server has to share.
     """
 
     def __init__(self, port: int) -> None:
@@ -173,13 +175,15 @@ class Clients:
 def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> list[Row]:
     """Each connection asks again as soon as it was answered.
 
-    They are opened one after the other: of those that come at once, one worker may accept all.
+    They are opened one after the other, which does not count: of those that come at once, one
+    worker may accept all.
     """
     clients, opened = Clients(port), []
     for _ in range(connections):
         clients.ask(clients.open(), requests[0], time.perf_counter())
         while clients:
             opened += clients.free(PATIENCE_S)
+    clients.found.clear()
     end, turn = time.perf_counter() + seconds, itertools.cycle(requests)
     for connection in opened:
         clients.ask(connection, next(turn), time.perf_counter())
@@ -200,8 +204,8 @@ def open_(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> 
     clients, idle = Clients(port), []
     chance, turn, due = random.Random(0), itertools.cycle(requests), time.perf_counter()
     end = due + seconds
-    while clients or (due < end and not stopped):
-        idle += clients.free(due - time.perf_counter())
+    while (more := due < end and not stopped) or clients:
+        idle += clients.free(due - time.perf_counter() if more else PATIENCE_S)
         while due <= time.perf_counter() and due < end and not stopped:
             if idle or len(clients) < MOST_CONNECTIONS:
                 clients.ask(idle.pop() if idle else clients.open(), next(turn), due)

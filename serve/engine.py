@@ -25,6 +25,7 @@ from serve.settings import Settings
 
 LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in int8, 113 in torch
 WATCH_S = 0.5  # how often the registry is looked at
+TELL_S = 1.0  # how often the log tells how many requests were turned away
 AGAIN_S = 60.0  # until a model that was refused is tried again: a disk may have been away
 BODIES_BYTES = 500_000_000  # most that the bodies of all requests may take at a time
 
@@ -100,15 +101,17 @@ class Engine:
         self._loader = ThreadPoolExecutor(1, "loader")
         self._named_loader = ThreadPoolExecutor(1, "named")  # a swap waits for no other model
         self._batches = Batches(settings, metrics)
-        self._watch: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Load the current model, and from then on each new one."""
         await self._look()
-        self._watch = asyncio.create_task(self._keep_looking())
+        self._tasks = [
+            asyncio.create_task(each()) for each in (self._keep_looking, self._keep_telling)
+        ]
 
     async def stop(self) -> None:
-        tasks = [*self._loading.values(), *([self._watch] if self._watch else [])]
+        tasks = [*self._loading.values(), *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -116,6 +119,16 @@ class Engine:
         self._loader.shutdown()
         self._named_loader.shutdown()
         self._batches.stop()
+
+    async def _keep_telling(self) -> None:
+        while True:
+            await asyncio.sleep(TELL_S)
+            self._tell_turned_away()
+
+    def _tell_turned_away(self) -> None:
+        if self.turned_away:
+            log.warning("turned away", extra={"status": 429, "requests": self.turned_away})
+            self.turned_away = 0
 
     def admit(self) -> None:
         """One more request is under way, until leave().
@@ -201,16 +214,10 @@ class Engine:
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(WATCH_S)
-            self._tell_turned_away()
             try:
                 await self._look()
             except Exception:  # nothing that is wrong with a registry ends the looking
                 log.exception("unforeseen")
-
-    def _tell_turned_away(self) -> None:
-        if self.turned_away:
-            log.warning("turned away", extra={"status": 429, "requests": self.turned_away})
-            self.turned_away = 0
 
     async def _look(self) -> None:
         """Where the registry changed, load what is to answer; whatever fails, go on as before."""
@@ -286,8 +293,8 @@ class Engine:
         folder, threads = settings.models, settings.threads
         engine: str = settings.engine
         passed_over = None
-        tried = self.current is not None  # its answers are not to wait for what takes long or fails
-        if tried:
+        tried = self.current is not None
+        if tried:  # what answers is not to wait for what takes long or fails
             engine, passed_over = await trial.which_engine(
                 folder, name, threads, engine, self.metrics.shared
             )

@@ -75,9 +75,7 @@ class Front:
             method, route = scope["method"], getattr(scope.get("route"), "path", "other")
             state.engine.metrics.requests.labels(method, route, status).inc()
             state.engine.metrics.seconds.labels(route).observe(seconds)
-            if status == 429:  # a line for each took a seventh of what it costs to turn one away
-                state.engine.turned_away += 1
-            else:
+            if not scope["state"].get("counted"):
                 about = {"request_id": request_id.decode(), "method": method, "path": scope["path"]}
                 about |= {"status": status, "ms": round(seconds * 1000, 2)}
                 log.info("request", extra=about | scope["state"].get("about", {}))
@@ -102,6 +100,8 @@ class Front:
             try:
                 engine.admit()
             except Busy as error:
+                engine.turned_away += 1  # a line for each would be a seventh of what it costs
+                scope["state"]["counted"] = True
                 await busy(scope, error)(scope, receive, send)
                 return
             try:

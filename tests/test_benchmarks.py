@@ -1,6 +1,8 @@
 """benchmarks/: that the pictures are what they are called, and that the tables can be printed."""
 
+import os
 import random
+import signal
 import socket
 import socketserver
 import threading
@@ -80,7 +82,7 @@ def test_letters_are_drawn_dark_on_light() -> None:
 
 def test_the_load_tells_a_connection_closed_before_an_answer_from_one_within_it() -> None:
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
-    replies = [b"", whole, whole[:-1], whole]  # to one request after the other
+    replies = [b"", whole, whole[:-1], whole + b"more"]  # to one request after the other
 
     class Reply(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -98,10 +100,12 @@ def test_the_load_tells_a_connection_closed_before_an_answer_from_one_within_it(
         clients = load.Clients(server.server_address[1])
         connection = clients.open()
         for _ in range(3):
+            clients.free(0)
             clients.ask(connection, b"GET / HTTP/1.1\r\n\r\n", time.perf_counter())
             while clients:
                 assert clients.free(10) in ([], [connection])
-        connection.close()
+        time.sleep(0.1)
+        assert clients.free(0) == []  # what an idle connection brings is no answer
         server.shutdown()
     assert [row[2:] for row in clients.found] == [(200, 2), (-1, 1), (200, 1)]
     clients.ask(connection, b"GET / HTTP/1.1\r\n\r\n", time.perf_counter())
@@ -113,7 +117,23 @@ def test_the_load_gives_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "PATIENCE_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         found = load.closed(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 1, 0.05)
-    assert [row[2:] for row in found] == [(-1, 1), (-1, 1)]
+    assert [row[2:] for row in found] == [(-1, 1)]
+
+
+def test_an_open_load_sleeps_while_it_waits_for_the_last_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(load, "PATIENCE_S", 1.0)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            start, worked = time.perf_counter(), time.process_time()
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            found = load.open_(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 20, 60)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert {row[2:] for row in found} == {(-1, 1)}
+    assert time.process_time() - worked < (time.perf_counter() - start) / 2
 
 
 @pytest.fixture

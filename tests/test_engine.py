@@ -73,6 +73,20 @@ def test_a_new_current_model_takes_over_by_itself(client: TestClient, folder: Pa
     assert "model_swaps_total 2.0" in metrics
 
 
+def test_all_golden_inputs_are_checked_at_the_start_and_by_the_trial_one_after_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def found(*_: Any) -> trial.Found:
+        return "onnx_int8", {}
+
+    other_golden(folder, "onnx_int8", first=1)
+    with TestClient(app) as client:
+        assert client.get("/ready").json()["engine"] == "onnx"
+        monkeypatch.setattr(trial, "which_engine", found)
+        new = another(folder)
+        assert until(client, lambda ready: ready["model"] == new)["engine"] == "onnx_int8"
+
+
 def test_a_server_without_a_model_takes_the_first_that_comes(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

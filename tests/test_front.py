@@ -118,7 +118,7 @@ def test_a_refusal_tells_its_origin_that_it_may_be_read(
     assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
 
-def test_each_request_is_one_json_line_in_the_log_and_one_in_the_count(
+def test_each_request_that_is_let_in_is_a_json_line_in_the_log_and_one_in_the_count(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = io.StringIO()
@@ -136,20 +136,30 @@ def test_each_request_is_one_json_line_in_the_log_and_one_in_the_count(
     assert not logging.getLogger("uvicorn.access").hasHandlers()
 
 
-def test_one_line_counts_those_turned_away(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every_s", [0.1, 60])  # or when the server ends
+def test_one_line_counts_those_turned_away(
+    models: Path, monkeypatch: pytest.MonkeyPatch, every_s: float
+) -> None:
+    def full(_: Batches) -> None:
+        raise Busy("queue", "the server is busy", 7)
+
+    def told() -> list[tuple[str, int]]:
+        lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+        return [(line["event"], line["requests"]) for line in lines]
+
     stream = io.StringIO()
-    monkeypatch.setattr(engine, "BODIES_BYTES", 1_000)
+    monkeypatch.setattr(engine, "TELL_S", every_s)
     with TestClient(app) as client:
+        monkeypatch.setattr(Batches, "admit", full)
         monkeypatch.setattr(front.log.handlers[0], "stream", stream)
         for _ in range(3):
-            refused(client.post("/predict", content=bytes(2_000)), 429, "busy")
+            refused(client.post("/predict", content=b"x"), 429, "busy")
         end = time.monotonic() + 10
-        while "turned away" not in stream.getvalue() and time.monotonic() < end:
-            time.sleep(0.05)
-        refused(client.post("/predict", content=bytes(2_000)), 429, "busy")  # the server ends
-    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert {(line["event"], line["status"]) for line in lines} == {("turned away", 429)}
-    assert sum(line["requests"] for line in lines) == 4 > len(lines)
+        while every_s < 1 and sum(n for _, n in told()) < 3 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert sum(n for _, n in told()) == (3 if every_s < 1 else 0)
+    assert {event for event, _ in told()} == {"turned away"}
+    assert sum(n for _, n in told()) == 3
 
 
 @pytest.mark.parametrize(
