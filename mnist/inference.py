@@ -180,7 +180,8 @@ def _torch(path: Path, record: registry.Record, threads: int | None) -> Run:
         torch.set_num_threads(threads)
     network = record["model"]["name"]
     model = models.build(network, data["channels"], data["size"], len(data["classes"]))
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # Mapped: to read a large layer in one call keeps a processor from all others for a while.
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     if _has_gpu():
         torch.backends.cudnn.allow_tf32 = False  # it would be off by more than TOLERANCE
         model.cuda()
