@@ -5,7 +5,7 @@ import os
 import sys
 
 # What the imports make stays: to look through it for garbage took a tenth of the start. serve.app
-# turns it on again; the process of serve.trial, which is short, ends without.
+# and serve.trial turn it on again.
 gc.disable()
 
 # NumPy reads this when it is first imported. Its products here are small: a second thread that

@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from mnist import inference, registry
-from serve import engine, trial
+from serve import engine, trials
 from serve.app import app
 from tests.test_inference import change, other_golden
 
@@ -76,13 +76,13 @@ def test_a_new_current_model_takes_over_by_itself(client: TestClient, folder: Pa
 def test_all_golden_inputs_are_checked_at_the_start_and_by_the_trial_one_after_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def found(*_: Any) -> trial.Found:
+    async def found(*_: Any) -> tuple[str, dict[str, str]]:
         return "onnx_int8", {}
 
     other_golden(folder, "onnx_int8", first=1)
     with TestClient(app) as client:
         assert client.get("/ready").json()["engine"] == "onnx"
-        monkeypatch.setattr(trial, "which_engine", found)
+        monkeypatch.setattr(trials.Trials, "which_engine", found)
         new = another(folder)
         assert until(client, lambda ready: ready["model"] == new)["engine"] == "onnx_int8"
 
@@ -140,7 +140,7 @@ def test_a_bad_new_model_is_refused_and_the_old_one_answers_on(
 def test_a_model_that_ends_whatever_process_loads_it_does_not_end_the_server(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", "import os; os.abort()"))
+    monkeypatch.setattr(trials, "COMMAND", (sys.executable, "-c", "import os; os.abort()"))
     old = client.get("/ready").json()["model"]
     another(folder)
     ready = until(client, lambda ready: "ended a process (-6)" in str(ready.get("refused")))
@@ -150,38 +150,84 @@ def test_a_model_that_ends_whatever_process_loads_it_does_not_end_the_server(
 def test_a_model_that_takes_too_long_to_load_is_refused(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", "import time; time.sleep(30)"))
-    monkeypatch.setattr(trial, "LONGEST_S", 0.1)
+    monkeypatch.setattr(trials, "COMMAND", (sys.executable, "-c", "import time; time.sleep(30)"))
+    monkeypatch.setattr(trials, "LONGEST_S", 0.1)
     another(folder)
     until(client, lambda ready: "took over 0.1 s" in str(ready.get("refused")))
 
 
-def test_of_several_workers_one_tries_a_model_for_all_but_a_refused_one_is_tried_by_each(
+def tell(monkeypatch: pytest.MonkeyPatch, log: Path, answer: str) -> None:
+    """Have models tried by a process that gives this answer, and notes each in the log."""
+    code = "import sys\nfor line in sys.stdin:\n"
+    code += f"    open({str(log)!r}, 'a').write('.'); print({answer!r}, flush=True)"
+    monkeypatch.setattr(trials, "COMMAND", (sys.executable, "-c", code))
+    log.write_text("")
+
+
+GOOD = '{"engine": "onnx", "passed_over": {}}'
+
+
+def test_of_several_workers_one_tries_a_model_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "log"
+    (tmp_path / registry.INFO).touch()
 
-    def tried(answer: str, name: str = "new") -> tuple[list[str], int]:
+    def tried(answer: str, name: str) -> tuple[list[str], int]:
         """What three workers find for the model, which has this answer, and how often they ask."""
-        log.write_text("")
-        code = f"open({str(log)!r}, 'a').write('.'); print({answer!r})"
-        monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", code))
+        tell(monkeypatch, log, answer)
 
         async def together() -> list[Any]:
-            asked = (trial.which_engine(tmp_path, name, 1, "auto", tmp_path) for _ in range(3))
-            return await asyncio.gather(*asked, return_exceptions=True)
+            workers = [trials.Trials(tmp_path) for _ in range(3)]
+            asked = (worker.which_engine(tmp_path, name, 1, "auto") for worker in workers)
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            for worker in workers:
+                worker.stop()
+            return found
 
         return [str(each) for each in asyncio.run(together())], len(log.read_text())
 
-    assert tried('{"refused": "no"}') == (["no"] * 3, 3)
-    good = '{"engine": "onnx", "passed_over": {}}'
-    assert tried(good) == (["('onnx', {})"] * 3, 1)
-    assert tried('{"engine": "torch", "passed_over": {}}', "newer")[0] == ["('torch', {})"] * 3
+    assert tried('{"refused": "no"}', "bad") == (["no"] * 3, 1)
+    assert tried(GOOD, "new") == (["('onnx', {})"] * 3, 1)
+    assert tried(GOOD, "new")[1] == 0
+    (tmp_path / "new.onnx").touch()  # the model is another one
+    assert tried(GOOD, "new")[1] == 1
     for path in tmp_path.glob("trial-*.json"):
         path.write_text("[")  # by one that was killed
-    assert tried(good)[1] == 1
-    monkeypatch.setattr(trial, "RECENT_S", 0)
-    assert tried(good)[1] == 3
+    assert tried(GOOD, "new")[1] == 1
+    monkeypatch.setattr(trials, "RECENT_S", 0)
+    assert tried(GOOD, "new")[1] == 3
+
+
+def test_a_process_that_tried_a_model_stays_for_the_next_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "IDLE_S", 0.5)
+    log, pids = tmp_path / "log", []
+
+    async def one_after_the_other(answers: list[str]) -> None:
+        worker = trials.Trials(None)
+        for answer in answers:
+            tell(monkeypatch, log, answer)
+            await worker.which_engine(tmp_path, "new", 1, "auto")
+            pids.append([process.pid for process in worker._idle])
+        await asyncio.sleep(1)
+        assert worker._idle == []
+
+    asyncio.run(one_after_the_other([GOOD, GOOD]))
+    assert pids[0] == pids[1]
+    assert len(pids[0]) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0][0], 0)
+    asyncio.run(one_after_the_other([GOOD.replace("onnx", "torch")]))
+    assert pids[2] == []  # with torch it takes 500 MB
+
+
+def test_what_libraries_print_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell(monkeypatch, tmp_path / "log", "Warning: {x\n" + GOOD)
+    worker = trials.Trials(None)
+    assert asyncio.run(worker.which_engine(tmp_path, "new", 1, "auto")) == ("onnx", {})
+    worker.stop()
 
 
 def test_a_worker_leaves_what_it_found_to_the_others(
@@ -243,13 +289,13 @@ def test_many_that_ask_for_a_model_by_name_have_it_loaded_once(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
-    which_engine = trial.which_engine
+    which_engine = trials.Trials.which_engine
 
     async def counted(*args: Any) -> Any:
         tried.append(args)
         return await which_engine(*args)
 
-    monkeypatch.setattr(trial, "which_engine", counted)
+    monkeypatch.setattr(trials.Trials, "which_engine", counted)
     new = another(folder, "never")
     with ThreadPoolExecutor(8) as threads:
         asked = [
@@ -282,7 +328,7 @@ def test_a_server_that_is_stopped_ends_the_process_that_tries_a_model(
 ) -> None:
     code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
     with TestClient(app) as client:
-        monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", code, str(tmp_path / "pid")))
+        monkeypatch.setattr(trials, "COMMAND", (sys.executable, "-c", code, str(tmp_path / "pid")))
         another(folder)
         until(client, lambda _: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
