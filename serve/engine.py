@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -79,7 +80,8 @@ class Engine:
 
     It watches the registry: a new current model is loaded and tried while the old one answers, and
     takes over only then. `refused` says which one could not, and why; `reason`, why there is no
-    model where there is none. `turned_away` counts requests that the log has not told of yet.
+    model where there is none. `turned_away` has, for each reason, how many requests the log and the
+    metrics have not told of yet.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -88,7 +90,7 @@ class Engine:
         self.canary: Model | None = None
         self.reason = "starting"
         self.refused: dict[str, str] = {}
-        self.turned_away = 0
+        self.turned_away: Counter[str] = Counter()
         self._loaded: dict[str, Model] = {}  # by name, the last one used at the end
         self._loading: dict[str, asyncio.Task[Model]] = {}  # by name, for all that wait for it
         self._failed: dict[str, registry.RegistryError] = {}  # by name, until it is tried again
@@ -128,9 +130,14 @@ class Engine:
             self._tell_turned_away()
 
     def _tell_turned_away(self) -> None:
-        if self.turned_away:
-            log.warning("turned away", extra={"status": 429, "requests": self.turned_away})
-            self.turned_away = 0
+        total = self.turned_away.total()
+        if not total:
+            return
+        log.warning("turned away", extra={"status": 429, "requests": total})
+        self.metrics.requests.labels("POST", "other", 429).inc(total)
+        for why, n in self.turned_away.items():
+            self.metrics.turned_away.labels(why).inc(n)
+        self.turned_away.clear()
 
     def admit(self) -> None:
         """One more request is under way, until leave().

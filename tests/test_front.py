@@ -78,7 +78,7 @@ def test_a_busy_server_refuses_before_it_reads_the_body(
 
     with TestClient(app) as client:
         monkeypatch.setattr(Batches, "admit", full)
-        answer = client.post("/predict", headers={"content-length": "10"})
+        answer = client.post("/predict", headers={"content-length": "10", "x-request-id": '"\\'})
         assert "busy" in refused(answer, 429, "busy")
         assert answer.headers["retry-after"] == "7"
         assert client.get("/ready").status_code == 200
@@ -145,7 +145,9 @@ def test_one_line_counts_those_turned_away(
 
     def told() -> list[tuple[str, int]]:
         lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-        return [(line["event"], line["requests"]) for line in lines]
+        return [
+            (line["event"], line["requests"]) for line in lines if line.get("path") != "/metrics"
+        ]
 
     stream = io.StringIO()
     monkeypatch.setattr(engine, "TELL_S", every_s)
@@ -158,6 +160,10 @@ def test_one_line_counts_those_turned_away(
         while every_s < 1 and sum(n for _, n in told()) < 3 and time.monotonic() < end:
             time.sleep(0.02)
         assert sum(n for _, n in told()) == (3 if every_s < 1 else 0)
+        if every_s < 1:
+            metrics = client.get("/metrics").text
+            assert 'requests_total{method="POST",route="other",status="429"} 3.0' in metrics
+            assert 'turned_away_total{why="queue"} 3.0' in metrics
     assert {event for event, _ in told()} == {"turned away"}
     assert sum(n for _, n in told()) == 3
 
