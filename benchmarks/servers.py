@@ -42,7 +42,9 @@ def server(
     """
     with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
-    environment: Mapping[str, str] = os.environ | {"MODELS": str(folder.resolve())} | settings
+    # A server's second start finds its modules compiled, unless the machine forbids to keep that.
+    own = {"MODELS": str(folder.resolve()), "PYTHONDONTWRITEBYTECODE": ""}
+    environment: Mapping[str, str] = os.environ | own | settings
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command, "--port", str(port)], env=environment, stderr=subprocess.DEVNULL
