@@ -28,6 +28,7 @@ LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in 
 WATCH_S = 0.5  # how often the registry is looked at
 TELL_S = 1.0  # how often the log tells how many requests were turned away
 AGAIN_S = 60.0  # until a model that was refused is tried again: a disk may have been away
+SMALL_BYTES, SMALL_PIXELS = 50_000, 512 * 512  # of a picture that is read in a few ms
 BODIES_BYTES = 500_000_000  # most that the bodies of all requests may take at a time
 
 log = logging.getLogger("serve")
@@ -41,6 +42,9 @@ class Model:
     record: registry.Record
     run: inference.Classifier
     max_pixels: int
+
+    def is_small(self, data: bytes) -> bool:
+        return len(data) <= SMALL_BYTES and images.pixels(data) <= SMALL_PIXELS
 
     def normalise(self, data: bytes) -> np.ndarray:
         """A raw picture -> uint8 (channels, size, size); raises images.ImageError."""

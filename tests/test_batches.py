@@ -23,6 +23,9 @@ class Sums:
         self.may = threading.Event()
         self.may.set()
 
+    def is_small(self, data: bytes) -> bool:
+        return data != b"large"
+
     def normalise(self, data: bytes) -> np.ndarray:
         if data == b"bad":
             raise ValueError("bad")
@@ -101,6 +104,42 @@ def test_a_full_queue_turns_away_and_takes_again_when_it_has_room() -> None:
         queue.admit()
 
     within(scenario, max_queue=3)
+
+
+def test_one_that_is_alone_and_small_is_answered_without_a_thread() -> None:
+    async def scenario(queue: Batches, model: Sums) -> list[str]:
+        threads: list[str] = []
+        classify = model.classify
+
+        def noted(rows: np.ndarray) -> list[int]:
+            threads.append(threading.current_thread().name.rpartition("_")[0])
+            return classify(rows)
+
+        model.classify = noted  # type: ignore[method-assign]
+
+        async def asked(data: bytes) -> Any:
+            queue.admit()
+            try:
+                return await queue.classify(data, model)
+            finally:
+                queue.leave()
+
+        assert (await asked(b"\2"))[1] == 2
+        await asked(b"large")
+        with pytest.raises(ValueError, match="bad"):
+            await asked(b"bad")
+        await asyncio.gather(asked(b"\1"), asked(b"\1"))  # not alone
+        queue.admit()  # one request with two pictures
+        await asyncio.gather(*(queue.classify(b"\1", model) for _ in range(2)))
+        queue.leave()
+        for pace_s in (0.5, 0.0001):
+            queue._took_s, queue._answered = pace_s, 1.0
+            await asked(b"\1")
+        return threads
+
+    alone, *queued, quick = within(scenario, threads=1)
+    assert alone == quick == ""
+    assert set(queued) == {"inference"}
 
 
 def test_as_many_batches_at_a_time_as_there_are_threads_for() -> None:

@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
 from mnist import inference, registry
 from serve import engine, trials
 from serve.app import app
+from tests.test_app import png
 from tests.test_inference import change, other_golden
 
 
@@ -85,6 +87,13 @@ def test_all_golden_inputs_are_checked_at_the_start_and_by_the_trial_one_after_i
         monkeypatch.setattr(trials.Trials, "which_engine", found)
         new = another(folder)
         assert until(client, lambda ready: ready["model"] == new)["engine"] == "onnx_int8"
+
+
+def test_only_a_small_picture_may_hold_up_the_event_loop(client: TestClient) -> None:
+    model = client.app.state.engine.current  # type: ignore[attr-defined]
+    assert model.is_small(png(np.zeros((280, 280), np.uint8)))
+    assert not model.is_small(png(np.zeros((2_000, 2_000), np.uint8)))
+    assert not model.is_small(png(np.zeros((28, 28), np.uint8)) + bytes(engine.SMALL_BYTES))
 
 
 def test_a_server_without_a_model_takes_the_first_that_comes(
@@ -338,8 +347,6 @@ def test_a_server_that_is_stopped_ends_the_process_that_tries_a_model(
 def test_a_canary_answers_its_share_and_is_counted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, digits: Any
 ) -> None:
-    from tests.test_app import png
-
     new, old = another(folder, "never"), registry.record(folder)[0]
     monkeypatch.setenv("CANARY", f"{new}:0.5")
     picture = png(digits.validation.images[0, 0].numpy())

@@ -1,4 +1,5 @@
 import io
+import math
 import random
 import warnings
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from mnist.images import ImageError, centre, normalise
+from mnist.images import ImageError, centre, normalise, pixels
 
 
 def encode(image, kind="PNG", **options):
@@ -66,6 +67,12 @@ def refused(data, **options):
     with pytest.raises(ImageError) as caught:
         normalise(data, **options)
     return caught.value
+
+
+def test_a_header_tells_how_many_pixels_there_are():
+    whole = encode(seven())
+    assert pixels(whole) == pixels(whole[:100]) == 280 * 280
+    assert pixels(b"no picture") == math.inf
 
 
 def test_a_drawing_gets_a_longest_side_of_20_and_its_mass_in_the_middle():
