@@ -61,7 +61,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 class App(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
-        """Others would be inside four of Starlette's, which who is turned away would pass, too."""
+        """Added as others are, it would be inside some that who is turned away need not pass."""
         return Front(super().build_middleware_stack())
 
 

@@ -37,7 +37,7 @@ class Busy(Exception):
 class Model(Protocol):
     """What turns pictures' bytes into model input, and that into what is known of them."""
 
-    def is_small(self, data: bytes) -> bool: ...  # so that to normalise it takes little
+    def is_small(self, data: bytes) -> bool: ...  # to normalise it takes some ms
 
     def normalise(self, data: bytes) -> np.ndarray: ...
 

@@ -28,7 +28,6 @@ LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in 
 WATCH_S = 0.5  # how often the registry is looked at
 TELL_S = 1.0  # how often the log tells how many requests were turned away
 AGAIN_S = 60.0  # until a model that was refused is tried again: a disk may have been away
-SMALL_BYTES, SMALL_PIXELS = 50_000, 512 * 512  # of a picture that is read in a few ms
 BODIES_BYTES = 500_000_000  # most that the bodies of all requests may take at a time
 
 log = logging.getLogger("serve")
@@ -44,7 +43,7 @@ class Model:
     max_pixels: int
 
     def is_small(self, data: bytes) -> bool:
-        return len(data) <= SMALL_BYTES and images.pixels(data) <= SMALL_PIXELS
+        return images.is_small(data)
 
     def normalise(self, data: bytes) -> np.ndarray:
         """A raw picture -> uint8 (channels, size, size); raises images.ImageError."""
@@ -131,7 +130,10 @@ class Engine:
     async def _keep_telling(self) -> None:
         while True:
             await asyncio.sleep(TELL_S)
-            self._tell_turned_away()
+            try:
+                self._tell_turned_away()
+            except Exception:  # no room for a metric, say
+                log.exception("unforeseen")
 
     def _tell_turned_away(self) -> None:
         total = self.turned_away.total()

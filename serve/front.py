@@ -129,7 +129,7 @@ def problem(
 
 
 def busy(scope: Scope, error: Busy) -> JSONResponse:
-    """The answer to one that is turned away after it had waited."""
+    """The answer to one that is turned away after it was let in."""
     scope["app"].state.engine.metrics.turned_away.labels(error.why).inc()
     return problem(scope, 429, "busy", str(error), {"Retry-After": str(error.retry_after_s)})
 

@@ -19,7 +19,7 @@ from mnist import registry
 COMMAND = (sys.executable, "-m", "serve.trial")
 LONGEST_S = 120
 RECENT_S = 5  # workers look at the registry within half a second of each other
-IDLE_S = 60  # that a process stays; it takes 70 MB
+IDLE_S = 60  # that a process stays, of each worker that has tried a model; it takes 70 MB
 
 Asked = tuple[str, str, int | None, str]
 """Folder, name, threads and engine, as inference.load takes them."""
@@ -37,12 +37,14 @@ class Trials:
 
     def __init__(self, shared: Path | None) -> None:
         self._shared = shared
-        self._idle: list[Process] = []
+        self._idle: dict[Process, asyncio.TimerHandle] = {}  # and what ends them
 
     def stop(self) -> None:
         """No process stays; one at work ends with whoever waits for it."""
         while self._idle:
-            _end(self._idle.pop())
+            process, timer = self._idle.popitem()
+            timer.cancel()
+            _end(process)
 
     async def which_engine(
         self, folder: Path, name: str, threads: int | None, engine: str
@@ -63,59 +65,70 @@ class Trials:
 
         digest = hashlib.sha256(repr(asked).encode()).hexdigest()
         known = shared / f"trial-{digest[:16]}.json"
-        with suppress(OSError):  # no room for the lock, or another one has it for as long as it may
-            async with AsyncFileLock(known.with_suffix(".lock"), timeout=LONGEST_S):
-                version = _version(Path(asked[0]), asked[1])
-                with suppress(OSError, ValueError):
-                    of, found = json.loads(known.read_text())
-                    if of == version and time.time() - known.stat().st_mtime < RECENT_S:
-                        return dict(found)
-                found = await self._try(asked)
-                with suppress(OSError):
-                    known.write_text(json.dumps([version, found]))
-                return found
-        return await self._try(asked)
+        lock = AsyncFileLock(known.with_suffix(".lock"), timeout=LONGEST_S)
+        try:
+            await lock.acquire()
+        except OSError:  # no room for it, or another one has it for as long as it may
+            return await self._try(asked)
+        version = ""
+        try:
+            with suppress(OSError, ValueError):
+                version = await asyncio.to_thread(_version, Path(asked[0]), asked[1])
+                of, found = json.loads(known.read_text())
+                if of == version and time.time() - known.stat().st_mtime < RECENT_S:
+                    return dict(found)
+            found = await self._try(asked)
+            with suppress(OSError):
+                known.write_text(json.dumps([version, found]))
+            return found
+        finally:
+            await lock.release()
 
     async def _try(self, asked: Asked) -> Answer:
+        name, found = asked[1], None
         try:
-            process = await asyncio.to_thread(self._process)
-        except OSError as error:
-            return {"refused": f"no process can try model {asked[1]}: {error}"}
-        found = None
+            process = await self._process()
+        except OSError as error:  # that is no fault of the model's, and no answer for others
+            raise registry.RegistryError(f"no process can try model {name}: {error}") from error
         try:
             async with asyncio.timeout(LONGEST_S):
                 found, said = await asyncio.to_thread(_ask, process, asked)
         except TimeoutError:
-            return {"refused": f"to try model {asked[1]} took over {LONGEST_S} s"}
+            return {"refused": f"to try model {name} took over {LONGEST_S} s"}
         finally:
             if found and found.get("engine", "torch") != "torch":  # which would stay in memory
                 self._keep(process)
             else:
                 await asyncio.to_thread(_end, process)
-        ended = f"to try model {asked[1]} ended a process ({process.returncode}) {said}"
+        ended = f"to try model {name} ended a process ({process.returncode}) {said}"
         return found or {"refused": ended.strip()}
 
-    def _process(self) -> Process:
+    async def _process(self) -> Process:
         while self._idle:
-            process = self._idle.pop()
+            process, timer = self._idle.popitem()
+            timer.cancel()
             if process.poll() is None:
                 return process
-        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        pipe = subprocess.PIPE
+            _end(process)
         # Not by the event loop: uvloop copies the tables of all memory, which stops it for a while.
-        return subprocess.Popen(
-            COMMAND, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT
-        )
+        return await asyncio.to_thread(_start)
 
     def _keep(self, process: Process) -> None:
-        self._idle.append(process)
-        asyncio.get_running_loop().call_later(IDLE_S, self._leave, process)
+        loop = asyncio.get_running_loop()
+        self._idle[process] = loop.call_later(IDLE_S, self._leave, process)
 
     def _leave(self, process: Process) -> None:
-        if process in self._idle:
-            self._idle.remove(process)
-            _end(process)
+        del self._idle[process]
+        asyncio.get_running_loop().run_in_executor(None, _end, process)
+
+
+def _start() -> Process:
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        COMMAND, 0, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT
+    )
 
 
 def _ask(process: Process, asked: Asked) -> tuple[Answer | None, str]:
@@ -125,10 +138,11 @@ def _ask(process: Process, asked: Asked) -> tuple[Answer | None, str]:
     assert process.stdout is not None
     with suppress(OSError):  # it has ended
         process.stdin.write(json.dumps(asked).encode() + b"\n")
-        process.stdin.flush()
-    for line in process.stdout:  # what libraries print is among it
-        if line.startswith(b"{"):
-            return json.loads(line), said
+    for line in process.stdout:
+        with suppress(ValueError):  # what libraries print is among it
+            found = json.loads(line)
+            if isinstance(found, dict) and found.keys() & {"engine", "refused"}:
+                return found, said
         said = line.decode(errors="replace").strip() or said
     return None, said
 
@@ -142,4 +156,6 @@ def _end(process: Process) -> None:
 def _version(folder: Path, name: str) -> str:
     """Of the model's files and the registry's record."""
     states = [path.stat() for path in (folder / registry.INFO, *sorted(folder.glob(f"{name}.*")))]
-    return repr([(state.st_mtime_ns, state.st_size, state.st_ino) for state in states])
+    return repr(
+        [(state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino) for state in states]
+    )

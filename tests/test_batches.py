@@ -133,6 +133,8 @@ def test_one_that_is_alone_and_small_is_answered_without_a_thread() -> None:
         await asyncio.gather(*(queue.classify(b"\1", model) for _ in range(2)))
         queue.leave()
         for pace_s in (0.5, 0.0001):
+            while queue._active:  # a thread has yet to see that nothing is left
+                await asyncio.sleep(0.001)
             queue._took_s, queue._answered = pace_s, 1.0
             await asked(b"\1")
         return threads
