@@ -58,8 +58,8 @@ class Batches:
     """The queue before the model, the threads that empty it, and who may join it.
 
     A picture that finds an idle thread starts at once; while all are busy, others gather. One that
-    is alone and small needs no thread: to wake one, and to be woken by it, takes up to a third of
-    the time of an answer.
+    is alone and small needs no thread: to wake one, and to be woken by it, takes a tenth of an
+    answer's time.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
