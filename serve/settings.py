@@ -1,5 +1,6 @@
 """Every setting of the server, read from the environment."""
 
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,13 @@ class Settings(BaseModel):
     engine: Literal["auto", "onnx_int8", "onnx", "torch"] = Field(
         "auto", description="what runs a model; auto: the first of the others that can"
     )
-    threads: int | None = Field(None, ge=1, description="inference threads; all cores by default")
+    threads: int | None = Field(
+        # One of several workers of uvicorn is uvicorn's child. Were each to use all cores, the
+        # event loops would stand still for seconds in an overload, and connections fail.
+        default_factory=lambda: None if multiprocessing.parent_process() is None else 1,
+        ge=1,
+        description="inference threads; by default all cores, 1 where uvicorn has several workers",
+    )
     max_upload_bytes: int = Field(10_000_000, ge=1, description="largest picture, in bytes")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, in pixels")
     max_batch_files: int = Field(64, ge=1, description="most pictures in one request")

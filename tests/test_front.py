@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from serve import engine, front
 from serve.app import app
 from serve.batches import Batches, Busy
 from serve.engine import Model
+from serve.settings import Settings
 from tests.conftest import ROOT
 from tests.test_app import png, refused
 
@@ -189,6 +192,22 @@ def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, 
     assert done.returncode == 3
     assert f"{name}={value}: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def threads() -> int | None:
+    return Settings().threads
+
+
+@pytest.mark.parametrize(("given", "alone", "beside_others"), [(None, None, 1), ("3", 3, 3)])
+def test_a_worker_beside_others_has_one_inference_thread_unless_told(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, alone: int | None, beside_others: int
+) -> None:
+    monkeypatch.delenv("THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("THREADS", given)
+    assert threads() == alone
+    with ProcessPoolExecutor(1, get_context("spawn")) as workers:  # as uvicorn starts them
+        assert workers.submit(threads).result() == beside_others
 
 
 def test_the_openapi_page_names_every_status_that_is_given(models: Path) -> None:
