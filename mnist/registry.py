@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,19 @@ def file(folder: Path, name: str, kind: str = "weights") -> Path:
             f"`python -m mnist.registry use` another model, or put the file back"
         )
     return path
+
+
+def versions(paths: Iterable[Path]) -> list[tuple[int, ...] | None]:
+    """What tells each file from what it was before; None where there is none."""
+    found: list[tuple[int, ...] | None] = []
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
+    return found
 
 
 def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, promote: str) -> str:

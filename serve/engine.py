@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -248,7 +247,7 @@ class Engine:
 
     def _changed(self, canary: str | None) -> bool:
         """Whether the registry's record did, or the files of who is to answer."""
-        if [_state(path) for path in self._paths] == self._seen and time.monotonic() < self._again:
+        if registry.versions(self._paths) == self._seen and time.monotonic() < self._again:
             return False
         folder = self.settings.models
         self._paths = [folder / registry.INFO]
@@ -257,7 +256,7 @@ class Engine:
             named = [info["models"][name] for name in {info["current"], canary} & {*info["models"]}]
             files = [file["file"] for each in named for file in each["files"].values()]
             self._paths += [folder / file for file in files]
-        self._seen = [_state(path) for path in self._paths]
+        self._seen = registry.versions(self._paths)
         return True
 
     async def _renew(self, role: str, name: str | None, old: Model | None) -> Model | None:
@@ -320,14 +319,6 @@ class Engine:
 
 async def _in(loader: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(loader, function, *args)
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _png(picture: np.ndarray) -> str:

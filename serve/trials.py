@@ -155,7 +155,4 @@ def _end(process: Process) -> None:
 
 def _version(folder: Path, name: str) -> str:
     """Of the model's files and the registry's record."""
-    states = [path.stat() for path in (folder / registry.INFO, *sorted(folder.glob(f"{name}.*")))]
-    return repr(
-        [(state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino) for state in states]
-    )
+    return repr(registry.versions([folder / registry.INFO, *sorted(folder.glob(f"{name}.*"))]))
