@@ -266,7 +266,15 @@ def _write(path: Path, content: bytes) -> None:
 
 
 @click.group()
-@click.option("--folder", type=click.Path(path_type=Path), default="saved_models")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default="saved_models",
+    envvar="MODELS",
+    show_default=True,
+    show_envvar=True,
+    help="The registry.",
+)
 @click.pass_context
 def main(context: click.Context, folder: Path) -> None:
     """List the saved models, choose the one that is served, verify and remove them."""
@@ -278,6 +286,8 @@ def main(context: click.Context, folder: Path) -> None:
 def _list(folder: Path) -> None:
     """One line for each model; the current one has a star."""
     info = read(folder)
+    if not info["models"]:
+        click.echo(f"no models in {folder}; `python run.py` saves one", err=True)
     for name, entry in info["models"].items():
         test = entry["metrics"]["test"]
         click.echo(
@@ -299,10 +309,16 @@ def _use(folder: Path, name: str) -> None:
 @click.pass_obj
 def _verify(folder: Path) -> None:
     """Compare every file with its recorded checksum."""
+    wrong = []
     for name, entry in read(folder)["models"].items():
-        for kind in entry["files"]:
-            file(folder, name, kind)
-        click.echo(f"{name} ok")
+        try:
+            for kind in entry["files"]:
+                file(folder, name, kind)
+            click.echo(f"{name} ok")
+        except RegistryError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise RegistryError("\nregistry: ".join(wrong))
 
 
 @main.command("remove")

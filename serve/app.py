@@ -172,7 +172,9 @@ async def predict_base64(
         raise Refused(400, "bad_request", message) from error
     if len(data) > limit:
         raise _too_large(request)
-    return JSONResponse(await engine.answer(live, _sent(data), None, top, view))
+    if not data:
+        raise Refused(422, "missing_file", "no picture was sent; send one as `image`, in base64")
+    return JSONResponse(await engine.answer(live, data, None, top, view))
 
 
 @app.post(
@@ -188,16 +190,19 @@ async def predict_batch(
     engine = _engine(request)
     live = await engine.model(model)
     files = await _files(request, engine.settings)
+    turns = asyncio.Semaphore(engine.threads)  # so that none is late for its own neighbours
 
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
         try:
             if len(data) > engine.settings.max_upload_bytes:
                 raise _too_large(request)
-            return await engine.answer(live, _sent(data), filename, top, view)
+            async with turns:
+                return await engine.answer(live, _sent(data), filename, top, view)
         except (Refused, Busy, images.ImageError) as error:
-            request_id = request.state.request_id
             code = "busy" if isinstance(error, Busy) else error.code
-            about = {"code": code, "message": str(error), "request_id": request_id}
+            if isinstance(error, Busy):
+                engine.metrics.turned_away.labels(error.why).inc()
+            about = {"code": code, "message": str(error), "request_id": request.state.request_id}
             return {"filename": filename, "error": about}
 
     return JSONResponse({"results": await asyncio.gather(*(answer(*file) for file in files))})
@@ -221,7 +226,8 @@ async def put_right(request: Request, model: Name = None) -> JSONResponse:
         file, label = form.get("file"), form.get("label")
         picture = _sent(await file.read() if isinstance(file, UploadFile) else b"")
     if label not in live.record["dataset"]["classes"]:
-        raise Refused(400, "bad_request", f"label {str(label)[:40]!r} is no class of {live.name}")
+        said = "no label was sent" if label is None else f"label {str(label)[:40]!r}"
+        raise Refused(400, "bad_request", f"{said}; it must be a class of {live.name}")
     where, most = settings.feedback_dir, settings.feedback_max_bytes
     try:
         await asyncio.to_thread(feedback.keep, where, most, picture, label, settings.max_pixels)

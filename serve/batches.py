@@ -59,17 +59,17 @@ class Batches:
 
     A picture that finds an idle thread starts at once; while all are busy, others gather. One that
     is alone and small needs no thread: to wake one, and to be woken by it, takes a tenth of an
-    answer's time.
+    answer's time. There are so many `threads`.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
-        self._most = min(MOST_THREADS, settings.threads or os.cpu_count() or 1)
+        self.threads = min(MOST_THREADS, settings.threads or os.cpu_count() or 1)
         self._active = self._under_way = self._asked = 0
         self._took_s, self._answered = LARGEST * START_PACE_S, float(LARGEST)  # lately
-        self._threads = ThreadPoolExecutor(self._most, "inference")
+        self._threads = ThreadPoolExecutor(self.threads, "inference")
         self._loop = asyncio.get_running_loop()
 
     def stop(self) -> None:
@@ -123,7 +123,7 @@ class Batches:
         with self._lock:
             self._jobs.append(job)
             self._metrics.waiting.set(len(self._jobs))
-            idle = self._active < self._most
+            idle = self._active < self.threads
             self._active += idle
         if idle:
             self._threads.submit(self._work)

@@ -144,6 +144,11 @@ class Engine:
             self.metrics.turned_away.labels(why).inc(n)
         self.turned_away.clear()
 
+    @property
+    def threads(self) -> int:
+        """So many pictures are worked on at a time."""
+        return self._batches.threads
+
     def admit(self) -> None:
         """One more request is under way, until leave().
 
@@ -238,7 +243,7 @@ class Engine:
         canary = self.settings.canary[0] if self.settings.canary else None
         if not await _in(self._loader, self._changed, canary):
             return
-        self.refused, self._failed, self._again = {}, {}, math.inf
+        self._failed, self._again = {}, math.inf
         self.current = await self._renew("current", None, self.current)
         if canary is not None:
             self.canary = await self._renew("canary", canary, self.canary)
@@ -263,9 +268,10 @@ class Engine:
         """The model that is to have this role, or the old one where it cannot be had."""
         try:
             name = (await _in(self._loader, registry.record, self.settings.models, name))[0]
-            if old is not None and old.name == name:
-                return old
-            new = self._loaded.pop(name, None) or await self._load(self._loader, name)
+            if old is None or old.name != name:
+                new = self._loaded.pop(name, None) or await self._load(self._loader, name)
+            else:
+                new = old
         except Exception as error:  # whatever it is, the server lives and says so
             known = isinstance(error, registry.RegistryError)
             reason = str(error) if known else f"the model cannot be used: {error!r}"
@@ -277,7 +283,9 @@ class Engine:
             self.metrics.refused.labels(name or "").inc()
             log.error("refused", extra={"role": role, "model": name, "reason": reason})
             return old
-        self._tell(role, old, new)
+        self.refused.pop(role, None)  # only now: while it is tried again, what is known holds
+        if new is not old:
+            self._tell(role, old, new)
         return new
 
     def _tell(self, role: str, old: Model | None, new: Model) -> None:

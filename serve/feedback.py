@@ -31,12 +31,12 @@ def keep(folder: Path, most_bytes: int, picture: bytes, label: str, max_pixels: 
     with FileLock(folder / ".lock"):  # of all threads and processes
         if path.exists():
             return path
-        for other in folder.glob(f"*/{name}"):
-            other.unlink()
+        path.parent.mkdir(exist_ok=True)
+        if former := next(folder.glob(f"*/{name}"), None):  # under another label
+            return former.replace(path)
         used = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
         if used + len(picture) > most_bytes:
             raise Full(f"{folder} would hold over {most_bytes} bytes (FEEDBACK_MAX_BYTES)")
-        path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{name}")
         temporary.write_bytes(picture)
         temporary.replace(path)

@@ -55,6 +55,8 @@ class Front:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, state = time.perf_counter(), scope["app"].state
+        if scope["method"] == "HEAD":  # uvicorn leaves the body out
+            scope = {**scope, "method": "GET"}
         headers = dict(scope["headers"])
         sent = headers.get(b"x-request-id", b"")
         request_id = sent if REQUEST_ID.fullmatch(sent) else b"%032x" % random.getrandbits(128)
@@ -84,7 +86,11 @@ class Front:
     def _inside(self, origins: tuple[str, ...]) -> ASGIApp:
         if origins not in self._cors:
             self._cors[origins] = CORSMiddleware(
-                self._admitted, origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+                self._admitted,
+                origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["Retry-After", "X-Request-ID"],
             )
         return self._cors[origins]
 

@@ -3,16 +3,20 @@
 import hashlib
 import multiprocessing
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 if not os.environ.get(_DIRECTORY):
     os.environ.pop(_DIRECTORY, None)  # for prometheus_client an empty one is one, too
-if multiprocessing.parent_process() is not None:  # one of several workers of one uvicorn
+_OURS = "serve-metrics-"
+_parent = multiprocessing.parent_process()
+if _parent is not None:  # one of several workers of one uvicorn
     # They share their parent's authkey, and nobody else does.
     _shared = hashlib.sha256(multiprocessing.current_process().authkey).hexdigest()[:16]
-    os.environ.setdefault(_DIRECTORY, f"{tempfile.gettempdir()}/serve-metrics-{_shared}")
+    _name = f"{_OURS}{_parent.pid}-{_shared}"
+    os.environ.setdefault(_DIRECTORY, str(Path(tempfile.gettempdir()) / _name))
 
 # It reads that variable when it is imported.
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram  # noqa: E402
@@ -32,6 +36,7 @@ class Metrics:
         if directory := os.environ.get(_DIRECTORY):
             self.shared = Path(directory)
             self.shared.mkdir(parents=True, exist_ok=True)
+            _clear(self.shared)
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "requests", "Answered requests", ["method", "route", "status"], registry=registry
@@ -81,6 +86,16 @@ class Metrics:
         """What this process alone had, such as its queue, no longer counts."""
         if self.shared:
             workers.mark_process_dead(os.getpid())
+
+
+def _clear(shared: Path) -> None:
+    """Delete what servers have left that were ended, if `shared` is one of such folders."""
+    if not shared.name.startswith(_OURS):
+        return
+    for left in shared.parent.glob(f"{_OURS}*-*"):
+        pid = left.name.removeprefix(_OURS).partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -273,6 +274,10 @@ def test_a_refused_model_is_tried_again_after_a_while(
     monkeypatch.setattr(inference, "load", away)
     new = another(folder)
     until(client, lambda ready: "the disk is away" in str(ready.get("refused")))
+    trying = threading.Event()
+    monkeypatch.setattr(inference, "load", lambda *_: trying.set() or time.sleep(0.3) or away())
+    assert trying.wait(10)
+    assert "refused" in client.get("/ready").json()  # while it is tried again, too
     monkeypatch.setattr(inference, "load", load)
     until(client, lambda ready: ready["model"] == new and "refused" not in ready)
 

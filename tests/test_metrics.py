@@ -1,6 +1,7 @@
 """serve/metrics.py: several processes count together."""
 
 import re
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from benchmarks import load, servers
 from tests.test_app import png
+
+FOLDER = Path(tempfile.gettempdir())
 
 
 @pytest.mark.slow
@@ -24,4 +27,10 @@ def test_each_of_several_workers_tells_what_all_have_counted(saved: Path) -> Non
         for _ in range(10):
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
                 seen |= set(re.findall(answered, answer.read().decode()))
+        (kept,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
+        ended = FOLDER / "serve-metrics-999999999-x"
+        ended.mkdir()
     assert seen == {"31.0"}  # with the one that it was started with
+    with servers.server(saved, request, (*servers.OURS, "--workers", "2")):
+        assert not kept.exists()  # of servers that have ended
+        assert not ended.exists()

@@ -82,6 +82,10 @@ def test_a_correction_is_kept_as_a_folder_data_set_once_and_only_if_wanted(
         other = png(digits.validation.images[1, 0].numpy())
         full = client.post("/feedback", files={"file": other}, data={"label": "3"})
         assert (full.status_code, full.json()["error"]["code"]) == (413, "full")
+        none = client.post("/feedback", files=sent["files"])
+        assert (none.status_code, "no label was sent" in none.text) == (400, True)
+    monkeypatch.setenv("FEEDBACK_MAX_BYTES", "1")  # what is there already may be put right
+    with TestClient(app) as client:
         again = client.post("/feedback", files=sent["files"], data={"label": "3"})
         assert again.status_code == 201  # the first click was wrong
         none = client.post("/feedback", files={"file": b"no picture"}, data={"label": "3"})

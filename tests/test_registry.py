@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from mnist import inference, models, registry
 from tests.conftest import ROOT
@@ -363,17 +365,30 @@ def test_the_command_lists_uses_verifies_and_removes(saved: Path, tmp_path: Path
     shutil.copytree(saved, folder)
 
     def command(*words: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "mnist.registry", "--folder", str(folder), *words]
-        return subprocess.run(line, capture_output=True, text=True)
+        line = [sys.executable, "-m", "mnist.registry", *words]
+        environment = os.environ | {"MODELS": str(folder)}  # as of the server
+        return subprocess.run(line, capture_output=True, text=True, env=environment)
 
     name, _ = registry.record(folder)
     assert f"* {name}  digits  linear" in command("list").stdout
+    empty = command("--folder", str(tmp_path / "none"), "list")
+    assert (empty.returncode, empty.stdout) == (0, "")
+    assert "no models in" in empty.stderr
     assert command("verify").stdout == f"{name} ok\n"
     assert command("use", name).returncode == 0
     refused = command("remove", name)
     assert refused.returncode == 1
     assert refused.stderr.startswith("registry: ")
     assert "Traceback" not in refused.stderr
+
+
+def test_every_model_is_verified_whatever_is_wrong_with_another(tmp_path: Path) -> None:
+    names = [save(tmp_path, entry()) for _ in range(3)]
+    (tmp_path / f"{names[0]}.pth").write_bytes(b"altered")
+    (tmp_path / f"{names[2]}.pth").unlink()
+    done = CliRunner().invoke(registry.main, ["--folder", str(tmp_path), "verify"])
+    assert done.stdout == f"{names[1]} ok\n"
+    assert [name in str(done.exception) for name in names] == [True, False, True]
 
 
 def test_a_saved_record_has_the_contract_s_fields(saved: Path) -> None:
