@@ -190,7 +190,9 @@ async def predict_batch(
     engine = _engine(request)
     live = await engine.model(model)
     files = await _files(request, engine.settings)
-    turns = asyncio.Semaphore(engine.threads)  # so that none is late for its own neighbours
+    # At most so many wait, or the last would be late for its own neighbours; one does, so that no
+    # thread is idle.
+    turns = asyncio.Semaphore(engine.threads + 1)
 
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
         try:
