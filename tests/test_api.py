@@ -15,7 +15,7 @@ from benchmarks import load, servers
 from tests import hostile
 
 schemathesis = pytest.importorskip("schemathesis", reason="it is in requirements-dev.txt")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from hypothesis.errors import Unsatisfiable  # noqa: E402
 
@@ -60,6 +60,8 @@ def test_every_answer_is_one_that_is_documented(api: Any) -> None:
             @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: Any) -> None:
+                label = case.body.get("label", "") if isinstance(case.body, dict) else ""
+                assume(isinstance(label, str))  # a form has text only: 0 is sent as the class "0"
                 case.call_and_validate()
 
             with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with `GET /health`
