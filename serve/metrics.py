@@ -94,15 +94,15 @@ def _clear(shared: Path) -> None:
         return
     for left in shared.parent.glob(f"{_OURS}*-*"):
         pid = left.name.removeprefix(_OURS).partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdecimal() and not _alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
-    """Not so for a worker that was killed."""
+    """Not so for a worker that was killed, nor for a number that no process can have."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

@@ -70,8 +70,9 @@ def test_other_origins_may_ask_only_where_they_are_named(
         assert "access-control-allow-origin" not in client.get("/health", headers=headers).headers
     monkeypatch.setenv("CORS_ORIGINS", "https://a.example")
     with TestClient(app) as client:
-        allowed = client.get("/health", headers=headers).headers["access-control-allow-origin"]
-        assert allowed == "https://a.example"
+        answered = client.get("/health", headers=headers).headers
+        assert answered["access-control-allow-origin"] == "https://a.example"
+        assert answered["access-control-expose-headers"] == "Retry-After, X-Request-ID"
         other = client.get("/health", headers={"Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
 

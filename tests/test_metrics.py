@@ -28,7 +28,7 @@ def test_each_of_several_workers_tells_what_all_have_counted(saved: Path) -> Non
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
                 seen |= set(re.findall(answered, answer.read().decode()))
         (kept,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
-        ended = FOLDER / "serve-metrics-999999999-x"
+        ended = FOLDER / "serve-metrics-99999999999999999999-x"
         ended.mkdir()
     assert seen == {"31.0"}  # with the one that it was started with
     with servers.server(saved, request, (*servers.OURS, "--workers", "2")):
