@@ -144,22 +144,31 @@ class Member:
         """The next trial to run; None where finished and running ones already make `trials`."""
 
         def attempt() -> Claim | None:
-            with self._turns():
-                past = self.study.get_trials(deepcopy=False)
-                if self._free(past):
-                    past = self.study.get_trials(deepcopy=False)
-                taken = (*studies.FINISHED, TrialState.RUNNING)
-                if sum(trial.state in taken for trial in past) >= trials:
-                    return None
-                trial = studies.ask(self.study, seed, sampler, past, space)
-                attrs = past[trial.number].user_attrs if trial.number < len(past) else {}
-                threads = attrs.get("run", {}).get("threads", self.threads)
-                trial.set_user_attr("run", {"by": self.id, "threads": threads})
-                claim = Claim(trial.number, trial._trial_id, trial.params, self.id, threads, attrs)
-                self._claims[claim.trial_id] = claim
-                return claim
+            known = dict(self._claims)
+            try:
+                with self._turns():
+                    return self._claim(trials, seed, sampler, space)
+            except BaseException:  # the turn was lost before its end: a trial of it is nobody's
+                self._claims = known
+                raise
 
         return self._steadily(attempt)
+
+    def _claim(self, trials: int, seed: int, sampler: str, space: Space) -> Claim | None:
+        """What ask() does in its turn."""
+        past = self.study.get_trials(deepcopy=False)
+        if self._free(past):
+            past = self.study.get_trials(deepcopy=False)
+        taken = (*studies.FINISHED, TrialState.RUNNING)
+        if sum(trial.state in taken for trial in past) >= trials:
+            return None
+        trial = studies.ask(self.study, seed, sampler, past, space)
+        attrs = past[trial.number].user_attrs if trial.number < len(past) else {}
+        threads = attrs.get("run", {}).get("threads", self.threads)
+        trial.set_user_attr("run", {"by": self.id, "threads": threads})
+        claim = Claim(trial.number, trial._trial_id, trial.params, self.id, threads, attrs)
+        self._claims[claim.trial_id] = claim
+        return claim
 
     def report(self, claim: Claim, samples: int, accuracy: float) -> bool:
         """Record an accuracy in mid-trial; whether the trial is to be pruned. Raises Lost."""

@@ -1,5 +1,6 @@
 """mnist.members: turns, leases, the exact budget, and what a member cannot do once it is lost."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from mnist import members
 from mnist import study as studies
@@ -70,6 +72,35 @@ def test_a_running_trial_takes_its_place_in_the_budget(one: Member, two: Member)
     again = two.ask(1, seed=0)
     assert again is not None
     assert (again.number, again.params) == (claim.number, claim.params)
+
+
+@pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("found", [0, 1])  # trials that others had begun by then
+def test_a_trial_whose_turn_was_lost_before_its_end_waits_and_holds_up_nobody(
+    one: Member, two: Member, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, lost = one._turns, []
+
+    @contextlib.contextmanager
+    def turns() -> Iterator[None]:
+        with real():
+            yield
+        if not lost:  # as where the process was stopped in its turn, or the server was restarted
+            lost.append(True)
+            for _ in range(found):
+                assert two.ask(2, seed=1)
+            raise OperationalError("COMMIT", {}, Exception("the server ended the session"))
+
+    monkeypatch.setattr(one, "_turns", turns)
+    claim = one.ask(1, seed=0)
+    assert lost
+    if found:
+        assert claim is None
+        assert sorted(states(one)) == [TrialState.RUNNING, TrialState.WAITING]
+    else:
+        assert claim is not None
+        one.tell(claim, TrialState.COMPLETE, 0.5)
+        assert states(one) == [TrialState.COMPLETE]
 
 
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
