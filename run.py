@@ -33,9 +33,11 @@ from mnist import compare, data, display, models, own, registry, report, search,
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import Display, duration
-from mnist.finish import Job, finish, lowering, network, origin, publish, result, sweep
+from mnist.finish import finish
+from mnist.job import Job, lowering, network, publish, result, sweep
 from mnist.members import Claim, Member
 from mnist.options import Options, command
+from mnist.release import origin
 from mnist.workers import Pool, Run, Setup, cores
 
 BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32

@@ -54,7 +54,7 @@ def of_study(study: "optuna.Study", winner: int, shares: bool) -> dict[str, byte
 def of_model(classes: Sequence[str], kept: dict[str, NDArray[Any]]) -> dict[str, bytes]:
     """confusion, calibration and, if there are any, mistakes.
 
-    `kept` are the arrays that finish.evaluate() keeps: `probabilities` (N, classes) float32,
+    `kept` are the arrays that release.evaluate() keeps: `probabilities` (N, classes) float32,
     `labels` (N,) int64, and of the worst mistakes `mistakes` (M,) int64 and `images`
     (M, channels, size, size) uint8.
     """

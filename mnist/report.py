@@ -78,7 +78,7 @@ def copy(study: optuna.Study) -> optuna.Study:
 
 
 def draw(study: optuna.Study, name: str, record: registry.Record, kept: Kept) -> Report:
-    """`kept` are the arrays of the model's predictions file, as finish.evaluate() made them."""
+    """`kept` are the arrays of the model's predictions file, as release.evaluate() made them."""
     shares = studies.importance(study) is not None
     of_study = plots.of_study(study, record["study"]["trial"], shares)
     of_model = plots.of_model(record["dataset"]["classes"], kept)

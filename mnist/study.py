@@ -260,6 +260,11 @@ def winner(study: optuna.Study, k: int) -> FrozenTrial | None:
     return max(best, key=mean, default=None)  # the first of equals is the better trial
 
 
+def micro_batch(trial: FrozenTrial) -> int | None:
+    """With which it was trained in the end, where its memory was too small for whole batches."""
+    return trial.user_attrs.get("again", {}).get("micro_batch")
+
+
 def seed_of(seed: int, *numbers: int) -> int:
     """A seed (31 bits) that follows from the study's and a trial's number, say."""
     return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0] >> 1)

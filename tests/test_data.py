@@ -239,6 +239,6 @@ def test_the_test_split_is_opened_in_one_place() -> None:
     root = Path(data.__file__).parent.parent
     modules = [root / "run.py", *(root / "mnist").glob("*.py"), *(root / "serve").glob("*.py")]
     calls = [path.name for path in modules for _ in range(path.read_text().count(".open_test("))]
-    assert calls == ["finish.py"]
+    assert calls == ["release.py"]
     readers = [path.name for path in modules if "t10k" in path.read_text()]
     assert readers == ["sources.py"]

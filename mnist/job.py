@@ -1,0 +1,121 @@
+"""What one command works on: a study, its data and its plan, and what has come of it."""
+
+import contextlib
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+
+from mnist import data, models, registry, search
+from mnist import study as studies
+from mnist.members import Member
+from mnist.options import Options
+from mnist.space import Space
+
+LOWERED_SHARE = 0.15  # of the final training's work, to train its layers of low rank on (release)
+ABANDONED_S = 600  # writing a checkpoint takes seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one command works on."""
+
+    options: Options
+    member: Member
+    dataset: data.Dataset
+    space: Space
+    device: torch.device
+    plan: search.Plan
+    trials: int
+    confirmed: int  # so many of the best trials are confirmed on fresh seeds
+    total_s: float
+    start: float
+    latest: float
+
+    @property
+    def study(self) -> optuna.Study:
+        return self.member.study
+
+    @property
+    def rest_s(self) -> float:
+        """Seconds expected of all that comes after the search."""
+        return self.plan.confirm_s + self.plan.final_s * (1 + lowering(self.options))
+
+    @property
+    def folder(self) -> Path:
+        """For the checkpoints of this study; gone when it is finished."""
+        return self.options.artifacts / f"{self.study.study_name}-{self.member.study_id[:8]}"
+
+    def in_time(self, otherwise: str) -> None:
+        """Raises search.Unfinished once --timeout is over."""
+        if time.monotonic() > self.latest:
+            raise search.Unfinished(f"--timeout: {otherwise}")
+
+
+def lowering(options: Options) -> float:
+    """The time for training layers of low rank on, as a share of the final training's; a network
+    in which none gains is done sooner."""
+    return 0.0 if options.quick else LOWERED_SHARE
+
+
+def network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
+    """A new network for the data."""
+    classes = len(dataset.classes)
+    return models.build(options.model, dataset.channels, dataset.size, classes).to(device)
+
+
+def winner(job: Job) -> FrozenTrial | None:
+    return job.member.update(lambda study: studies.winner(study, job.confirmed))
+
+
+def result(job: Job) -> dict[str, Any] | None:
+    """Name and record of the model that was saved from the study's winner, if there is one.
+
+    It may be in the registry of another machine: then the study itself has its record.
+    """
+    best, asked = winner(job), job.options.final_epochs
+    if best is None:
+        return None
+    here = registry.read(job.options.output)["models"]
+    elsewhere = job.member.update(lambda study: study.user_attrs.get("result", {}))
+    for name, record in [*reversed(here.items()), *elsewhere.items()]:
+        about = record["study"]
+        same = (about.get("id"), about.get("trial")) == (job.member.study_id, best.number)
+        if same and asked in (None, record.get("options", {}).get("final_epochs")):
+            return record | {"name": name}
+    return None
+
+
+def replaced(job: Job) -> bool:
+    """Whether another member finishes the study by now, or has finished it: this one was silent."""
+    return not job.member.finisher() or result(job) is not None
+
+
+def publish(job: Job, done: dict[str, Any]) -> None:
+    """Let members on other machines know the result."""
+    entry = {done["name"]: {key: value for key, value in done.items() if key != "name"}}
+
+    def change(study: optuna.Study) -> None:
+        if list(study.user_attrs.get("result", {})) != list(entry):
+            study.set_user_attr("result", entry)
+
+    job.member.update(change)
+
+
+def sweep(job: Job) -> None:
+    """Remove checkpoints that no longer matter: all of them once no trial is unfinished."""
+    trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
+    if result(job) and all(trial.state.is_finished() for trial in trials):
+        shutil.rmtree(job.folder, ignore_errors=True)
+    for trial in trials:
+        if trial.state.is_finished():
+            (job.folder / f"trial-{trial.number}.pt").unlink(missing_ok=True)
+    for path in job.folder.glob(".*.tmp"):  # by processes that were killed
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink()
