@@ -1,7 +1,6 @@
 """What one command works on: a study, its data and its plan, and what has come of it."""
 
 import contextlib
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from mnist import data, models, registry, search
 from mnist import study as studies
@@ -48,7 +47,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """For the checkpoints of this study; gone when it is finished."""
+        """For the checkpoints of this study; sweep() removes it when that is finished."""
         return self.options.artifacts / f"{self.study.study_name}-{self.member.study_id[:8]}"
 
     def in_time(self, otherwise: str) -> None:
@@ -108,14 +107,16 @@ def publish(job: Job, done: dict[str, Any]) -> None:
 
 
 def sweep(job: Job) -> None:
-    """Remove checkpoints that no longer matter: all of them once no trial is unfinished."""
+    """Remove checkpoints that no longer matter; where the study is finished, these are all but
+    those of trials that wait for a larger --trials."""
     trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
-    if result(job) and all(trial.state.is_finished() for trial in trials):
-        shutil.rmtree(job.folder, ignore_errors=True)
-    for trial in trials:
-        if trial.state.is_finished():
-            (job.folder / f"trial-{trial.number}.pt").unlink(missing_ok=True)
-    for path in job.folder.glob(".*.tmp"):  # by processes that were killed
+    wanted = {f"trial-{trial.number}.pt" for trial in trials if not trial.state.is_finished()}
+    over = result(job) is not None and all(trial.state != TrialState.RUNNING for trial in trials)
+    for path in job.folder.glob("*"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > ABANDONED_S:
+            killed = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > ABANDONED_S
+            if path.name not in wanted and (over or killed or path.name.startswith("trial-")):
                 path.unlink()
+    if over:
+        with contextlib.suppress(OSError):  # one is wanted, or the folder is gone
+            job.folder.rmdir()

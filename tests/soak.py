@@ -222,13 +222,18 @@ def resumed(storage: str) -> int:
     return sum("resumed" in trial.user_attrs for trial in finished(storage).values())
 
 
-def check(storage: str, folder: Path, trials: int) -> int:
-    """That a study has ended as it should; returns how many trials failed."""
+def check(storage: str, folder: Path, trials: int, stalled: int = 0) -> int:
+    """That a study has ended as it should; returns how many trials failed.
+
+    Each of the `stalled` members may have asked for a trial too many: stopped in its turn, which
+    the database then ends, it goes on as if it had it. That trial waits for a larger --trials.
+    """
     with opened(storage) as study:
         states = [trial.state for trial in study.trials]
         samples = study.user_attrs["plan"]["trial_samples"]
-    failed = states.count(TrialState.FAIL)
-    assert len(states) - failed == len(finished(storage)) == trials, states
+    failed, waiting = states.count(TrialState.FAIL), states.count(TrialState.WAITING)
+    assert len(states) - failed - waiting == len(finished(storage)) == trials, states
+    assert waiting <= stalled, states
     assert len(registry.read(folder / "saved_models")["models"]) == 1
     assert "database is locked" not in (folder / "stderr").read_text()
     left = [path for path in (folder / "artifacts").iterdir() if path.is_dir()]

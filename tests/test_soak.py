@@ -99,7 +99,7 @@ def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_seco
         os.kill(pid, signal.SIGCONT)
     assert two.process.wait(120) == 0
     assert one.process.wait(120) == 0
-    assert soak.check(postgresql, tmp_path, 14) == 0
+    assert soak.check(postgresql, tmp_path, 14, stalled=1) == 0
 
 
 def test_a_finisher_that_was_silent_for_too_long_does_not_save_a_second_model(
