@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 from optuna.trial import TrialState
 from rich.console import Console, Group
 from rich.live import Live
@@ -220,3 +221,15 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
         f"optuna-dashboard {shlex.quote(storage)} --artifact-dir {shlex.quote(artifacts)}",
     ):
         console.print(f"  {command}")
+
+
+def said(error: Exception) -> str:
+    """Its words."""
+    return error.format_message() if isinstance(error, click.ClickException) else str(error)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what is at the bottom of it: "database or disk is full"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from PIL import Image
 
 import run as run_module
-from mnist import data, models, predict, registry, search
+from mnist import data, models, predict, prepare, registry, search
 from serve.app import app
 from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
 from tests.test_folders import fill
@@ -441,7 +441,7 @@ def test_two_studies_of_one_name_are_refused(run: Command, tmp_path: Path) -> No
 def test_a_network_that_is_too_large_for_the_machine_is_refused(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "memory", lambda: 7_850 * 16 - 1)
+    monkeypatch.setattr(prepare, "memory", lambda: 7_850 * 16 - 1)
     done = run(*DIGITS)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "its 7,850 weights are too many to be trained here" in done.stderr

@@ -1,0 +1,199 @@
+"""What comes before a study: data, network and hyperparameters, and a plan for this machine."""
+
+import contextlib
+import functools
+import os
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+import optuna
+import torch
+
+from mnist import data, models, own, search, training
+from mnist import space as spaces
+from mnist import study as studies
+from mnist.display import reason, said
+from mnist.job import Job, lowering, network
+from mnist.members import Member
+from mnist.options import Options
+from mnist.release import origin
+
+BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32
+TRIALS, QUICK_TRIALS = 32, 3
+CONFIRM, QUICK_CONFIRM = 2, 0
+# Least images that a trial sees. Where a slow machine left 300, the best of 32 was 43 % right, its
+# rank a matter of luck. With 1,500 it was 90 %, but that took much of the final training's time.
+LEAST, QUICK_LEAST = 1_000, 300
+TARGET_S = 15.5 * 60  # what the default run plans with: it ends within 20 minutes, also where the
+# machine slows down by a quarter meanwhile (16.5 once took 20.7)
+QUICK_S = 20.0
+SPEED_BATCH = 64  # with which the machine is measured at the start
+
+
+def prepare(
+    options: Options, member: Member, device: torch.device, times: tuple[float, float]
+) -> Job:
+    """Load the data; see how much trials and the final model may see, and that trials compare.
+
+    `times`: when the study began, and when it must be over.
+    """
+    dataset = loaded(options).to(device)
+    model = sound(options, dataset, device)
+    space = choices(options, model)
+    trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
+    confirmed = options.confirm
+    if confirmed is None:
+        confirmed = QUICK_CONFIRM if options.quick else CONFIRM
+    total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
+    plan = fit_to_machine(options, member, dataset, space, model, (trials, confirmed), total_s)
+    member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
+    return Job(options, member, dataset, space, device, plan, trials, confirmed, total_s, *times)
+
+
+def check(each: list[Options]) -> None:
+    """Raises what `prepare` would for any of these, after reading each data set once."""
+    device = choose_device(each[0])
+    for name in dict.fromkeys(options.dataset for options in each):
+        some = [options for options in each if options.dataset == name]
+        dataset = loaded(some[0])
+        for options in some:
+            try:
+                choices(options, sound(options, dataset, device))
+            except click.UsageError as error:
+                raise click.UsageError(f"{options.study_name}: {said(error)}") from error
+
+
+def writable(artifacts: Path) -> None:
+    """Make the folder; raises click.UsageError where nothing can be written there."""
+    try:
+        artifacts.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=artifacts):
+            pass
+    except OSError as error:
+        text = f"cannot write to {artifacts}: {error.strerror}; see --artifacts"
+        raise click.UsageError(text) from error
+
+
+def choose_device(options: Options) -> torch.device:
+    """Of --device; raises click.UsageError where this machine has no such one."""
+    try:
+        return training.device(options.device)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def source(options: Options) -> functools.partial[data.Dataset]:
+    """What loads the data set, here and in each worker."""
+    validation = training.SUBSET if options.quick else None
+    return functools.partial(
+        data.load,
+        options.dataset,
+        options.data_dir,
+        options.train_samples,
+        validation,
+        options.image_size,
+        options.color,
+    )
+
+
+def loaded(options: Options) -> data.Dataset:
+    """Raises data.DataError, or click.UsageError where --image-size or the like is not for it."""
+    try:
+        return source(options)()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
+    """A new network that was seen to give a logit for each class.
+
+    Raises click.UsageError: with a network of one's own anything can be wrong.
+    """
+    images, classes = dataset.train.images[:2].to(device), len(dataset.classes)
+    try:
+        if device.type == "cpu" and (n := weights(options, dataset)) * BYTES_A_WEIGHT > memory():
+            text = f"its {n:,} weights are too many to be trained here"
+            raise MemoryError(f"{text}; try --model cnn or a smaller --image-size")
+        model = network(options, dataset, device)
+        with torch.no_grad():
+            shape = tuple(model.eval()(training.standardise(images, dataset)).shape)
+    except Exception as error:  # whatever it is
+        raise unsound(options, error) from error
+    if shape != (2, classes):
+        text = f"2 images give {shape}, not {(2, classes)}"
+        raise click.UsageError(f"network {options.model!r} cannot be used: {text}")
+    return model.train()
+
+
+def weights(options: Options, dataset: data.Dataset) -> int:
+    """How many the network has, before it is built; 0 where it cannot tell."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return models.parameters(network(options, dataset, torch.device("meta")))
+    return 0
+
+
+def memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def choices(options: Options, model: torch.nn.Module) -> spaces.Space:
+    """What trials choose from; raises click.UsageError."""
+    try:
+        return spaces.read(options.space, options.param, bool(training.dropouts(model)))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def fit_to_machine(
+    options: Options,
+    member: Member,
+    dataset: data.Dataset,
+    space: spaces.Space,
+    model: torch.nn.Module,
+    runs: tuple[int, int],
+    total_s: float,
+) -> search.Plan:
+    """The study's own plan, or one by the speed of this machine, for which `model` is trained;
+    `runs`: trials, confirmed."""
+    kept = member.update(lambda study: study.user_attrs.get("plan"))
+    asked = round(options.epochs * len(dataset.train)) if options.epochs else None
+    if kept and asked in (None, kept["trial_samples"]):
+        plan = search.Plan(**kept)
+    else:
+        speed = measured(options, model, dataset)
+        least = QUICK_LEAST if options.quick else LEAST
+        plan = search.plan(dataset, *runs, speed, total_s, least, asked, lowering(options))
+
+    def agree(study: optuna.Study) -> search.Plan:
+        """By the first member's plan, if another one came first."""
+        chosen = plan if asked else search.Plan(**study.user_attrs.get("plan", asdict(plan)))
+        if "plan" not in study.user_attrs:  # before the fingerprint: a kill in between must not
+            study.set_user_attr("plan", asdict(chosen))  # leave one without its plan
+            study.set_user_attr("origin", origin(options))
+        parts = (models.NETWORKS[options.model], data.reader(options.dataset))
+        model = options.model + (own.digest(options.import_) if any(map(own.made, parts)) else "")
+        wanted = studies.fingerprint(dataset, model, chosen.trial_samples, space)
+        studies.agree(study, wanted)
+        return chosen
+
+    plan = member.update(agree)
+    if options.final_epochs:
+        samples = options.final_epochs * (len(dataset.train) + len(dataset.validation))
+        plan = replace(plan, final_s=samples / plan.images_per_s)
+    return plan
+
+
+def measured(options: Options, model: torch.nn.Module, dataset: data.Dataset) -> float:
+    """Training images a second; raises click.UsageError where the network cannot be trained."""
+    try:
+        return training.speed(model, dataset, batch_size=SPEED_BATCH)
+    except Exception as error:
+        raise unsound(options, error) from error
+
+
+def unsound(options: Options, error: Exception) -> click.UsageError:
+    text = f"{type(error).__name__}: {reason(error)}"
+    return click.UsageError(f"network {options.model!r} cannot be used: {text}")
