@@ -28,13 +28,15 @@ LONGEST_S = 150  # should who asked, and waits less long, be gone
 
 
 def main() -> None:
-    """For each line of standard input, the engine, or why there is none; both in JSON."""
+    """For each line of standard input, the engine, or why there is none; in JSON, with whether
+    torch came into memory, to stay."""
     gc.enable()
     with suppress(OSError):  # where memory runs out, this process ends, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     for line in sys.stdin:
         signal.alarm(LONGEST_S)
-        print("\n" + json.dumps(_tried(*json.loads(line))), flush=True)
+        found = _tried(*json.loads(line)) | {"torch": "torch" in sys.modules}
+        print("\n" + json.dumps(found), flush=True)
         signal.alarm(0)
 
 

@@ -24,7 +24,8 @@ IDLE_S = 60  # that a process stays, of each worker that has tried a model; it t
 Asked = tuple[str, str, int | None, str]
 """Folder, name, threads and engine, as inference.load takes them."""
 Answer = dict[str, Any]
-"""What the process says: `engine` and `passed_over`, or why it is `refused`."""
+"""What the process says: `engine` and `passed_over`, or why it is `refused`; whether it has
+`torch` in memory."""
 Process = subprocess.Popen[bytes]
 
 
@@ -96,7 +97,7 @@ class Trials:
         except TimeoutError:
             return {"refused": f"to try model {name} took over {LONGEST_S} s"}
         finally:
-            if found and found.get("engine", "torch") != "torch":  # which would stay in memory
+            if found and not found.pop("torch"):  # with it a process takes 500 MB
                 self._keep(process)
             else:
                 await asyncio.to_thread(_end, process)
@@ -141,7 +142,7 @@ def _ask(process: Process, asked: Asked) -> tuple[Answer | None, str]:
     for line in process.stdout:
         with suppress(ValueError):  # what libraries print is among it
             found = json.loads(line)
-            if isinstance(found, dict) and found.keys() & {"engine", "refused"}:
+            if isinstance(found, dict) and "torch" in found:
                 return found, said
         said = line.decode(errors="replace").strip() or said
     return None, said

@@ -1,13 +1,16 @@
 """serve/engine.py: new models take over without a pause, bad ones never."""
 
 import asyncio
+import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from fastapi.testclient import TestClient
 from mnist import inference, registry
 from serve import engine, trials
 from serve.app import app
+from tests.conftest import ROOT
 from tests.test_app import png
 from tests.test_inference import change, other_golden
 
@@ -166,7 +170,8 @@ def tell(monkeypatch: pytest.MonkeyPatch, log: Path, answer: str) -> None:
     log.write_text("")
 
 
-GOOD = '{"engine": "onnx", "passed_over": {}}'
+GOOD = '{"engine": "onnx", "passed_over": {}, "torch": false}'
+BAD = '{"refused": "no", "torch": false}'
 
 
 def test_of_several_workers_one_tries_a_model_for_all(
@@ -189,7 +194,7 @@ def test_of_several_workers_one_tries_a_model_for_all(
 
         return [str(each) for each in asyncio.run(together())], len(log.read_text())
 
-    assert tried('{"refused": "no"}', "bad") == (["no"] * 3, 1)
+    assert tried(BAD, "bad") == (["no"] * 3, 1)
     assert tried(GOOD, "new") == (["('onnx', {})"] * 3, 1)
     assert tried(GOOD, "new")[1] == 0
     (tmp_path / "new.onnx").touch()  # the model is another one
@@ -211,18 +216,29 @@ def test_a_process_that_tried_a_model_stays_for_the_next_for_a_while(
         worker = trials.Trials(None)
         for answer in answers:
             tell(monkeypatch, log, answer)
-            await worker.which_engine(tmp_path, "new", 1, "auto")
+            with suppress(registry.RegistryError):
+                await worker.which_engine(tmp_path, "new", 1, "auto")
             pids.append([process.pid for process in worker._idle])
         await asyncio.sleep(1)
         assert not worker._idle
 
-    asyncio.run(one_after_the_other([GOOD, GOOD]))
-    assert pids[0] == pids[1]
+    asyncio.run(one_after_the_other([GOOD, BAD, GOOD]))
+    assert pids[0] == pids[1] == pids[2]
     assert len(pids[0]) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0][0], 0)
-    asyncio.run(one_after_the_other([GOOD.replace("onnx", "torch")]))
-    assert pids[2] == []  # with torch it takes 500 MB
+    asyncio.run(one_after_the_other([BAD.replace("false", "true")]))
+    assert pids[3] == []
+
+
+def test_the_process_that_tries_models_says_whether_torch_came_into_memory(folder: Path) -> None:
+    name = registry.record(folder)[0]
+    asked = [[str(folder), name, 1, engine] for engine in ("onnx", "torch", "onnx")]
+    lines = "".join(json.dumps(each) + "\n" for each in asked)
+    done = subprocess.run(trials.COMMAND, input=lines, capture_output=True, text=True, cwd=ROOT)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line]
+    assert [each["engine"] for each in found] == ["onnx", "torch", "onnx"]
+    assert [each["torch"] for each in found] == [False, True, True]
 
 
 def test_a_process_that_ends_at_once_is_a_model_that_is_refused(
