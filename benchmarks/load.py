@@ -64,13 +64,6 @@ class Found:
         return float(np.percentile(good, percent)) * 1000 if len(good) else float("nan")
 
 
-def together(*stages: Found) -> Found:
-    """What came of several stages, as of one."""
-    columns = ("due", "seconds", "statuses", "tries")
-    joined = [np.concatenate([getattr(each, column) for each in stages]) for column in columns]
-    return Found(*joined, sum(each.length_s for each in stages))
-
-
 class Connection:
     """One kept-alive connection, opened again where the server closed it."""
 

@@ -3,7 +3,8 @@
 python -m benchmarks.swaps                      # the current model of saved_models; two minutes
 
 At half of the server's peak, 20 times another model becomes current; four of them cannot answer
-(corrupt, of a wrong shape, failing its golden inputs) or are slow to load. Then a server of two
+(corrupt, of a wrong shape, failing its golden inputs) or are slow to load. The same load before and
+after that is what it is compared with. Then a server of two
 workers is restarted with SIGHUP.
 """
 
@@ -160,7 +161,8 @@ def main(folder: Path, data_dir: Path | None, workers: int) -> None:
             after = load.Load(server.port, kept, CALM_S, rate=rate).found()
             for what, found in (("before", before), (f"{SWAPS} swaps", swaps), ("after", after)):
                 click.echo(line(what, found))
-            ratio = swaps.ms(99) / load.together(before, after).ms(99)
+            without = np.percentile(np.concatenate([before.of(), after.of()]), 99) * 1000
+            ratio = swaps.ms(99) / without
             click.echo(f"p99 of swaps: {ratio:.1f} times that without, before and after together")
         two = (*servers.OURS, "--workers", "2", "--timeout-worker-healthcheck", "30")
         with servers.server(models, requests[0], two) as server:

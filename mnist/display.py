@@ -224,7 +224,7 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
 
 
 def said(error: Exception) -> str:
-    """Its words."""
+    """What a person is told of it, in full."""
     return error.format_message() if isinstance(error, click.ClickException) else str(error)
 
 

@@ -109,8 +109,10 @@ def load(
         golden = {key: part[:1] for key, part in golden.items()}
     left_out = record.get("engines", {}).get("left_out", {})
     why: dict[str, str] = {}
-    order = sorted(FILES, key="torch".__ne__) if _has_gpu() else FILES
-    for candidate in order if engine == "auto" else [engine]:
+    candidates = [engine]
+    if engine == "auto":
+        candidates = sorted(FILES, key="torch".__ne__) if _has_gpu() else [*FILES]
+    for candidate in candidates:
         if FILES[candidate] not in record["files"]:
             why[candidate] = left_out.get(candidate, f"there is no {FILES[candidate]} file")
             continue

@@ -1,6 +1,9 @@
 """What one command works on: a study, its data and its plan, and what has come of it."""
 
 import contextlib
+import importlib.metadata
+import platform
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +50,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """For the checkpoints of this study; sweep() removes it when that is finished."""
+        """For the checkpoints of this study; sweep() removes what no longer matters."""
         return self.options.artifacts / f"{self.study.study_name}-{self.member.study_id[:8]}"
 
     def in_time(self, otherwise: str) -> None:
@@ -109,14 +112,36 @@ def publish(job: Job, done: dict[str, Any]) -> None:
 def sweep(job: Job) -> None:
     """Remove checkpoints that no longer matter; where the study is finished, these are all but
     those of trials that wait for a larger --trials."""
+    paths = list(job.folder.glob("*"))  # first: what others begin from now on is not among them
     trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
     wanted = {f"trial-{trial.number}.pt" for trial in trials if not trial.state.is_finished()}
     over = result(job) is not None and all(trial.state != TrialState.RUNNING for trial in trials)
-    for path in job.folder.glob("*"):
-        with contextlib.suppress(FileNotFoundError):
+    for path in paths:
+        with contextlib.suppress(OSError):  # it is gone, or no file of ours
             killed = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > ABANDONED_S
             if path.name not in wanted and (over or killed or path.name.startswith("trial-")):
                 path.unlink()
     if over:
         with contextlib.suppress(OSError):  # one is wanted, or the folder is gone
             job.folder.rmdir()
+
+
+def origin(options: Options) -> dict[str, Any]:
+    """What else produced a study or a model: options, own files, seed, versions, commit."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "optuna")}
+    return {
+        "versions": {"python": platform.python_version()} | versions,
+        "options": options.record(),
+        "imports": {path.name: path.read_text() for path in options.import_},
+        "seed": options.seed,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this code, where git knows it."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

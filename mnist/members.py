@@ -302,8 +302,8 @@ class Member:
         to be this member's but are not, because it was stopped or cut off in mid-turn."""
         freed = False
         for trial in (trial for trial in trials if trial.state == TrialState.RUNNING):
-            by = trial.user_attrs.get("run", {}).get("by")
-            mine = by == self.id and trial._trial_id in self._claims
+            by, claim = trial.user_attrs.get("run", {}).get("by"), self._claims.get(trial._trial_id)
+            mine = claim is not None and by == self.id == claim.owner
             others = by != self.id and (members is None or by in members)
             if not mine and not others:
                 self._trials.set_trial_state_values(trial._trial_id, TrialState.WAITING)

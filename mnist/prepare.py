@@ -15,10 +15,9 @@ from mnist import data, models, own, search, training
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import reason, said
-from mnist.job import Job, lowering, network
+from mnist.job import Job, lowering, network, origin
 from mnist.members import Member
 from mnist.options import Options
-from mnist.release import origin
 
 BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32
 TRIALS, QUICK_TRIALS = 32, 3

@@ -2,13 +2,10 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import logging
-import platform
 import shutil
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +18,12 @@ from optuna.trial import FrozenTrial
 from mnist import export, lowrank, models, own, registry, training
 from mnist import study as studies
 from mnist.display import Display
-from mnist.job import LOWERED_SHARE, Job, lowering, network, replaced
-from mnist.options import Options
+from mnist.job import LOWERED_SHARE, Job, lowering, network, origin, replaced
 from mnist.workers import CHECKPOINT_S, keep, restore, used
 
 RANK_IMAGES = 1_000  # training images from which layers of low rank are learnt
-# With a tenth of the model's work, as in `parallel`, they see half as many images again as it did
-# (LOWERED_SHARE); never over twice as many.
+# With a tenth of the model's work, as in `parallel`, such layers see half as many images again as
+# it did (job.LOWERED_SHARE of its time); never over twice as many.
 LOWERED_MOST = 2.0
 LOWERED_HOW = {"batch_size": 50, "optimizer": "Adam", "lr": 0.0005, "weight_decay": 0.0}
 MISTAKES = 24  # whose images are kept, to be looked at
@@ -208,24 +204,3 @@ def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "seeds": len(values),
     }
-
-
-def origin(options: Options) -> dict[str, Any]:
-    """What else produced a study or a model: options, own files, seed, versions, commit."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "optuna")}
-    return {
-        "versions": {"python": platform.python_version()} | versions,
-        "options": options.record(),
-        "imports": {path.name: path.read_text() for path in options.import_},
-        "seed": options.seed,
-        "commit": commit(),
-    }
-
-
-def commit() -> str | None:
-    """The commit of this code, where git knows it."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

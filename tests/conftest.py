@@ -20,7 +20,7 @@ from run import guarded
 ROOT = Path(__file__).parent.parent
 DATA_DIR = Path(os.environ.get("MNIST_DATA_DIR", ROOT / "data")).resolve()
 DIGITS = ["--dataset", "digits", "--model", "linear", "--quick"]
-SHORT = [*DIGITS, "--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs", "1"]
+SHORT = ["--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs", "1"]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -75,7 +75,6 @@ ALLOWED = {  # who may import what of the project
         "mnist.models",
         "mnist.options",
         "mnist.own",
-        "mnist.release",
         "mnist.search",
         "mnist.space",
         "mnist.study",

@@ -1,11 +1,17 @@
 """mnist.job: what is left of a study when it is finished."""
 
+import os
+import time
+import types
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
-from tests.conftest import SHORT, Command
+from mnist import job
+from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -13,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 def test_of_a_finished_study_only_checkpoints_of_trials_that_wait_are_left(
     run: Command, tmp_path: Path
 ) -> None:
-    assert run(*SHORT).returncode == 0
+    assert run(*DIGITS, *SHORT).returncode == 0
     assert list((tmp_path / "artifacts").glob("*/*.pt")) == []
     storage = f"sqlite:///{tmp_path}/db.sqlite3"
     study = optuna.load_study(study_name=None, storage=storage)
@@ -22,8 +28,24 @@ def test_of_a_finished_study_only_checkpoints_of_trials_that_wait_are_left(
     folder.mkdir()
     for name in ("trial-0.pt", "trial-1.pt", "final-0-1200.pt", ".trial-1.pt.7.tmp"):
         (folder / name).touch()
-    assert run(*SHORT).returncode == 0
+    assert run(*DIGITS, *SHORT).returncode == 0
     assert [path.name for path in folder.iterdir()] == ["trial-1.pt"]
     (folder / "trial-1.pt").unlink()
-    assert run(*SHORT).returncode == 0
+    assert run(*DIGITS, *SHORT).returncode == 0
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("found", [None, {"name": "it"}])
+def test_what_a_member_that_lives_may_need_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any] | None
+) -> None:
+    states = (TrialState.COMPLETE, TrialState.RUNNING)
+    trials = [types.SimpleNamespace(number=i, state=state) for i, state in enumerate(states)]
+    names = ["trial-0.pt", "trial-1.pt", "final-0-1200.pt", ".trial-1.pt.7.tmp", ".old.pt.8.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".old.pt.8.tmp", (0, time.time() - 2 * job.ABANDONED_S))
+    monkeypatch.setattr(job, "result", lambda _: found)
+    member = types.SimpleNamespace(update=lambda _: trials)
+    job.sweep(types.SimpleNamespace(folder=tmp_path, member=member))  # type: ignore[arg-type]
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:4]}

@@ -88,19 +88,22 @@ def test_a_trial_whose_turn_was_lost_before_its_end_waits_and_holds_up_nobody(
         if not lost:  # as where the process was stopped in its turn, or the server was restarted
             lost.append(True)
             for _ in range(found):
-                assert two.ask(2, seed=1)
+                assert two.ask(3, seed=1)
             raise OperationalError("COMMIT", {}, Exception("the server ended the session"))
 
+    before = one.ask(2, seed=0)
+    assert before is not None
     monkeypatch.setattr(one, "_turns", turns)
-    claim = one.ask(1, seed=0)
+    claim = one.ask(2, seed=0)
     assert lost
     if found:
         assert claim is None
-        assert sorted(states(one)) == [TrialState.RUNNING, TrialState.WAITING]
+        assert states(one) == [TrialState.RUNNING, TrialState.WAITING, TrialState.RUNNING]
     else:
         assert claim is not None
         one.tell(claim, TrialState.COMPLETE, 0.5)
-        assert states(one) == [TrialState.COMPLETE]
+        assert states(one) == [TrialState.RUNNING, TrialState.COMPLETE]
+    one.tell(before, TrialState.COMPLETE, 0.5)
 
 
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)

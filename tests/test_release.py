@@ -11,7 +11,7 @@ import torch
 
 from mnist import data, models, registry, release, training
 from mnist.job import Job
-from tests.conftest import SHORT, Command
+from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -43,7 +43,7 @@ def test_who_was_replaced_while_it_exported_does_not_open_the_test_split(
         return opened == ["asked"] or real(job)  # the first time it was; then it finishes again
 
     monkeypatch.setattr(release, "replaced", replaced)
-    done = run(*SHORT)
+    done = run(*DIGITS, *SHORT)
     assert done.returncode == 0, done.stderr
     assert opened == ["asked", "asked", "opened", "asked"]
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 1
@@ -54,11 +54,11 @@ def test_without_room_for_its_result_the_test_split_stays_closed(
 ) -> None:
     with monkeypatch.context() as full:
         full.setattr(release.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
-        done = run(*SHORT)
+        done = run(*DIGITS, *SHORT)
     assert done.returncode == 1
     assert "no room for the evaluation" in done.stderr.splitlines()[-1]
     assert opened == []
-    assert run(*SHORT).returncode == 0
+    assert run(*DIGITS, *SHORT).returncode == 0
     assert opened == ["opened"]
 
 
@@ -67,7 +67,7 @@ def test_a_better_model_becomes_current_and_a_worse_one_does_not(
 ) -> None:
     found = []
     for study, lr in (("a", "1e-5"), ("b", "0.01"), ("c", "1e-5")):
-        done = run(*SHORT, "--study", study, "--param", f"lr={lr}")
+        done = run(*DIGITS, *SHORT, "--study", study, "--param", f"lr={lr}")
         assert done.returncode == 0, done.stderr
         name, record = registry.record(tmp_path / "saved_models")
         found.append((record["study"]["name"], f"{name}.pth, current" in done.stdout))
@@ -92,7 +92,7 @@ def wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(models.NETWORKS, "wide", models.Linear)  # gone when the test is over
     file = tmp_path / "wide.py"
     file.write_text(WIDE)
-    return ["--dataset", "digits", "--import", str(file), "--model", "wide", *SHORT[5:]]
+    return ["--dataset", "digits", "--import", str(file), "--model", "wide", *SHORT]
 
 
 def test_int8_is_of_the_model_in_low_rank_which_is_trained_once(

@@ -26,7 +26,7 @@ from PIL import Image
 import run as run_module
 from mnist import data, models, predict, prepare, registry, search
 from serve.app import app
-from tests.conftest import DATA_DIR, DIGITS, ROOT, Command
+from tests.conftest import DATA_DIR, DIGITS, ROOT, SHORT, Command
 from tests.test_folders import fill
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -359,9 +359,6 @@ def test_help_names_every_option(run: Command) -> None:
     more += "image-size color"
     for name in f"{contract} {more}".split():
         assert f"--{name} " in text
-
-
-SHORT = ["--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs", "1"]
 
 
 @pytest.mark.slow
