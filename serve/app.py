@@ -4,19 +4,18 @@ import asyncio
 import base64
 import gc
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import multipart
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
@@ -30,7 +29,7 @@ from serve.settings import Settings
 
 IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
 FORM_BYTES = 10_000  # for what a form has around each of its files
-CHARSET = re.compile(r";\s*charset\s*=(?!\s*\"?utf-?8\b)", re.I)  # any other one than UTF-8
+FIELDS = 20  # of a form, beside its files
 UPLOAD_S = 30  # within which a body must have come
 STATIC = Path(__file__).parent / "static"
 POLICY = (  # of the page: nothing from elsewhere, nothing inline
@@ -224,11 +223,11 @@ async def put_right(request: Request, model: Name = None) -> JSONResponse:
     if settings.feedback_dir is None:
         raise Refused(404, "not_found", "corrections are not kept here (FEEDBACK_DIR)")
     live = await engine.model(model)
-    async with _form(request, settings.max_upload_bytes + FORM_BYTES, 1) as form:
-        file, label = form.get("file"), form.get("label")
-        picture = _sent(await file.read() if isinstance(file, UploadFile) else b"")
+    parts = await _form(request, settings.max_upload_bytes + FORM_BYTES, 1)
+    sent = {part.name: part.data for part in parts}
+    picture, label = _sent(sent.get("file", b"")), sent.get("label", b"").decode(errors="replace")
     if label not in live.record["dataset"]["classes"]:
-        said = "no label was sent" if label is None else f"label {str(label)[:40]!r}"
+        said = f"label {label[:40]!r}" if "label" in sent else "no label was sent"
         raise Refused(400, "bad_request", f"{said}; it must be a class of {live.name}")
     where, most = settings.feedback_dir, settings.feedback_max_bytes
     try:
@@ -257,10 +256,9 @@ async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
     kind = request.headers.get("content-type", "").lower()
     if not kind.startswith("multipart/form-data"):
         return _sent(await _body(request, limit)), None
-    async with _form(request, limit + FORM_BYTES, 1) as form:
-        file, data, filename = form.get("file"), b"", None
-        if isinstance(file, UploadFile):
-            data, filename = await file.read(), file.filename
+    parts = await _form(request, limit + FORM_BYTES, 1)
+    file = next((part for part in parts if part.is_file("file")), None)
+    data, filename = (file.data, file.filename) if file else (b"", None)
     if len(data) > limit:
         raise _too_large(request)
     return _sent(data), filename
@@ -270,39 +268,51 @@ async def _files(request: Request, settings: Settings) -> list[tuple[bytes, str 
     """The pictures of a form's field `files`, and their names."""
     most = settings.max_batch_files
     limit = min(most * (settings.max_upload_bytes + FORM_BYTES), BODIES_BYTES)
-    async with _form(request, limit, most) as form:
-        parts = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
-        files = [(await part.read(), part.filename) for part in parts]
+    parts = await _form(request, limit, most)
+    files = [(part.data, part.filename) for part in parts if part.is_file("files")]
     if not files:
         raise Refused(422, "missing_file", "no picture was sent; send some as `files`")
     return files
 
 
-@asynccontextmanager
-async def _form(request: Request, limit: int, most: int) -> AsyncIterator[Any]:
-    """A multipart form of at most `limit` bytes and `most` files, kept in memory."""
-    if CHARSET.search(
-        request.headers.get("content-type", "")
-    ):  # of Python's codecs some take for ever
-        raise Refused(400, "bad_request", "the form has a charset; it is UTF-8 without one")
-    parser = MultiPartParser(request.headers, _bounded(request, limit), max_files=most)
-    parser.spool_max_size = limit  # below it, Starlette keeps a file in memory
+class Part:
+    """Of a multipart form, as it comes."""
+
+    def __init__(self, about: multipart.MultipartSegment) -> None:
+        self.name, self.filename = about.name, about.filename
+        self.chunks: list[bytes] = []
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(self.chunks)
+
+    def is_file(self, name: str) -> bool:
+        return self.name == name and self.filename is not None
+
+
+async def _form(request: Request, limit: int, most: int) -> list[Part]:
+    """The parts of a multipart form of at most `limit` bytes and `most` files."""
+    kind = multipart.parse_options_header(request.headers.get("content-type", ""))[1]
+    boundary, parts = kind.get("boundary", ""), list[Part]()
     try:
         async with _in_time():
-            form = await parser.parse()
-    except MultiPartException as error:
-        if error.message.startswith("Too many files"):
-            message = f"the form has over {most} files (MAX_BATCH_FILES)"
-            if most == 1:
-                message = "the form has several files; /predict/batch takes them, as `files`"
-            raise Refused(413, "too_many_files", message) from error
-        raise Refused(400, "bad_request", f"the form cannot be read: {error.message}") from error
-    except (KeyError, ValueError, AssertionError) as error:
-        raise Refused(400, "bad_request", f"the form cannot be read: {error!r}") from error
-    try:
-        yield form
-    finally:
-        await form.close()
+            with multipart.PushMultipartParser(boundary, max_segment_count=most + FIELDS) as parser:
+                async for chunk in _bounded(request, limit):
+                    _add(parts, parser.parse(chunk), most)
+    except multipart.MultipartError as error:
+        raise Refused(400, "bad_request", f"the form cannot be read: {error}") from error
+    return parts
+
+
+def _add(parts: list[Part], events: Iterable[Any], most: int) -> None:
+    """What a parser finds next: the head of a part, some of its bytes, or its end."""
+    for event in events:
+        if isinstance(event, bytes):
+            parts[-1].chunks.append(event)
+        elif event is not None:
+            parts.append(Part(event))
+            if sum(part.filename is not None for part in parts) > most:
+                raise _too_many(most)
 
 
 def _from_base64(body: bytes) -> bytes:
@@ -353,6 +363,13 @@ def _sent(data: bytes) -> bytes:
     if not data:
         raise Refused(422, "missing_file", "no picture was sent; send it as `file` or as the body")
     return data
+
+
+def _too_many(most: int) -> Refused:
+    message = f"the form has over {most} files (MAX_BATCH_FILES)"
+    if most == 1:
+        message = "the form has several files; /predict/batch takes them, as `files`"
+    return Refused(413, "too_many_files", message)
 
 
 def _too_large(request: Request, limit: int = 0) -> Refused:

@@ -214,11 +214,17 @@ def test_what_cannot_be_answered_is_refused_with_its_own_status(
         assert "Content-Length" in message
 
 
-def test_the_form_s_type_is_read_in_any_case(client: TestClient, picture: bytes) -> None:
+def test_a_form_s_type_is_read_in_any_case_and_what_is_no_form_is_refused(
+    client: TestClient, picture: bytes
+) -> None:
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="3.png"\r\n\r\n'
     headers = {"content-type": "Multipart/Form-Data; boundary=x"}
-    answer = client.post("/predict", content=head + picture + b"\r\n--x--", headers=headers)
+    form = head + picture + b"\r\n--x--"
+    field = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n'
+    answer = client.post("/predict", content=field * 5 + form, headers=headers)
     assert answer.json()["filename"] == "3.png"
+    for broken in (form[:-2], field * 30 + form, b"--x\r\n\xff: 1\r\n\r\n\r\n" + form):
+        refused(client.post("/predict", content=broken, headers=headers), 400, "bad_request")
 
 
 def test_a_chunked_upload_is_stopped_at_the_limit(client: TestClient) -> None:
