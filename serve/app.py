@@ -1,50 +1,36 @@
 """The routes. `uvicorn serve.app:app`"""
 
 import asyncio
-import base64
 import gc
-import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import multipart
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from mnist import images, registry
-from serve import feedback, front, schemas
+from serve import feedback, front, schemas, uploads
 from serve.batches import Busy
-from serve.engine import BODIES_BYTES, Engine
+from serve.engine import Engine
 from serve.front import Front, problem
 from serve.metrics import Metrics
 from serve.settings import Settings
+from serve.uploads import Refused
 
 IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
-FORM_BYTES = 10_000  # for what a form has around each of its files
-FIELDS = 20  # of a form, beside its files
-UPLOAD_S = 30  # within which a body must have come
 STATIC = Path(__file__).parent / "static"
 POLICY = (  # of the page: nothing from elsewhere, nothing inline
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 ANSWERS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
-
-
-class Refused(Exception):
-    """A request that gets an error answer: its status, code and message."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 @asynccontextmanager
@@ -146,7 +132,7 @@ async def predict(
     """Classify a raw picture, sent as the multipart field `file` or as the body itself."""
     engine = _engine(request)
     live = await engine.model(model)
-    data, filename = await _picture(request, engine.settings.max_upload_bytes)
+    data, filename = await uploads.picture(request)
     return JSONResponse(await engine.answer(live, data, filename, top, view))
 
 
@@ -162,17 +148,7 @@ async def predict_base64(
     """Classify a raw picture, sent in base64."""
     engine = _engine(request)
     live = await engine.model(model)
-    limit = engine.settings.max_upload_bytes
-    try:
-        body = await _body(request, limit * 4 // 3 + FORM_BYTES)
-        data = await asyncio.to_thread(_from_base64, body)
-    except (ValidationError, ValueError) as error:
-        message = 'the body must be {"image": "..."} with a picture in base64'
-        raise Refused(400, "bad_request", message) from error
-    if len(data) > limit:
-        raise _too_large(request)
-    if not data:
-        raise Refused(422, "missing_file", "no picture was sent; send one as `image`, in base64")
+    data = await uploads.in_base64(request)
     return JSONResponse(await engine.answer(live, data, None, top, view))
 
 
@@ -188,17 +164,16 @@ async def predict_batch(
     """Classify several raw pictures, each sent as the multipart field `files`."""
     engine = _engine(request)
     live = await engine.model(model)
-    files = await _files(request, engine.settings)
+    files = await uploads.pictures(request)
     # At most so many wait, or the last would be late for its own neighbours; one does, so that no
     # thread is idle.
     turns = asyncio.Semaphore(engine.threads + 1)
 
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
         try:
-            if len(data) > engine.settings.max_upload_bytes:
-                raise _too_large(request)
+            picture = uploads.checked(request, data)
             async with turns:
-                return await engine.answer(live, _sent(data), filename, top, view)
+                return await engine.answer(live, picture, filename, top, view)
         except (Refused, Busy, images.ImageError) as error:
             code = "busy" if isinstance(error, Busy) else error.code
             if isinstance(error, Busy):
@@ -223,11 +198,9 @@ async def put_right(request: Request, model: Name = None) -> JSONResponse:
     if settings.feedback_dir is None:
         raise Refused(404, "not_found", "corrections are not kept here (FEEDBACK_DIR)")
     live = await engine.model(model)
-    parts = await _form(request, settings.max_upload_bytes + FORM_BYTES, 1)
-    sent = {part.name: part.data for part in parts}
-    picture, label = _sent(sent.get("file", b"")), sent.get("label", b"").decode(errors="replace")
+    picture, label = await uploads.correction(request)
     if label not in live.record["dataset"]["classes"]:
-        said = f"label {label[:40]!r}" if "label" in sent else "no label was sent"
+        said = f"label {label[:40]!r}" if label else "no label was sent"
         raise Refused(400, "bad_request", f"{said}; it must be a class of {live.name}")
     where, most = settings.feedback_dir, settings.feedback_max_bytes
     try:
@@ -246,139 +219,6 @@ async def page() -> FileResponse:
 
 
 app.mount("/static", StaticFiles(directory=STATIC), "static")
-
-
-# --- what a request holds ------------------------------------------------------------------------
-
-
-async def _picture(request: Request, limit: int) -> tuple[bytes, str | None]:
-    """The picture's bytes and its file's name, read into memory only, at most `limit` bytes."""
-    kind = request.headers.get("content-type", "").lower()
-    if not kind.startswith("multipart/form-data"):
-        return _sent(await _body(request, limit)), None
-    parts = await _form(request, limit + FORM_BYTES, 1)
-    file = next((part for part in parts if part.is_file("file")), None)
-    data, filename = (file.data, file.filename) if file else (b"", None)
-    if len(data) > limit:
-        raise _too_large(request)
-    return _sent(data), filename
-
-
-async def _files(request: Request, settings: Settings) -> list[tuple[bytes, str | None]]:
-    """The pictures of a form's field `files`, and their names."""
-    most = settings.max_batch_files
-    limit = min(most * (settings.max_upload_bytes + FORM_BYTES), BODIES_BYTES)
-    parts = await _form(request, limit, most)
-    files = [(part.data, part.filename) for part in parts if part.is_file("files")]
-    if not files:
-        raise Refused(422, "missing_file", "no picture was sent; send some as `files`")
-    return files
-
-
-class Part:
-    """Of a multipart form, as it comes."""
-
-    def __init__(self, about: multipart.MultipartSegment) -> None:
-        self.name, self.filename = about.name, about.filename
-        self.chunks: list[bytes] = []
-
-    @property
-    def data(self) -> bytes:
-        return b"".join(self.chunks)
-
-    def is_file(self, name: str) -> bool:
-        return self.name == name and self.filename is not None
-
-
-async def _form(request: Request, limit: int, most: int) -> list[Part]:
-    """The parts of a multipart form of at most `limit` bytes and `most` files."""
-    kind = multipart.parse_options_header(request.headers.get("content-type", ""))[1]
-    boundary, parts = kind.get("boundary", ""), list[Part]()
-    try:
-        async with _in_time():
-            with multipart.PushMultipartParser(boundary, max_segment_count=most + FIELDS) as parser:
-                async for chunk in _bounded(request, limit):
-                    _add(parts, parser.parse(chunk), most)
-    except multipart.MultipartError as error:
-        raise Refused(400, "bad_request", f"the form cannot be read: {error}") from error
-    return parts
-
-
-def _add(parts: list[Part], events: Iterable[Any], most: int) -> None:
-    """What a parser finds next: the head of a part, some of its bytes, or its end."""
-    for event in events:
-        if isinstance(event, bytes):
-            parts[-1].chunks.append(event)
-        elif event is not None:
-            parts.append(Part(event))
-            if sum(part.filename is not None for part in parts) > most:
-                raise _too_many(most)
-
-
-def _from_base64(body: bytes) -> bytes:
-    """The picture of /predict/base64; raises ValueError."""
-    text = schemas.Base64.model_validate_json(body).image
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    return base64.b64decode("".join(text.split()), validate=True)
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    async with _in_time():
-        return b"".join([chunk async for chunk in _bounded(request, limit)])
-
-
-async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes]:
-    """The body in chunks, as long as it is no larger than allowed."""
-    if _content_length(request) > limit:
-        raise _too_large(request, limit)
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(request, limit)
-        _engine(request).hold(request.scope["state"], len(chunk))
-        yield chunk
-
-
-@asynccontextmanager
-async def _in_time() -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(UPLOAD_S):
-            yield
-    except TimeoutError as error:
-        raise Refused(400, "bad_request", f"the upload took over {UPLOAD_S} s") from error
-
-
-def _content_length(request: Request) -> int:
-    """What the header says, 0 without one; raises Refused where it says no number."""
-    length = request.headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", length):
-        message = f"Content-Length is {length[:20]!r}; it must be a number of bytes"
-        raise Refused(400, "bad_request", message)
-    return int(length)
-
-
-def _sent(data: bytes) -> bytes:
-    if not data:
-        raise Refused(422, "missing_file", "no picture was sent; send it as `file` or as the body")
-    return data
-
-
-def _too_many(most: int) -> Refused:
-    message = f"the form has over {most} files (MAX_BATCH_FILES)"
-    if most == 1:
-        message = "the form has several files; /predict/batch takes them, as `files`"
-    return Refused(413, "too_many_files", message)
-
-
-def _too_large(request: Request, limit: int = 0) -> Refused:
-    """`limit` is that of the whole body, which may have more around a picture, or several."""
-    most = _engine(request).settings.max_upload_bytes
-    text = f"a picture may have {most} bytes (MAX_UPLOAD_BYTES)"
-    if limit >= BODIES_BYTES:
-        text = f"all pictures together may have {limit} bytes; send fewer at a time"
-    return Refused(413, "too_large", f"the upload is too large: {text}")
 
 
 # --- errors --------------------------------------------------------------------------------------

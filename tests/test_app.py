@@ -24,8 +24,8 @@ import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
-import serve.app
 from mnist import data, images, inference, models, registry, training
+from serve import uploads
 from serve.app import app
 from serve.engine import Engine
 from serve.metrics import Metrics
@@ -195,7 +195,7 @@ def test_what_cannot_be_answered_is_refused_with_its_own_status(
     refused(post(picture, "?model=../x"), 404, "unknown_model")
     assert "top" in refused(post(picture, "?top=0"), 400, "bad_request")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve.app, "BODIES_BYTES", 1_000)
+        patch.setattr(uploads, "BODIES_BYTES", 1_000)
         several = client.post("/predict/batch", files=[("files", ("x.png", large))])
         assert "together may have 1000 bytes; send fewer" in refused(several, 413, "too_large")
     assert set(app.openapi()["paths"]["/models/{name}"]["get"]["responses"]) == {
@@ -416,13 +416,13 @@ def test_an_unforeseen_error_is_told_to_the_log_and_not_to_the_client(
 def test_a_client_that_leaves_in_mid_upload_leaves_no_traceback(
     saved: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begun, real = threading.Event(), serve.app._picture
+    begun, real = threading.Event(), uploads.picture
 
     async def noted(*args: Any) -> tuple[bytes, str | None]:
         begun.set()
         return await real(*args)
 
-    monkeypatch.setattr("serve.app._picture", noted)
+    monkeypatch.setattr(uploads, "picture", noted)
     lines = ("POST /predict HTTP/1.1", "Host: x", f"Content-Type: {kind}", "Content-Length: 1000")
     with serving(saved, monkeypatch) as address, socket.create_connection(address) as connection:
         connection.sendall("\r\n".join([*lines, "", "--x\r\n"]).encode())

@@ -127,7 +127,9 @@ ALLOWED = {  # who may import what of the project
         "serve.schemas",
         "serve.metrics",
         "serve.settings",
+        "serve.uploads",
     },
+    "serve/uploads.py": {"serve.engine", "serve.schemas"},
     "serve/front.py": {"serve.batches", "serve.settings"},
     "serve/engine.py": {
         "mnist.images",
