@@ -121,6 +121,34 @@ def ruled(ink: np.ndarray, dice: Dice) -> bytes:
     return encoded(np.minimum(paper, 1 - ink))
 
 
+def slanted(ink: np.ndarray, dice: Dice) -> bytes:
+    """Such rules, that rise or fall by 4 to 14 pixels from edge to edge."""
+    y, x = np.mgrid[:SIDE, :SIDE]
+    fall = dice.choice([-1, 1]) * dice.uniform(4, 14)
+    on_rule = np.round(y + fall * x / SIDE + dice.integers(28)) % 28 < 2
+    return encoded(np.minimum(1 - 0.3 * on_rule, 1 - ink))
+
+
+def shadowed(ink: np.ndarray, dice: Dice) -> bytes:
+    """Beyond a soft edge across the picture there is half the light; the ink reflects a fifth."""
+    angle, at = dice.uniform(0, 2 * np.pi), dice.uniform(-0.4, 0.4)
+    y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
+    beyond = np.clip(0.5 + 8 * (np.cos(angle) * x + np.sin(angle) * y - at), 0, 1)
+    return encoded((1 - 0.8 * ink) * (1 - 0.5 * beyond))
+
+
+def on_a_sheet(ink: np.ndarray, dice: Dice) -> bytes:
+    """A sixth as wide as a sheet whose light falls to one side and to its corners; grain, JPEG."""
+    height, width = 5 * SIDE, 6 * SIDE
+    sheet = np.zeros((height, width))
+    top, left = dice.integers(height - SIDE), dice.integers(width - SIDE)
+    sheet[top : top + SIDE, left : left + SIDE] = ink
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    angle = dice.uniform(0, 2 * np.pi)
+    light = (0.7 + 0.25 * (np.cos(angle) * x + np.sin(angle) * y)) * (1 - 0.1 * (x**2 + y**2))
+    return encoded((1 - 0.7 * sheet) * light + dice.normal(0, 0.03, light.shape), "JPEG")
+
+
 def noisy(ink: np.ndarray, dice: Dice) -> bytes:
     """Grain of a deviation of 0.1, ink and paper not quite black and white."""
     return encoded(0.85 - 0.7 * ink + dice.normal(0, 0.1, ink.shape))
@@ -138,6 +166,9 @@ SUITES: dict[str, Suite] = {
     "JPEG, quality 30": jpeg,
     "uneven light": lighting,
     "ruled paper": ruled,
+    "rules that fall": slanted,
+    "edge of a shadow": shadowed,
+    "small on a sheet": on_a_sheet,
     "noise": noisy,
 }
 

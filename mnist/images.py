@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Grey = NDArray[np.uint8]
+from mnist.ink import GROUND_SIDE, Grey, find_ink
 
 # Any telephone's photo passes; decoded as RGB this is 150 MB, which a server can bear.
 MAX_PIXELS = 50_000_000
@@ -23,25 +23,6 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 # Longest side on which ink is looked for: a digit a tenth as tall as its photo keeps 11 to 22
 # pixels, about the 20 that the recipe needs. 192 to 384 read photos equally well.
 WORKING_SIDE = 224
-# Longest side on which the background is estimated: light changes slowly across a picture.
-GROUND_SIDE = 56
-# Share of the side that the background bridges: wider than a bold stroke, narrower than a shadow.
-BRIDGE = 0.4
-# Least difference, of 255, of ink and background: above the grain of a photo of empty paper, below
-# a faint pencil.
-MIN_CONTRAST = 20
-# Ink starts this many median deviations off the background (6 is 4 standard deviations of normal
-# noise), and at least at 16 of 255, over the ripples that JPEG leaves around strokes.
-NOISE_DEVIATIONS, NOISE_FLOOR = 6, 16
-# A piece with a smaller share of the largest piece's pixels is a speck; the bar of a 5 has more.
-SPECK = 0.04
-# Share of the side next to an edge where only frames, rules and neighbours lie, no whole digit.
-MARGIN = 0.12
-# A piece that is no frame and at least this share of the picture's side may be the digit.
-DIGIT_SIDE = 0.15
-# Most of the side that a rule of the paper is thick, lines of 2 in 140 pixels and their blurred
-# edges; and the least share of the side that it covers, for it runs from edge to edge.
-RULE, RULE_LENGTH = 0.04, 0.95
 # The ink's box in MNIST: 20 of 28 pixels (http://yann.lecun.com/exdb/mnist/).
 BOX = 20 / 28
 # Shortest longest side, as a share of that box, still taken for the recipe: all of MNIST has 19 or
@@ -85,11 +66,10 @@ def normalise(
     """Read a picture in any common format and bring it to the form of the training images.
 
     Returns uint8 (channels, size, size). A picture that has that form already passes through bit
-    for bit. By the recipe "digit", ink is high (255) on 0, as `centre` describes, whatever the
-    picture's polarity: ink is what stands out from the local background, found by closing (or
-    opening) and Otsu's threshold (1979, doi:10.1109/TSMC.1979.4310076); specks, rules and frames
-    are left out. By the recipe "plain" the whole picture is scaled, its aspect kept, and made
-    square with the colour of its rim; its tones stay, grey (1 channel) or RGB (3).
+    for bit. By the recipe "digit", ink, as `ink.find_ink` tells it, is high (255) on 0, whatever
+    the picture's polarity, and has the place and size that `centre` describes. By the recipe
+    "plain" the whole picture is scaled, its aspect kept, and made square with the colour of its
+    rim; its tones stay, grey (1 channel) or RGB (3).
 
     Raises ImageError: `not_an_image` if no decoder reads all of it, `too_many_pixels` if its header
     says more than `max_pixels`, `blank` if nothing stands out. Raises ValueError for another recipe
@@ -107,7 +87,7 @@ def normalise(
     for candidate in (grey, 255 - grey):
         if _follows(candidate, size):
             return candidate[None].copy()
-    return centre(_ink(grey), size)[None]
+    return centre(find_ink(grey), size)[None]
 
 
 def is_small(data: bytes) -> bool:
@@ -304,123 +284,3 @@ def _on_ground(image: Image.Image) -> Image.Image:
     else:
         ground = 255 if (grey * alpha).sum() < 128 * alpha.sum() else 0
     return Image.fromarray(((grey * alpha + ground * (255 - alpha) + 127) // 255).astype(np.uint8))
-
-
-def _ink(grey: Grey) -> Grey:
-    relief = _relief(grey)
-    counts = np.bincount(relief.ravel(), minlength=256)
-    below = counts.cumsum()
-    threshold = _otsu(counts, below)
-    rest = below[threshold]
-    ground, full = np.searchsorted(below, (rest / 2, (rest + below[-1]) / 2)).tolist()
-    if full - ground < MIN_CONTRAST:
-        raise _blank()
-    levels = np.arange(256)
-    deviations = np.bincount(abs(levels - ground)[: threshold + 1], counts[: threshold + 1])
-    noise = int(np.searchsorted(deviations.cumsum(), rest / 2))
-    low = ground + min(max(NOISE_FLOOR, NOISE_DEVIATIONS * noise), (threshold - ground) / 2)
-    tones = np.clip((levels - low) * (255 / (full - low)), 0, 255).astype(np.uint8)
-    toned = np.asarray(cv2.LUT(relief, tones), np.uint8)
-    return toned * _pieces(_without_rules(toned > 0), relief > threshold)
-
-
-def _relief(grey: Grey) -> Grey:
-    """How far each pixel stands out from the background, on the side of the ink."""
-    height, width = grey.shape
-    factor = math.ceil(max(grey.shape) / GROUND_SIDE)
-    below, right = -height % factor, -width % factor  # to whole squares: three times as fast
-    whole = cv2.copyMakeBorder(grey, 0, below, 0, right, cv2.BORDER_REPLICATE)
-    small = (whole.shape[1] // factor, whole.shape[0] // factor)
-    thumb = np.asarray(cv2.resize(whole, small, interpolation=cv2.INTER_AREA), np.uint8)
-    window = max(3, int(BRIDGE * max(thumb.shape)) | 1)
-    dark = _ink_is_dark(thumb)
-    bridge = cv2.MORPH_CLOSE if dark else cv2.MORPH_OPEN
-    bridged = cv2.morphologyEx(thumb, bridge, np.ones((window, window), np.uint8))
-    ground = cv2.resize(bridged, whole.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    ground = ground[:height, :width]
-    relief = cv2.subtract(ground, grey) if dark else cv2.subtract(grey, ground)  # from 0 on
-    return np.asarray(relief, np.uint8)
-
-
-def _ink_is_dark(thumb: Grey) -> bool:
-    """Whether most of a picture and of its rim is in the lighter half, a slope of light removed."""
-    down, right = (np.arange(side) - (side - 1) / 2 for side in thumb.shape)
-    slopes = [
-        ramp @ sums / max(1, thumb.size / len(ramp) * (ramp @ ramp))
-        for ramp, sums in ((down, thumb.sum(1)), (right, thumb.sum(0)))
-    ]
-    level = thumb - (slopes[0] * down)[:, None] - slopes[1] * right
-    light = level > (level.min() + level.max()) / 2
-    rim = np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])
-    shares = [np.count_nonzero(part) / part.size for part in (light, rim)]
-    return bool(shares[0] + shares[1] / 3 > 2 / 3)  # a frame all round must not outvote paper
-
-
-def _otsu(counts: NDArray[np.int64], below: NDArray[np.int64]) -> int:
-    """The threshold between two kinds of levels; `below` is the running sum of their counts."""
-    mass = (counts * np.arange(256.0)).cumsum()
-    shares = np.maximum(below * (below[-1] - below), 1)
-    return int(np.argmax((mass * below[-1] - mass[-1] * below) ** 2 / shares))
-
-
-def _without_rules(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Without thin lines that run from edge to edge; what crosses them stays, if it is a digit."""
-    if not any(_full_lines(mask, axis).any() for axis in (0, 1)):
-        return mask
-    found = mask.copy()
-    thickest = RULE * max(mask.shape)
-    for axis, lines in enumerate((found, found.T)):
-        changes = np.flatnonzero(np.diff(_full_lines(found, axis), prepend=False, append=False))
-        for first, below in zip(changes[::2], changes[1::2], strict=True):
-            if first > 0 and below < len(lines) and below - first < thickest:
-                lines[first:below] &= lines[first - 1] | lines[below]
-    sides = [np.count_nonzero(found.any(axis)) for axis in (0, 1)]
-    return found if max(sides) >= DIGIT_SIDE * max(mask.shape) else mask
-
-
-def _full_lines(mask: NDArray[np.bool_], axis: int) -> NDArray[np.bool_]:
-    """Which rows (axis 0) or columns (1) are nearly all ink."""
-    sums = cv2.reduce(mask.view(np.uint8), 1 - axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S)
-    return np.asarray(sums).ravel() > RULE_LENGTH * mask.shape[1 - axis]
-
-
-def _pieces(mask: NDArray[np.bool_], strong: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The connected pieces of a mask that can be a digit's: no specks, rules or frames."""
-    count, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8, ltype=cv2.CV_16U)
-    if count == 2:  # with the ground: as most pictures
-        return np.asarray(mask & (mask & strong).any())
-    counted = cv2.calcHist([labels], [0], strong.view(np.uint8), [count], [0, count])
-    pixels = np.asarray(counted).ravel()
-    pixels[0] = 0
-    large = np.flatnonzero(pixels > SPECK * pixels.max())
-    if len(large) == 1:
-        return labels == large[0]
-    if len(large) > 1:
-        _, labels, boxes, _ = cv2.connectedComponentsWithStats(
-            mask.view(np.uint8), connectivity=8, ltype=cv2.CV_16U
-        )
-        shown = [(i, _box(boxes[i])) for i in large]
-        frames = [i for i, box in shown if _is_frame(labels[box] == i, box, mask.shape)]
-        least = DIGIT_SIDE * max(mask.shape)
-        if any(max(labels[box].shape) >= least for i, box in shown if i not in frames):
-            pixels[frames] = 0
-    return (pixels > SPECK * pixels.max())[labels]
-
-
-def _box(found: NDArray[np.int32]) -> tuple[slice, slice]:
-    left, top, width, height = found[:4].tolist()
-    return slice(top, top + height), slice(left, left + width)
-
-
-def _is_frame(piece: NDArray[np.bool_], box: tuple[slice, slice], shape: tuple[int, ...]) -> bool:
-    """Whether a piece runs from edge to edge, keeps to one edge, or is a hollow rectangle."""
-    hollow = piece.copy()
-    for axis, (side, length) in enumerate(zip(box, shape, strict=True)):
-        at_start, at_end, margin = side.start == 0, side.stop == length, MARGIN * length
-        if at_start and at_end:
-            return True
-        if (at_start and side.stop <= margin) or (at_end and side.start >= length - margin):
-            return True
-        rim = math.ceil(MARGIN * piece.shape[axis])
-        hollow = np.delete(hollow, np.r_[:rim, -rim:0], axis)
-    return min(piece.shape) > max(shape) / 2 and not hollow.any()

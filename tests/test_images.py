@@ -203,6 +203,26 @@ def test_a_photo_under_uneven_light_is_read_as_ink_on_black(ink, ground):
     assert normalise(data)[0][:, [0, 1, -2, -1]].max() == 0
 
 
+@pytest.mark.parametrize("turns", range(3))
+def test_the_edge_of_a_shadow_is_not_ink(turns):
+    shade = Image.new("L", (280, 280), 230)
+    ImageDraw.Draw(shade).polygon([(0, 0), (279, 0), (279, 90), (0, 230)], fill=120)
+    shade = shade.filter(ImageFilter.GaussianBlur(4))
+    lit = np.rot90(np.asarray(shade), turns) * (np.asarray(seven()) / 255 * 0.8 + 0.2)
+    assert_reads_as_the_seven(encode(Image.fromarray(lit.astype(np.uint8))))
+
+
+def test_a_small_digit_under_light_that_falls_to_one_side_is_read():
+    page = Image.new("L", (1120, 840), 255)
+    page.paste(seven((200, 200), width=12, box=(60, 40, 140, 160)), (500, 200))
+    down, right = np.mgrid[-1 : 1 : 840 * 1j, -1 : 1 : 1120 * 1j]
+    light = 0.7 + 0.14 * (down + right) - 0.05 * (down**2 + right**2)
+    grain = np.random.default_rng(0).normal(0, 8, light.shape)
+    photo = (np.asarray(page) * 0.7 + 76) * light + grain
+    photo = Image.fromarray(photo.clip(0, 255).astype(np.uint8))
+    assert_reads_as_the_seven(encode(photo, "JPEG"), least=0.9)
+
+
 def test_a_large_photo_with_a_small_digit_is_read():
     photo = seven((4000, 3000), 40, 210, 60, (2600, 400, 2920, 880), "RGB")
     assert_reads_as_the_seven(encode(photo, "JPEG"), least=0.9)
@@ -238,6 +258,12 @@ RULES = {
     "a frame at the edge": lambda pen: pen.rectangle((0, 0, 279, 279), outline=0, width=8),
     "a drawn box": lambda pen: pen.rectangle((20, 12, 262, 268), outline=0, width=5),
     "a neighbour's edge": lambda pen: pen.rectangle((262, 60, 279, 200), fill=0),
+    "a table's lines, held askew": lambda pen: [
+        pen.line(ends, fill=40, width=5) for ends in ((0, 18, 279, 6), (20, 0, 14, 279))
+    ],
+    "a dark table beyond the paper": lambda pen: pen.polygon(
+        [(0, 0), (279, 0), (279, 22), (0, 34)], fill=60
+    ),
 }
 
 
@@ -262,6 +288,16 @@ def test_the_rules_of_the_paper_behind_a_digit_are_not_ink(level, both_ways):
     assert_reads_as_the_seven(encode(digit, "JPEG", quality=50), least=0.95)
 
 
+@pytest.mark.parametrize("fall", [-24, -6, 12])
+def test_rules_that_are_not_straight_are_not_ink(fall):
+    paper = Image.new("L", (280, 280), 255)
+    pen = ImageDraw.Draw(paper)
+    for at in range(-20, 300, 45):
+        pen.line((0, at, 279, at + fall), fill=120, width=2)
+    digit = Image.fromarray(np.minimum(np.asarray(paper), np.asarray(seven())))
+    assert_reads_as_the_seven(encode(digit), least=0.95)
+
+
 def test_a_stroke_from_edge_to_edge_is_no_rule():
     drawing = seven((60, 80), width=9, box=(0, 6, 59, 75))
     pen = ImageDraw.Draw(drawing)
@@ -269,6 +305,24 @@ def test_a_stroke_from_edge_to_edge_is_no_rule():
     rows = normalise(encode(drawing))[0].max(1) > 127
     assert rows[4:7].any()
     assert rows[21:24].any()
+
+
+def test_a_second_stroke_that_leaves_the_picture_is_ink():
+    drawing = Image.new("L", (280, 280), 255)
+    pen = ImageDraw.Draw(drawing)
+    pen.line((100, 60, 80, 160, 150, 165), fill=0, width=14, joint="curve")
+    alone = extent(normalise(encode(drawing))[0])
+    pen.line((185, 90, 180, 279), fill=0, width=14)
+    assert extent(normalise(encode(drawing))[0]) != alone
+
+
+def test_thin_strokes_from_edge_to_edge_are_a_digit():
+    drawing = Image.new("L", (120, 200), 255)
+    pen = ImageDraw.Draw(drawing)
+    pen.line((50, 0, 0, 120, 119, 124), fill=0, width=4)
+    pen.line((90, 40, 84, 199), fill=0, width=4)
+    found = normalise(encode(drawing))[0]
+    assert (found[14:20].max(0) > 127).sum() >= 10  # the bar of the four
 
 
 def test_a_digit_that_fills_its_picture_is_no_frame():
