@@ -1,7 +1,7 @@
 """What in a grey picture is ink: strokes in front of light, shadows, rules, frames and specks."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -16,18 +16,23 @@ GROUND_SIDE = 56
 # Share of the side that the background bridges: wider than a bold stroke, narrower than a shadow.
 BRIDGE = 0.4
 # Least difference, of 255, of ink and background: above the grain of a photo of empty paper, below
-# a faint pencil. Without it, what is above the threshold is parted again, and then once more, with
-# the next one: a small digit is less of a photo than what its light leaves along the rim.
-MIN_CONTRAST = (20, 50, 50)
+# a faint pencil. Without it, what is above the threshold is parted once more, with the second one:
+# a small digit is less of a photo than what its light leaves along the rim. With 20 there, too,
+# empty paper under uneven light was no longer blank (2026-11-28).
+MIN_CONTRAST = (20, 50)
 # Ink starts this many median deviations off the background (6 is 4 standard deviations of normal
 # noise), and at least at 16 of 255, over the ripples that JPEG leaves around strokes.
 NOISE_DEVIATIONS, NOISE_FLOOR = 6, 16
 # A piece with a smaller share of the largest piece's pixels is a speck; the bar of a 5 has more.
 SPECK = 0.04
+# Of more pieces none is a frame: it is a texture, and to look at each takes time.
+MOST_PIECES = 100
 # A piece that is no frame and at least this share of the picture's side may be the digit.
 DIGIT_SIDE = 0.15
 # Share of the side next to an edge where only frames, rules and neighbours lie, no whole digit.
 MARGIN = 0.12
+# Strokes of one digit differ in thickness by less.
+ALIKE = 1.6
 # A piece over half as long as the picture, and at most so wide, as a share of its length, is a bar.
 BAR = 0.1
 # Most of the side that a rule of the paper is thick, lines of 2 in 140 pixels and their blurred
@@ -92,7 +97,7 @@ def _slope(thumb: NDArray[np.float32]) -> NDArray[np.float32]:
     """The plane nearest to a picture, less its mean: light that falls from one side."""
     down, right = (np.arange(side, dtype=np.float32) - (side - 1) / 2 for side in thumb.shape)
     falls = [
-        ramp @ sums / max(1, thumb.size / len(ramp) * (ramp @ ramp))
+        ramp @ sums / (thumb.size / len(ramp) * (ramp @ ramp) or 1)
         for ramp, sums in ((down, thumb.sum(1)), (right, thumb.sum(0)))
     ]
     return np.asarray((falls[0] * down)[:, None] + falls[1] * right, np.float32)
@@ -126,27 +131,24 @@ def _otsu(counts: NDArray[np.int64], start: int = 0) -> int:
 
 
 def _without_rules(mask: Mask) -> Mask:
-    """Without thin lines that run from edge to edge, where only that sets a digit free."""
-    if not any(_spans(mask, axis) for axis in (0, 1)) or _has_free_piece(mask):
+    """Without thin lines that run from edge to edge, unless no digit is left within the edges."""
+    spans = [bool(lines[:, 0].any() and lines[:, -1].any()) for lines in (mask, mask.T)]
+    if not any(spans):
         return mask
     found = mask.copy()
-    for lines in (found, found.T):
-        while _spans(lines, 1) and _erase_rules(lines):
-            pass  # there may be others, less or more steep
-    return found if _has_free_piece(found) else mask
+    for lines, across in zip((found, found.T), spans, strict=True):
+        if across:
+            _erase_rules(lines)
+    return found if _longest_free(found) >= DIGIT_SIDE * max(mask.shape) else mask
 
 
-def _spans(mask: Mask, axis: int) -> bool:
-    """Whether there is ink at both ends of an axis."""
-    return bool(mask.take(0, axis).any() and mask.take(-1, axis).any())
-
-
-def _has_free_piece(mask: Mask) -> bool:
-    """Whether a piece that can be a digit touches no edge."""
+def _longest_free(mask: Mask) -> int:
+    """The longest side of a piece that touches no edge; 0 without one."""
     _, _, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
-    least = DIGIT_SIDE * max(mask.shape)
-    found = [_box(each) for each in boxes[1:] if max(each[2:4]) >= least]
-    return not all(_touches(box, mask.shape) for box in found)
+    height, width = mask.shape
+    left, top, across, down = boxes[1:, :4].T
+    free = (left > 0) & (top > 0) & (left + across < width) & (top + down < height)
+    return int(np.maximum(across, down)[free].max(initial=0))
 
 
 class _Rules(NamedTuple):
@@ -156,28 +158,24 @@ class _Rules(NamedTuple):
     bands: list[tuple[int, int]]
 
 
-def _erase_rules(mask: Mask) -> bool:
-    """Erase parallel thin lines from the left edge to the right one, but not what crosses them.
-
-    Returns whether there were some.
-    """
+def _erase_rules(mask: Mask) -> None:
+    """Erase parallel thin lines from the left edge to the right one, but not what crosses them."""
     y, x = np.nonzero(mask)
     taller = mask.copy()
     taller[1:] |= mask[:-1]  # a line that falls does so in steps, some of them half a pixel off
     stepped = np.nonzero(taller)
     most = int(RULE_SLOPE * mask.shape[1])
-    falls = sorted(range(-most, most + 1), key=abs)
+    falls = sorted(range(-most, most + 1), key=abs)  # straight ones first
     found = [_rules(mask.shape, stepped if fall else (y, x), fall) for fall in falls]
     rules = max(found, key=lambda each: sum(end - start for start, end in each.bands))
-    erased = False
     for start, end in rules.bands:
+        if rules.shifts.any():  # what is beside a line that falls
+            start, end = start - 1, end + 1
         inside = np.flatnonzero((start <= y - rules.shifts[x]) & (y - rules.shifts[x] < end))
         beside = np.array([[start - 1], [end]]) + rules.shifts[x[inside]]
         there = (beside >= 0) & (beside < len(mask))
         crosses = (there & mask[beside.clip(0, len(mask) - 1), x[inside]]).any(0)
         mask[y[inside[~crosses]], x[inside[~crosses]]] = False
-        erased |= not crosses.all()
-    return erased
 
 
 def _rules(shape: tuple[int, ...], ink: tuple[NDArray[np.int64], ...], fall: int) -> _Rules:
@@ -185,16 +183,17 @@ def _rules(shape: tuple[int, ...], ink: tuple[NDArray[np.int64], ...], fall: int
     height, width = shape
     y, x = ink
     shifts = np.rint(np.arange(width) * (fall / width)).astype(np.int64) - max(0, fall)
-    rows = np.arange(height + abs(fall))
-    # Near the corners a row has fewer columns; where it has few, these say nothing.
-    order = np.sort(shifts)
-    columns = np.searchsorted(order, height - rows) - np.searchsorted(order, -rows)
-    counts = np.bincount(y - shifts[x], minlength=len(rows))
-    full = counts > RULE_LENGTH * np.maximum(columns, width / 4)
+    full = np.bincount(y - shifts[x], minlength=height) > RULE_LENGTH * width
     changes = np.flatnonzero(np.diff(full, prepend=False, append=False)).tolist()
-    bands = zip(changes[::2], changes[1::2], strict=True)
-    blur = bool(fall)  # beside a line that falls
-    return _Rules(shifts, [(a - blur, b + blur) for a, b in bands if b - a < RULE * max(shape)])
+    bands = [
+        (start, end)
+        for start, end in zip(changes[::2], changes[1::2], strict=True)
+        if end - start < RULE * max(shape)
+        and start + shifts.min() > 0  # there is the bar of a seven that fills its picture
+        and end + shifts.max() < height
+    ]
+    # One alone that is not straight may be such a bar, too.
+    return _Rules(shifts, bands if len(bands) > 1 or not fall else [])
 
 
 # --- pieces --------------------------------------------------------------------------------------
@@ -211,23 +210,42 @@ def _pieces(mask: Mask, strong: Mask) -> Mask:
     large = np.flatnonzero(pixels > SPECK * pixels.max())
     if len(large) == 1:
         return labels == large[0]
-    if len(large) > 1:
+    if 1 < len(large) <= MOST_PIECES:
         _, labels, boxes, _ = cv2.connectedComponentsWithStats(
             mask.view(np.uint8), connectivity=8, ltype=cv2.CV_16U
         )
-        shown = {i: _box(boxes[i]) for i in large}
-        longest = {i: max(labels[box].shape) for i, box in shown.items()}
-        free = max((longest[i] for i in large if not _touches(shown[i], mask.shape)), default=0)
-        frames = [
-            i
-            for i, box in shown.items()
-            if (_touches(box, mask.shape) and longest[i] <= free)
-            or _is_frame(labels[box] == i, box, mask.shape)
-        ]
-        others = [longest[i] for i in large if i not in frames]
+        shown = {i: _box(boxes[i]) for i in large.tolist()}
+        frames = _frames(mask, labels, shown)
+        others = [max(labels[box].shape) for i, box in shown.items() if i not in frames]
         if max(others, default=0) >= DIGIT_SIDE * max(mask.shape):
             pixels[frames] = 0
     return (pixels > SPECK * pixels.max())[labels]
+
+
+def _frames(mask: Mask, labels: NDArray[Any], shown: dict[int, Box]) -> list[int]:
+    """Which of the pieces are frames, or come in from an edge, as the corner of a shadow does.
+
+    That is what touches an edge and is no longer than a piece that touches none; but not a stroke
+    of the same digit: long, and about as thick.
+    """
+    pieces = {i: labels[box] == i for i, box in shown.items()}
+    longest = {i: max(piece.shape) for i, piece in pieces.items()}
+    free = (i for i, box in shown.items() if not _touches(box, mask.shape))
+    whole = max(free, key=longest.__getitem__, default=0)
+    depths = cv2.distanceTransform(mask.view(np.uint8), cv2.DIST_L2, 3)
+    thick = {i: 2 * float(depths[box][pieces[i]].max()) for i, box in shown.items()}
+
+    def comes_in(i: int) -> bool:
+        if not whole or longest[i] > longest[whole] or not _touches(shown[i], mask.shape):
+            return False
+        least, most = thick[whole] / ALIKE, min(thick[whole] * ALIKE, longest[i] / 2)
+        return not least < thick[i] < most
+
+    return [i for i, box in shown.items() if comes_in(i) or _is_frame(pieces[i], box, mask.shape)]
+
+
+def _touches(box: Box, shape: tuple[int, ...]) -> bool:
+    return any(side.start == 0 or side.stop == n for side, n in zip(box, shape, strict=True))
 
 
 def _box(found: NDArray[np.int32]) -> Box:
@@ -235,24 +253,19 @@ def _box(found: NDArray[np.int32]) -> Box:
     return slice(top, top + height), slice(left, left + width)
 
 
-def _touches(box: Box, shape: tuple[int, ...]) -> bool:
-    return any(side.start == 0 or side.stop == n for side, n in zip(box, shape, strict=True))
-
-
 def _is_frame(piece: Mask, box: Box, shape: tuple[int, ...]) -> bool:
     """Whether a piece runs from edge to edge, keeps to one edge, or is a bar or a hollow rectangle.
 
     A digit alone may be all of these.
     """
-    hollow = piece
-    for axis, (side, length) in enumerate(zip(box, shape, strict=True)):
+    for side, length in zip(box, shape, strict=True):
         at_start, at_end, margin = side.start == 0, side.stop == length, MARGIN * length
         if at_start and at_end:
             return True
         if (at_start and side.stop <= margin) or (at_end and side.start >= length - margin):
             return True
-        rim = math.ceil(MARGIN * piece.shape[axis])
-        hollow = np.delete(hollow, np.r_[:rim, -rim:0], axis)
     half = max(shape) / 2
+    down, across = (math.ceil(MARGIN * side) for side in piece.shape)
+    is_hollow = not piece[down:-down, across:-across].any()
     is_bar = max(piece.shape) > half and min(piece.shape) <= BAR * max(piece.shape)
-    return is_bar or (min(piece.shape) > half and not hollow.any())
+    return is_bar or (is_hollow and min(piece.shape) > half)
