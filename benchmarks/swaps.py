@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,12 @@ def swap(port: int, folder: Path, order: list[tuple[str, bool]]) -> tuple[float,
 
 
 def line(what: str, found: load.Found) -> str:
-    lost = len(found.statuses) - found.count(200)
+    lost = Counter(found.statuses[found.statuses != 200].tolist())
+    of_status = "".join(f", {n} with {status}" for status, n in lost.items())
     return (
-        f"{what}: {len(found.statuses)} requests, {lost} failed ({int((found.tries > 1).sum())} "
-        f"were tried again), p50 {found.ms(50):.1f} ms, p99 {found.ms(99):.1f} ms"
+        f"{what}: {len(found.statuses)} requests, {lost.total()} failed{of_status} "
+        f"({int((found.tries > 1).sum())} were tried again), p50 {found.ms(50):.1f} ms, p99 "
+        f"{found.ms(99):.1f} ms"
     )
 
 
