@@ -75,6 +75,7 @@ class Member:
         self._remote = file is None
         try:
             self._engine = create_engine(storage, **studies.engine_kwargs(storage))
+            studies.bound(self._engine)
             self._turns = turns(self._engine, folder / f"{self._prefix}.lock")
             self.study = self._opened(storage, name)
             self.study_id: str = self.study.user_attrs["id"]
@@ -373,9 +374,6 @@ def turns(engine: Engine, file: Path) -> Callable[[], contextlib.AbstractContext
     @contextlib.contextmanager
     def advised() -> Iterator[None]:
         with engine.begin() as connection:
-            # Where a process stalls in its turn, the server frees its lock.
-            for setting in ("idle_in_transaction_session_timeout", "lock_timeout"):
-                connection.execute(text(f"SET LOCAL {setting} = {int(GRACE_S / 2 * 1000)}"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
             with uninterrupted():
                 yield

@@ -8,6 +8,7 @@ from uuid import uuid4
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -20,6 +21,7 @@ REDUCTION = 3  # about one trial in so many survives a rung
 IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
 CONFIRM_SEEDS = 2  # fresh ones, on which each of the best trials is confirmed
 BUSY_S = 60  # how long SQLite waits for another process's statement
+STALL_S = 30.0  # after which PostgreSQL ends a transaction that does nothing, or waits for a lock
 STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError)  # a full disk, a lost server
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -32,6 +34,7 @@ def open_study(storage: str, name: str) -> optuna.Study:
     """Create or continue a study. Raises StudyError where the storage cannot be used."""
     try:
         database = optuna.storages.RDBStorage(storage, engine_kwargs(storage))
+        bound(database.engine)
         study = optuna.create_study(
             storage=database, study_name=name, direction="maximize", load_if_exists=True
         )
@@ -63,6 +66,19 @@ def engine_kwargs(storage: str) -> dict[str, Any]:
         rest = {"keepalives_count": 3, "tcp_user_timeout": 30_000}
         return {"pool_pre_ping": True, "connect_args": seconds | rest}
     return {"pool_pre_ping": True}
+
+
+def bound(engine: Engine) -> None:
+    """Have PostgreSQL end what stalls for STALL_S: a process that is stopped in mid-transaction
+    would keep its locks, and others waiting, for as long as its machine sleeps."""
+    if engine.dialect.name != "postgresql":
+        return
+
+    @event.listens_for(engine, "begin")  # not for the session: a pooler hands that to others
+    def limit(connection: Connection) -> None:
+        names = ("idle_in_transaction_session_timeout", "lock_timeout")
+        each = (f"set_config('{name}', '{int(STALL_S * 1000)}', true)" for name in names)
+        connection.exec_driver_sql(f"SELECT {', '.join(each)}")
 
 
 def unusable(storage: str, reason: str) -> StudyError:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from mnist import members
 from mnist import study as studies
@@ -104,6 +105,23 @@ def test_a_trial_whose_turn_was_lost_before_its_end_waits_and_holds_up_nobody(
         one.tell(claim, TrialState.COMPLETE, 0.5)
         assert states(one) == [TrialState.RUNNING, TrialState.COMPLETE]
     one.tell(before, TrialState.COMPLETE, 0.5)
+
+
+@pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("whose", ["turns", "trials"])
+def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
+    one: Member, two: Member, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "STALL_S", 0.5)
+    claim = two.ask(1, seed=0)
+    assert claim is not None
+    engine = {"turns": one._engine, "trials": one._trials._backend.engine}[whose]
+    with engine.connect() as stopped:
+        stopped.execute(text("SELECT * FROM trials FOR UPDATE"))
+        time.sleep(1.5)
+        with pytest.raises(DBAPIError, match="idle-in-transaction timeout"):
+            stopped.execute(text("SELECT 1"))
+    assert two.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
 
 
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
