@@ -18,7 +18,7 @@ from mnist import registry
 
 COMMAND = (sys.executable, "-m", "serve.trial")
 LONGEST_S = 120
-RECENT_S = 5  # workers look at the registry within half a second of each other
+RECENT_S = 5  # workers look at the registry within a second of each other
 IDLE_S = 60  # that a process stays, of each worker that has tried a model; it takes 70 MB
 
 Asked = tuple[str, str, int | None, str]
