@@ -1,11 +1,11 @@
 """Requests while models are swapped, and while the server itself is restarted.
 
-python -m benchmarks.swaps                      # the current model of saved_models; two minutes
+python -m benchmarks.swaps                      # the current model of saved_models; three minutes
 
 At half of the server's peak, 20 times another model becomes current; four of them cannot answer
 (corrupt, of a wrong shape, failing its golden inputs) or are slow to load. The same load before and
-after that is what it is compared with. Then a server of two
-workers is restarted with SIGHUP.
+after that is what it is compared with. Then a server of two workers is restarted with SIGHUP five
+times, each time at half of the peak that it had just before.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ SLOW_IMAGES = 2_000  # golden inputs of the slow model, which has to read them a
 PAUSE_S = 0.5  # between two swaps
 CALM_S, MOST_S = 15.0, 120.0  # of the load before and after the swaps, and at most with them
 LONGEST_S = 20.0  # for one swap, under load
+RESTARTS, RESTART_S = 5, 12.0  # how many, and the load with each
 
 
 def another(folder: Path) -> str:
@@ -126,6 +127,26 @@ def swap(port: int, folder: Path, order: list[tuple[str, bool]]) -> tuple[float,
     return start, time.perf_counter()
 
 
+def half_of_peak(port: int, kept: Path) -> float:
+    """Requests a second."""
+    load.Load(port, kept, 2.0, connections=16).found()
+    rate = load.Load(port, kept, 5.0, connections=16).found().rate / 2
+    click.echo(f"half of the peak: {rate:.0f} requests a second")
+    return rate
+
+
+def restart(server: servers.Server, kept: Path) -> load.Found:
+    """One rolling restart under load, which begins before and ends after it."""
+    old = set(servers.below(server.process.pid))
+    during = load.Load(server.port, kept, RESTART_S, rate=half_of_peak(server.port, kept))
+    time.sleep(3)
+    server.process.send_signal(signal.SIGHUP)
+    found = during.found()
+    new = set(servers.below(server.process.pid)) - old
+    assert len(new) >= 2, "its workers are the old ones"
+    return found
+
+
 def line(what: str, found: load.Found) -> str:
     lost = Counter(found.statuses[found.statuses != 200].tolist())
     of_status = "".join(f", {n} with {status}" for status, n in lost.items())
@@ -151,9 +172,7 @@ def main(folder: Path, data_dir: Path | None, workers: int) -> None:
         models = Path(shutil.copytree(folder, Path(temporary) / "models"))
         order = prepare(models)
         with servers.server(models, requests[0], command) as server:
-            load.Load(server.port, kept, 2.0, connections=16).found()
-            rate = load.Load(server.port, kept, 5.0, connections=16).found().rate / 2
-            click.echo(f"half of the peak: {rate:.0f} requests a second")
+            rate = half_of_peak(server.port, kept)
             before = load.Load(server.port, kept, CALM_S, rate=rate).found()
             during = load.Load(server.port, kept, MOST_S, rate=rate)
             time.sleep(3)
@@ -169,13 +188,8 @@ def main(folder: Path, data_dir: Path | None, workers: int) -> None:
             click.echo(f"p99 of swaps: {ratio:.1f} times that without, before and after together")
         two = (*servers.OURS, "--workers", "2", "--timeout-worker-healthcheck", "30")
         with servers.server(models, requests[0], two) as server:
-            old = set(servers.below(server.process.pid))
-            during = load.Load(server.port, kept, 20.0, rate=rate)
-            time.sleep(3)
-            server.process.send_signal(signal.SIGHUP)
-            click.echo(line("rolling restart", during.found()))
-            new = len(set(servers.below(server.process.pid)) - old)
-            click.echo(f"{new} of its processes are new")
+            for i in range(RESTARTS):
+                click.echo(line(f"rolling restart {i + 1}", restart(server, kept)))
 
 
 if __name__ == "__main__":
