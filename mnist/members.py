@@ -28,7 +28,9 @@ BEAT_S = 10.0
 GRACE_S = 60.0  # a member on another machine that was silent for so long is taken for dead
 RETRY_S = 180.0  # how long a lost database is asked again
 OPEN_S = 30.0  # how long one that does not answer yet is
-AWAY = ("refused", "starting up", "shutting down")  # what is said then; not of a wrong password
+# What is said then, or where this process was stopped; not of a wrong password.
+AWAY = ("refused", "starting up", "shutting down", "transaction timeout", "lock timeout")
+TRIES = 3  # at least: a process may have been stopped in its first one for longer than all that
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,7 +77,6 @@ class Member:
         self._remote = file is None
         try:
             self._engine = create_engine(storage, **studies.engine_kwargs(storage))
-            studies.bound(self._engine)
             self._turns = turns(self._engine, folder / f"{self._prefix}.lock")
             self.study = self._opened(storage, name)
             self.study_id: str = self.study.user_attrs["id"]
@@ -104,7 +105,7 @@ class Member:
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(away),
             wait=tenacity.wait_fixed(1),
-            stop=tenacity.stop_after_delay(OPEN_S),
+            stop=_after(OPEN_S),
             reraise=True,
         )(attempt)
 
@@ -334,9 +335,13 @@ class Member:
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(lost),
             wait=tenacity.wait_random_exponential(max=BEAT_S),
-            stop=tenacity.stop_after_delay(RETRY_S),
+            stop=_after(RETRY_S),
             reraise=True,
         )(attempt)
+
+
+def _after(seconds: float) -> tenacity.stop.stop_base:
+    return tenacity.stop_all(tenacity.stop_after_delay(seconds), tenacity.stop_after_attempt(TRIES))
 
 
 def host(folder: Path) -> str:

@@ -8,7 +8,6 @@ from uuid import uuid4
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,7 +20,9 @@ REDUCTION = 3  # about one trial in so many survives a rung
 IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
 CONFIRM_SEEDS = 2  # fresh ones, on which each of the best trials is confirmed
 BUSY_S = 60  # how long SQLite waits for another process's statement
-STALL_S = 30.0  # after which PostgreSQL ends a transaction that does nothing, or waits for a lock
+# After which PostgreSQL ends a transaction that does nothing, or waits for a lock; less than
+# members.GRACE_S, so that a trial is free before another member takes it.
+STALL_S = 30.0
 STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError)  # a full disk, a lost server
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -34,7 +35,6 @@ def open_study(storage: str, name: str) -> optuna.Study:
     """Create or continue a study. Raises StudyError where the storage cannot be used."""
     try:
         database = optuna.storages.RDBStorage(storage, engine_kwargs(storage))
-        bound(database.engine)
         study = optuna.create_study(
             storage=database, study_name=name, direction="maximize", load_if_exists=True
         )
@@ -64,21 +64,18 @@ def engine_kwargs(storage: str) -> dict[str, Any]:
     if kind == "postgresql":  # so that a server that hangs is noticed: libpq's parameters
         seconds = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5}
         rest = {"keepalives_count": 3, "tcp_user_timeout": 30_000}
-        return {"pool_pre_ping": True, "connect_args": seconds | rest}
+        events = [(limit, "connect")]
+        return {"pool_pre_ping": True, "connect_args": seconds | rest, "pool_events": events}
     return {"pool_pre_ping": True}
 
 
-def bound(engine: Engine) -> None:
-    """Have PostgreSQL end what stalls for STALL_S: a process that is stopped in mid-transaction
-    would keep its locks, and others waiting, for as long as its machine sleeps."""
-    if engine.dialect.name != "postgresql":
-        return
-
-    @event.listens_for(engine, "begin")  # not for the session: a pooler hands that to others
-    def limit(connection: Connection) -> None:
-        names = ("idle_in_transaction_session_timeout", "lock_timeout")
-        each = (f"set_config('{name}', '{int(STALL_S * 1000)}', true)" for name in names)
-        connection.exec_driver_sql(f"SELECT {', '.join(each)}")
+def limit(connection: Any, _: Any) -> None:
+    """Have PostgreSQL end transactions of this new connection that stall for STALL_S: a process
+    stopped in one would keep its locks, and others waiting, for as long as its machine sleeps."""
+    with connection.cursor() as cursor:
+        for name in ("idle_in_transaction_session_timeout", "lock_timeout"):
+            cursor.execute(f"SET {name} = {int(STALL_S * 1000)}")
+    connection.commit()
 
 
 def unusable(storage: str, reason: str) -> StudyError:

@@ -112,16 +112,33 @@ def test_a_trial_whose_turn_was_lost_before_its_end_waits_and_holds_up_nobody(
 def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
     one: Member, two: Member, whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studies, "STALL_S", 0.5)
     claim = two.ask(1, seed=0)
     assert claim is not None
     engine = {"turns": one._engine, "trials": one._trials._backend.engine}[whose]
+    engine.dispose()
+    monkeypatch.setattr(studies, "STALL_S", 1.0)
     with engine.connect() as stopped:
         stopped.execute(text("SELECT * FROM trials FOR UPDATE"))
-        time.sleep(1.5)
+        time.sleep(2)
+        assert two.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
         with pytest.raises(DBAPIError, match="idle-in-transaction timeout"):
             stopped.execute(text("SELECT 1"))
-    assert two.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
+
+
+@pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
+def test_what_failed_for_a_sleep_longer_than_all_tries_is_tried_again(
+    one: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members, "RETRY_S", 0.0)
+    tries = []
+
+    def change(_: object) -> int:
+        tries.append(True)
+        if len(tries) == 1:
+            raise OperationalError("COMMIT", {}, Exception("the server ended the session"))
+        return len(tries)
+
+    assert one.update(change) == 2
 
 
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)

@@ -78,7 +78,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for command in begun:
-        for pid in command.below():
+        for pid in command.below() if command.process.poll() is None else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         command.process.kill()
