@@ -24,7 +24,7 @@ from serve.settings import Settings
 from serve.trials import Trials
 
 LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in int8, 113 in torch
-WATCH_S = 0.5  # how often the registry is looked at; at random, so that workers load in turn
+WATCH_S = 0.5  # between two looks at the registry, on average: workers seldom load at once
 TELL_S = 1.0  # how often the log tells how many requests were turned away
 AGAIN_S = 60.0  # until a model that was refused is tried again: a disk may have been away
 BODIES_BYTES = 500_000_000  # most that the bodies of all requests may take at a time
