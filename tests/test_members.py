@@ -120,9 +120,9 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
     with engine.connect() as stopped:
         stopped.execute(text("SELECT * FROM trials FOR UPDATE"))
         time.sleep(2)
-        assert two.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
         with pytest.raises(DBAPIError, match="idle-in-transaction timeout"):
             stopped.execute(text("SELECT 1"))
+        assert two.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
 
 
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
