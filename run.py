@@ -26,7 +26,7 @@ import click
 import optuna
 import torch
 
-from mnist import compare, data, display, registry, report, search
+from mnist import budget, compare, data, display, registry, report, search, training
 from mnist import study as studies
 from mnist.display import Display, duration, reason, said
 from mnist.finish import finish
@@ -84,6 +84,7 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     registry.writable(options.output)
     writable(options.artifacts)
     device = choose_device(options)
+    training.keep_freed_memory()  # as workers do: their speed is measured here
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
     threads = max(1, cores() // workers)
     setup = Setup(
@@ -94,7 +95,7 @@ def run(options: Options, latest: float) -> dict[str, Any]:
         job = prepare(options, member, device, (start, latest))
         done = result(job) if member.update(studies.finished) >= job.trials else None
         if done is None:
-            screen = Display(job.trials, job.plan.trial_s, job.rest_s, job.space)
+            screen = Display(job.trials, job.plan.trial_s, job.plan.after_search_s, job.space)
             sweep(job)
             with screen, pool:
                 find(job, pool, screen)
@@ -117,7 +118,7 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
         f"study {job.study.study_name}: {done} of {job.trials} trials finished; a trial sees "
         f"at most {job.plan.trial_samples:,} images; expected: "
         f"{duration((job.trials - done) * job.plan.trial_s)} for the search, "
-        f"{duration(job.rest_s)} for the final model"
+        f"{duration(job.plan.after_search_s)} for the final model"
     )
     updates = search.search(
         job.member,
@@ -145,8 +146,10 @@ def trial_run(job: Job, claim: Claim) -> Run:
         job.options.model,
         claim.params,
         job.plan.trial_samples,
-        studies.seed_of(job.options.seed, claim.number),
-        tuple(studies.rungs(job.plan.trial_samples)),
+        studies.seed_of(job.options.seed),  # the same start and order for all: paired comparisons
+        tuple(budget.rungs(job.plan.trial_samples)),
+        plain=job.options.plain,
+        bfloat16=job.plan.bfloat16,
         threads=claim.threads,
         checkpoint=job.folder / f"trial-{claim.number}.pt",
     )

@@ -147,10 +147,7 @@ def show(found: Sequence[Row], stderr: bool = False) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     console.print(table)
-    console.print(
-        "errors are the weights' own; time and size are those of the file that is served, which "
-        "may be of a network with less work"
-    )
+    console.print("errors are the weights' own; time and size are those of the file that is served")
 
 
 def words(row: Row) -> list[str]:

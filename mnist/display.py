@@ -101,16 +101,14 @@ class Display:
             self.said = text
             self.say(f"{text}; waiting for it")
 
-    def training(
-        self, what: str, progress: Progress, expected_s: float, after: float = 0.0
-    ) -> None:
+    def training(self, what: str, progress: Progress, expected_s: float, after_s: float) -> None:
         """Show a training that is no trial, of which all of it is expected to take `expected_s`,
-        and what comes after it `after` of that."""
+        and what comes after it `after_s`."""
         now, share = time.monotonic(), progress.samples / progress.total
         start, before = self.started.setdefault(what, (now, share))
         each_s = (now - start) / (share - before) if share > before + 0.05 else expected_s
         row = [*self._row(what), f"{share:.0%}", f"loss {progress.loss:.3f}"]
-        self._show(row, each_s * (1 - share + after))
+        self._show(row, each_s * (1 - share) + after_s)
 
     def _row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
         return [str(first), *(_value((params or {}).get(name, "")) for name in self.names)]

@@ -55,48 +55,29 @@ class Export:
     calibration: dict[str, Any]
 
 
-def export(model: nn.Module, dataset: Dataset, lowered: bytes | None = None) -> Export:
+def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) -> Export:
     """Bring a trained model into every form it can be served in, and see which of them is right.
 
-    ONNX in float32 must give torch's probabilities, int8 at most MORE_ERRORS more errors than
-    torch on the calibration split, where the temperature is fitted, too, and the score below
-    which a picture is uncertain. What cannot be had, of a network of one's own perhaps, is left
-    out with a warning; torch can always serve.
-
-    int8 is of `lowered`, the same model with less work (mnist.lowrank) as to_onnx() makes it, if
-    there is one; unless that makes too many errors, or features then no longer tell what looks like
-    no class.
+    ONNX is of `narrow`, which computes what `model` computes with fewer multiplications
+    (mnist.folding), where it is given. In float32 it must give torch's probabilities, in int8 at
+    most MORE_ERRORS more errors than torch on the calibration split, where the temperature is
+    fitted, too, and the score below which a picture is uncertain. What cannot be had, of a network
+    of one's own perhaps, is left out with a warning; torch can always serve.
     """
-    found = (lowered and _export(model, dataset, lowered)) or _export(model, dataset, None)
-    assert found is not None
-    for engine, reason in found.left_out.items():
-        log.warning("the model is saved without %s: %s", engine, reason)
-    if found.served.likeness is None:
-        log.warning("what looks like no class is told by logits, not by features")
-    return found
-
-
-def _export(model: nn.Module, dataset: Dataset, lowered: bytes | None) -> Export | None:
-    """None where int8 of `lowered` is not right."""
-    model, dataset = copy.deepcopy(model).cpu(), dataset.to(torch.device("cpu"))
+    dataset = dataset.to(torch.device("cpu"))
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
-    forms, files, left_out = _forms(model, dataset, lowered)
-    if lowered and "onnx_int8" not in forms:
-        log.warning("int8 has no layers of low rank: %s", "; ".join(left_out.values()))
-        return None
-    engines = [engine for engine in inference.FILES if engine in forms]
-    networks = [engines[:1], engines[1:]] if lowered else [engines]
-    found = [calibrated({each: forms[each] for each in network}, dataset) for network in networks]
-    served = found[0]
-    if lowered and served.likeness is None:
-        log.warning("int8 has no layers of low rank: they tell nothing of what looks like no class")
-        return None
-    given = {}
-    for name, network, each in zip(("likeness", "full_likeness"), networks, found, strict=False):
-        if each.likeness:
-            files[name] = (f".{name}.npz", each.likeness.to_bytes())
-        for engine in network:
-            given[engine] = probabilities(forms[engine][1][0], each.temperature)
+    forms, files, left_out = _forms(_on_cpu(model), _on_cpu(narrow or model), dataset)
+    for engine, reason in left_out.items():
+        log.warning("the model is saved without %s: %s", engine, reason)
+    served = calibrated(forms, dataset)
+    if served.likeness is None:
+        log.warning("what looks like no class is told by logits, not by features")
+    else:
+        files["likeness"] = (".likeness.npz", served.likeness.to_bytes())
+    given = {
+        engine: probabilities(outputs[0], served.temperature)
+        for engine, (_, outputs) in forms.items()
+    }
     files["golden"] = (".golden.npz", golden(images, given, served.engine))
     logits = forms[served.engine][1][0]
     metrics = {
@@ -106,22 +87,30 @@ def _export(model: nn.Module, dataset: Dataset, lowered: bytes | None) -> Export
         "ece": calibration_error(given[served.engine], labels),
         "ece_before": calibration_error(probabilities(logits), labels),
     }
-    calibration = decided(served) | ({"full": decided(found[1])} if lowered else {})
+    calibration = {
+        "temperature": served.temperature,
+        "uncertain_below": served.uncertain_below,
+        "score": "likeness" if served.likeness else "logit",
+    }
     return Export(files, served, left_out, metrics, calibration)
 
 
+def _on_cpu(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu()
+
+
 def _forms(
-    model: nn.Module, dataset: Dataset, lowered: bytes | None
+    model: nn.Module, narrow: nn.Module, dataset: Dataset
 ) -> tuple[dict[str, Form], dict[str, tuple[str, bytes]], dict[str, str]]:
-    """By engine what is right, and its file; and why others are left out."""
+    """By engine what is right, the best first, and its file; and why others are left out."""
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
     in_torch = Classifier("torch", inference.by_torch(model, dataset.mean, dataset.std))
     forms = {"torch": (in_torch, in_torch.outputs(images))}
     files: dict[str, tuple[str, bytes]] = {}
     left_out: dict[str, str] = {}
     steps: list[tuple[str, str, Callable[[], bytes]]] = [
-        ("onnx", ".onnx", lambda: to_onnx(model, dataset)),
-        ("onnx_int8", ".int8.onnx", lambda: to_int8(lowered or files["onnx"][1], dataset)),
+        ("onnx", ".onnx", lambda: to_onnx(narrow, dataset)),
+        ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset)),
     ]
     for engine, ending, make in steps:
         try:
@@ -136,7 +125,8 @@ def _forms(
                 break
             continue
         files[engine], forms[engine] = (ending, content), (form, outputs)
-    return forms, files, left_out
+    best_first = {engine: forms[engine] for engine in inference.FILES if engine in forms}
+    return best_first, files, left_out
 
 
 def errors(scores: np.ndarray, labels: np.ndarray) -> int:
@@ -254,22 +244,12 @@ def golden(images: np.ndarray, given: dict[str, np.ndarray], served: str) -> byt
 # --- the temperature -----------------------------------------------------------------------------
 
 
-def calibrated(network: dict[str, Form], dataset: Dataset) -> Classifier:
-    """The first of these engines, all of which carry out one network, with temperature and
-    threshold."""
-    outputs = {engine: found for engine, (_, found) in network.items()}
-    first = next(iter(network))
+def calibrated(forms: dict[str, Form], dataset: Dataset) -> Classifier:
+    """The first of these engines, with temperature and threshold."""
+    outputs = {engine: found for engine, (_, found) in forms.items()}
+    first = next(iter(forms))
     temperature = fit_temperature(outputs[first][0], dataset.calibration.labels.numpy())
-    return with_threshold(replace(network[first][0], temperature=temperature), outputs, dataset)
-
-
-def decided(classifier: Classifier) -> dict[str, Any]:
-    """What a record says of it."""
-    return {
-        "temperature": classifier.temperature,
-        "uncertain_below": classifier.uncertain_below,
-        "score": "likeness" if classifier.likeness else "logit",
-    }
+    return with_threshold(replace(forms[first][0], temperature=temperature), outputs, dataset)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

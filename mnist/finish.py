@@ -5,10 +5,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from mnist import release, search, training
+from mnist import budget, release, search, training
 from mnist import study as studies
 from mnist.display import Display, words
-from mnist.job import Job, lowering, network, result, winner
+from mnist.job import Job, network, result, winner
 from mnist.release import Trained
 from mnist.workers import Ended, Pool, Report, Run, cores, restore
 
@@ -45,13 +45,14 @@ def confirm(job: Job, pool: Pool, screen: Display) -> None:
             trial.params,
             job.plan.trial_samples,
             studies.seed_of(job.options.seed, trial.number, i, 1),
+            plain=job.options.plain,
+            bfloat16=job.plan.bfloat16,
             micro_batch=studies.micro_batch(trial),
             checkpoint=job.folder / f"confirm-{trial.number}-{i}.pt",
         )
 
     for done, total in search.confirm(job.member, pool, run_of, job.confirmed):
-        final = final_s(job) * (1 + lowering(job.options))
-        left_s = job.plan.confirm_s * (1 - done / total) + final
+        left_s = job.plan.confirm_s * (1 - done / total) + final_s(job) + job.plan.release_s
         screen.confirmation(done, total, left_s)
         job.in_time("the best trials are not confirmed yet")
 
@@ -95,7 +96,7 @@ def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, f
     seen: list[tuple[int, float]] = []  # images, at what time; fewer of them after a restart
     for _, message in search.carry_out(pool, {"final": run}):
         if isinstance(message, Report):
-            screen.training("final", message.progress, job.plan.final_s, lowering(job.options))
+            screen.training("final", message.progress, job.plan.final_s, job.plan.release_s)
             seen.append((message.progress.samples, time.monotonic()))
         elif message is not None:
             (m, start), (n, end) = (seen[0], seen[-1]) if seen else ((0, 0.0), (0, 0.0))
@@ -115,6 +116,8 @@ def final_run(job: Job, best: FrozenTrial) -> Run:
         samples,
         studies.seed_of(job.options.seed),
         final=True,
+        plain=job.options.plain,
+        bfloat16=job.plan.bfloat16,
         threads=cores(),
         micro_batch=studies.micro_batch(best),
         checkpoint=stem.with_suffix(".pt"),
@@ -126,11 +129,10 @@ def final_s(job: Job) -> float:
     """Seconds that the final training may take, as far as it goes by the time left."""
     if job.options.final_epochs:
         return job.plan.final_s
-    passed_s, share = time.monotonic() - job.start, 1 / (1 + lowering(job.options))
-    if job.options.timeout:  # leave room for the evaluation, and for a machine that slows down
-        return min(0.7 * max(0.0, job.options.timeout - passed_s) * share, job.plan.final_s)
-    left_s = (job.total_s - passed_s) * share
-    return min(max(left_s, 0.75 * job.plan.final_s), 1.1 * job.plan.final_s)
+    passed_s = time.monotonic() - job.start
+    if job.options.timeout:
+        return budget.final_s_until(job.plan, job.options.timeout - passed_s)
+    return budget.final_s(job.plan, budget.total_s(job.work, job.plan.images_per_s) - passed_s)
 
 
 def final_samples(job: Job, best: FrozenTrial) -> int:
@@ -141,7 +143,7 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
     for path in job.folder.glob(f"final-{best.number}-*.pt"):
         return int(path.name.split("-")[2].split(".")[0])
     least = min(LEAST_FINAL, epoch)
-    most = min(final_s(job) * job.plan.images_per_s, search.most_final(job.dataset))
+    most = min(final_s(job) * job.plan.images_per_s, job.work.most_final)
     if most <= least:
         return least
     measured = training.speed(
@@ -149,6 +151,7 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
         job.dataset,
         **best.params | {"lr": TINY_LR},
         micro_batch=studies.micro_batch(best),
+        bfloat16=job.plan.bfloat16,
     )
     # Not faster than planned: a machine is rarely alone for long.
     return max(least, round(min(final_s(job) * measured, most)))

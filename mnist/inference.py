@@ -204,7 +204,8 @@ def _has_gpu() -> bool:
 def _calibrated(folder: Path, name: str, record: registry.Record, engine: str) -> dict[str, Any]:
     """What a Classifier takes of the record's `calibration`; old records say less.
 
-    Where int8 has layers of low rank, the other engines have a `full` network, and their own.
+    In models of before there were training forms int8 was another network than the others, which
+    have a `full` entry.
     """
     about, kind = record.get("calibration", {}), "likeness"
     if engine != "onnx_int8" and "full" in about:

@@ -13,13 +13,12 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import data, models, registry, search
+from mnist import budget, data, folding, models, registry, search
 from mnist import study as studies
 from mnist.members import Member
 from mnist.options import Options
 from mnist.space import Space
 
-LOWERED_SHARE = 0.15  # of the final training's work, to train its layers of low rank on (release)
 ABANDONED_S = 600  # writing a checkpoint takes seconds
 
 
@@ -32,21 +31,16 @@ class Job:
     dataset: data.Dataset
     space: Space
     device: torch.device
-    plan: search.Plan
+    plan: budget.Plan
     trials: int
     confirmed: int  # so many of the best trials are confirmed on fresh seeds
-    total_s: float
+    work: budget.Work
     start: float
     latest: float
 
     @property
     def study(self) -> optuna.Study:
         return self.member.study
-
-    @property
-    def rest_s(self) -> float:
-        """Seconds expected of all that comes after the search."""
-        return self.plan.confirm_s + self.plan.final_s * (1 + lowering(self.options))
 
     @property
     def folder(self) -> Path:
@@ -59,16 +53,10 @@ class Job:
             raise search.Unfinished(f"--timeout: {otherwise}")
 
 
-def lowering(options: Options) -> float:
-    """The time for training layers of low rank on, as a share of the final training's; a network
-    in which none gains is done sooner."""
-    return 0.0 if options.quick else LOWERED_SHARE
-
-
 def network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
-    """A new network for the data."""
-    classes = len(dataset.classes)
-    return models.build(options.model, dataset.channels, dataset.size, classes).to(device)
+    """A new network for the data, in its training form unless --plain."""
+    model = models.build(options.model, dataset.channels, dataset.size, len(dataset.classes))
+    return (model if options.plain else folding.training_form(model)).to(device)
 
 
 def winner(job: Job) -> FrozenTrial | None:

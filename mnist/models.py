@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mnist.lowrank import Steps
+from mnist.folding import Factors
 
 
 def _start(model: nn.Module) -> None:
@@ -32,6 +32,9 @@ class Parallel(nn.Module):
 
     Images (N, channels, size, size) float32, standardised -> logits (N, classes).
     """
+
+    # In its training form, see mnist.folding.
+    NORMALISED = ("conv1", "conv2_1", "conv2_2", "conv3_1", "conv3_2", "fc1", "fc2")
 
     def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
@@ -59,6 +62,8 @@ class ParallelSplit(nn.Module):
 
     Each has a convolution of its own there, half as wide; what they find is joined.
     """
+
+    NORMALISED = Parallel.NORMALISED
 
     def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
@@ -169,8 +174,8 @@ class WithFeatures(nn.Module):
 
     Images (N, channels, size, size) float32 -> logits (N, classes), and for each of the last
     FEATURE_LAYERS linear and 2-d convolutional layers features (N, d) float32, d at most WIDEST:
-    that layer's input. A network without such layers, or of fewer, gives fewer. Steps of low rank
-    are one layer, so that a lowered network has the features of the one it was made from.
+    that layer's input. A network without such layers, or of fewer, gives fewer. Factors are one
+    layer, so that a training form has the features of its plain network.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -186,7 +191,7 @@ class WithFeatures(nn.Module):
                 del seen[:-FEATURE_LAYERS]
 
         modules = [*self.model.modules()]
-        later = {step for m in modules if isinstance(m, Steps) for step in [*m][1:]}
+        later = {layer for m in modules if isinstance(m, Factors) for layer in [*m][1:]}
         layers = [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d) and m not in later]
         hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from mnist import data, models, own
+from mnist import data, folding, models, own
 from mnist import space as spaces
 from mnist import study as studies
 
@@ -195,7 +195,10 @@ class Options:
         callback=_load_own,
         type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
     )
-    quick: bool = option(False, "The whole path in one or two minutes.", is_flag=True)
+    quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
+    plain: bool = option(
+        False, "Train the network's own layers, not its training form.", is_flag=True
+    )
     json: bool = option(False, "The result as JSON on standard output.", is_flag=True)
 
     @property
@@ -253,14 +256,19 @@ class Command(click.Command):
         with formatter.section("Data sets"):
             formatter.write_text(", ".join(data.DATASETS))
         with formatter.section("Networks, with their parameters (28x28, grey, 10 classes)"):
-            formatter.write_dl([(name, _shown(_parameters(name))) for name in models.NETWORKS])
+            formatter.write_dl([(name, _described(name)) for name in models.NETWORKS])
         with formatter.section("Hyperparameters, for --space and --param"):
             known = spaces.HYPERPARAMETERS.items()
             formatter.write_dl([(name, f"{each.text} ({each.limits()})") for name, each in known])
 
 
-def _shown(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
+def _described(name: str) -> str:
+    """Its parameters, and those of its training form if it has one."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        model = models.build(name, 1, 28, 10)
+        plain, trained = map(models.parameters, (model, folding.training_form(model)))
+        return f"{plain:,}" + ("" if plain == trained else f"; {trained:,} in training (--plain)")
+    return "?"
 
 
 def _parameters(name: str) -> int | None:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,23 +12,18 @@ import click
 import optuna
 import torch
 
-from mnist import data, models, own, search, training
+from mnist import budget, data, models, own, training
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import reason, said
-from mnist.job import Job, lowering, network, origin
+from mnist.job import Job, network, origin
 from mnist.members import Member
 from mnist.options import Options
 
 BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32
 TRIALS, QUICK_TRIALS = 32, 3
 CONFIRM, QUICK_CONFIRM = 2, 0
-# Least images that a trial sees. Where a slow machine left 300, the best of 32 was 43 % right, its
-# rank a matter of luck. With 1,500 it was 90 %, but that took much of the final training's time.
-LEAST, QUICK_LEAST = 1_000, 300
-TARGET_S = 15.5 * 60  # what the default run plans with: it ends within 20 minutes, also where the
-# machine slows down by a quarter meanwhile (16.5 once took 20.7)
-QUICK_S = 20.0
+BFLOAT16_GAIN = 1.2  # least ratio of speeds for which rounding to 8 bits is worth it
 SPEED_BATCH = 64  # with which the machine is measured at the start
 
 
@@ -45,10 +41,16 @@ def prepare(
     confirmed = options.confirm
     if confirmed is None:
         confirmed = QUICK_CONFIRM if options.quick else CONFIRM
-    total_s = min(QUICK_S if options.quick else TARGET_S, options.timeout or float("inf"))
-    plan = fit_to_machine(options, member, dataset, space, model, (trials, confirmed), total_s)
+    work = budget.Work(
+        trials,
+        confirmed * studies.CONFIRM_SEEDS,
+        len(dataset.train),
+        len(dataset.validation),
+        min(training.SUBSET, len(dataset.validation)),
+    )
+    plan = fit_to_machine(options, member, dataset, space, model, work, times[0])
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
-    return Job(options, member, dataset, space, device, plan, trials, confirmed, total_s, *times)
+    return Job(options, member, dataset, space, device, plan, trials, confirmed, work, *times)
 
 
 def check(each: list[Options]) -> None:
@@ -152,29 +154,36 @@ def fit_to_machine(
     dataset: data.Dataset,
     space: spaces.Space,
     model: torch.nn.Module,
-    runs: tuple[int, int],
-    total_s: float,
-) -> search.Plan:
-    """The study's own plan, or one by the speed of this machine, for which `model` is trained;
-    `runs`: trials, confirmed."""
+    work: budget.Work,
+    start: float,
+) -> budget.Plan:
+    """The study's own plan, or one by the speed of this machine, for which `model` is trained."""
     kept = member.update(lambda study: study.user_attrs.get("plan"))
     asked = round(options.epochs * len(dataset.train)) if options.epochs else None
     if kept and asked in (None, kept["trial_samples"]):
-        plan = search.Plan(**kept)
+        plan = budget.Plan(**kept)
     else:
-        speed = measured(options, model, dataset)
-        least = QUICK_LEAST if options.quick else LEAST
-        plan = search.plan(dataset, *runs, speed, total_s, least, asked, lowering(options))
+        images_per_s, bfloat16 = measured(options, model, dataset)
+        left_s = total_s(options, work, images_per_s) - (time.monotonic() - start)
+        plan = budget.plan(
+            work,
+            images_per_s,
+            left_s,
+            trial_samples=asked,
+            quick=options.quick,
+            bfloat16=bfloat16,
+        )
 
-    def agree(study: optuna.Study) -> search.Plan:
+    def agree(study: optuna.Study) -> budget.Plan:
         """By the first member's plan, if another one came first."""
-        chosen = plan if asked else search.Plan(**study.user_attrs.get("plan", asdict(plan)))
+        chosen = plan if asked else budget.Plan(**study.user_attrs.get("plan", asdict(plan)))
         if "plan" not in study.user_attrs:  # before the fingerprint: a kill in between must not
             study.set_user_attr("plan", asdict(chosen))  # leave one without its plan
             study.set_user_attr("origin", origin(options))
         parts = (models.NETWORKS[options.model], data.reader(options.dataset))
         model = options.model + (own.digest(options.import_) if any(map(own.made, parts)) else "")
-        wanted = studies.fingerprint(dataset, model, chosen.trial_samples, space)
+        form = "plain" if options.plain else "training form"
+        wanted = studies.fingerprint(dataset, f"{model}, {form}", chosen.trial_samples, space)
         studies.agree(study, wanted)
         return chosen
 
@@ -185,12 +194,34 @@ def fit_to_machine(
     return plan
 
 
-def measured(options: Options, model: torch.nn.Module, dataset: data.Dataset) -> float:
-    """Training images a second; raises click.UsageError where the network cannot be trained."""
+def total_s(options: Options, work: budget.Work, images_per_s: float) -> float:
+    """Seconds that the whole command may take."""
+    planned_s = budget.QUICK_S if options.quick else budget.total_s(work, images_per_s)
+    return min(planned_s, options.timeout or float("inf"))
+
+
+def measured(options: Options, model: torch.nn.Module, dataset: data.Dataset) -> tuple[float, bool]:
+    """Training images a second, and whether they are so many in bfloat16.
+
+    Trials that other machines may repeat are trained in float32. Raises click.UsageError where the
+    network cannot be trained.
+    """
     try:
-        return training.speed(model, dataset, batch_size=SPEED_BATCH)
+        speeds = {
+            bfloat16: training.speed(model, dataset, batch_size=SPEED_BATCH, bfloat16=bfloat16)
+            for bfloat16 in ([False, True] if may_be_bfloat16(options) else [False])
+        }
     except Exception as error:
         raise unsound(options, error) from error
+    bfloat16 = speeds.get(True, 0.0) > BFLOAT16_GAIN * speeds[False]
+    return speeds[bfloat16], bfloat16
+
+
+def may_be_bfloat16(options: Options) -> bool:
+    """Whether this machine multiplies in bfloat16, and no other is to get the same results."""
+    capable = torch.cpu.get_capabilities()
+    native = capable.get("avx512_bf16") or capable.get("amx_bf16")
+    return bool(native) and studies.sqlite_file(options.storage) is not None
 
 
 def unsound(options: Options, error: Exception) -> click.UsageError:

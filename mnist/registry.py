@@ -147,8 +147,8 @@ def better(new: Record, current: Record | None) -> bool:
     """Whether `new` may become current in place of `current`, by its own merit.
 
     It may where there is none, or for the same data and classes when it makes no larger share of
-    errors on the calibration split, neither with its weights nor as it is served, which may be
-    another network (mnist.lowrank); but a --quick model never replaces one that is not.
+    errors on the calibration split, neither with its weights nor as it is served; but a --quick
+    model never replaces one that is not.
     """
     if current is None:
         return True

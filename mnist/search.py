@@ -1,4 +1,4 @@
-"""The search: trials and their confirmations, carried out by workers; the plan of its time."""
+"""The search: trials and their confirmations, carried out by workers."""
 
 import time
 from collections.abc import Callable, Generator, Hashable, Mapping
@@ -9,22 +9,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import study as studies
 from mnist import training
-from mnist.data import Dataset
 from mnist.members import Claim, Lost, Member
 from mnist.space import DEFAULT, Space
-from mnist.study import CONFIRM_SEEDS, REDUCTION, RUNGS
 from mnist.workers import Ended, Pool, Report, Run, Worker
 
 FAILURES = 5  # failed trials in a row that end a search
-# Of the time; the rest is the final model's. 0.28 (with 3 trials confirmed) left trials of 1,500
-# images, which told little; 0.38 made more calibration errors: 28 of 2,500 instead of 24.
-SEARCH_SHARE = 0.3
-TRIAL_COST = (
-    0.35  # of a trial's most images, seen on average: 1/6 + 1/3 * 1/3 + 1/9 * 1/2, and luck
-)
-# Most that a trial and the final model see: a pass and 20 of them; or so many images where the data
-# set is small, for what a few steps of training have made says nothing.
-TRIAL_IMAGES, FINAL_IMAGES, FINAL_PASSES = 10_000, 60_000, 20
 WAIT_S = 1.0
 
 K = TypeVar("K", bound=Hashable)
@@ -220,55 +209,3 @@ def keep_confirmation(member: Member, key: tuple[int, int], ended: Ended) -> Non
         accuracy = ended.accuracy
         assert accuracy is not None
         member.update(lambda study: studies.confirm(study, number, i, accuracy))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a time is spent: the most images a trial sees, seconds expected for each trial and for
-    the final model, the training images a second that this rests on, and seconds expected for the
-    confirmations."""
-
-    trial_samples: int
-    trial_s: float
-    final_s: float
-    images_per_s: float
-    confirm_s: float = 0.0  # studies of before there were any
-
-
-def plan(
-    dataset: Dataset,
-    trials: int,
-    confirmed: int,
-    images_per_s: float,
-    total_s: float,
-    least_samples: int,
-    trial_samples: int | None = None,
-    lowering: float = 0.0,
-) -> Plan:
-    """Spend about `total_s`, SEARCH_SHARE of it on the search, at `images_per_s` in training.
-
-    By the rungs above a trial costs TRIAL_COST of its most images on average, and forward passes,
-    a third of a training step each, over validation images; the confirmation of each of the
-    `confirmed` best trials costs CONFIRM_SEEDS whole ones. A faster machine gets longer trials,
-    up to a pass over the training split, or TRIAL_IMAGES; then it is simply done sooner. On a slow
-    one they have `least_samples`, and the search takes more than its share. What comes after the
-    final training takes `lowering` of the time of that.
-    """
-    whole = len(dataset.validation) / 3
-    part = training.SUBSET * (1 + 1 / REDUCTION) / 3 + whole / REDUCTION ** len(RUNGS)
-    runs = confirmed * CONFIRM_SEEDS
-    if trial_samples is None:
-        room = total_s * SEARCH_SHARE * images_per_s - trials * part - runs * whole
-        samples = room / (trials * TRIAL_COST + runs)
-        most = max(len(dataset.train), TRIAL_IMAGES)
-        trial_samples = int(min(max(samples, least_samples), most))
-    trial_s = (trial_samples * TRIAL_COST + part) / images_per_s
-    confirm_s = runs * (trial_samples + whole) / images_per_s
-    final_s = total_s * (1 - SEARCH_SHARE) / (1 + lowering)
-    final_s = min(final_s, most_final(dataset) / images_per_s)
-    return Plan(trial_samples, trial_s, final_s, images_per_s, confirm_s)
-
-
-def most_final(dataset: Dataset) -> int:
-    """Images that the final model sees at most, unless --final-epochs says otherwise."""
-    return max(FINAL_PASSES * (len(dataset.train) + len(dataset.validation)), FINAL_IMAGES)

@@ -11,12 +11,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from mnist import budget
 from mnist.data import FOLDER, Dataset
 from mnist.space import DEFAULT, Space, inside
 
 FIRST = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
-RUNGS = (1 / 6, 1 / 2)  # shares of a trial's images after which it is compared and may be pruned
-REDUCTION = 3  # about one trial in so many survives a rung
 IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
 CONFIRM_SEEDS = 2  # fresh ones, on which each of the best trials is confirmed
 BUSY_S = 60  # how long SQLite waits for another process's statement
@@ -144,14 +143,9 @@ def _differing(key: str, value: Any, there: Any) -> str:
     return f"{key} is {value}, there {there}"
 
 
-def rungs(trial_samples: int) -> list[int]:
-    """Numbers of images after which a trial of so many is compared, and may be pruned."""
-    return [max(1, int(RUNGS[0] * trial_samples)) * REDUCTION**i for i in range(len(RUNGS))]
-
-
 def pruner(trial_samples: int) -> optuna.pruners.BasePruner:
     """Successive halving (Li et al. 2020, arXiv 1810.05934) in images seen, whatever the batch."""
-    return optuna.pruners.SuccessiveHalvingPruner(rungs(trial_samples)[0], REDUCTION)
+    return optuna.pruners.SuccessiveHalvingPruner(budget.rungs(trial_samples)[0], budget.REDUCTION)
 
 
 class _Tpe(optuna.samplers.TPESampler):

@@ -21,7 +21,7 @@ from uuid import uuid4
 import torch
 from filelock import FileLock
 
-from mnist import models, own, training
+from mnist import folding, models, own, training
 from mnist.data import Dataset
 
 DEATHS = 3  # of a run's process without a new checkpoint in between, then it has failed
@@ -41,10 +41,12 @@ class Run:
     seed: int
     rungs: tuple[int, ...] = ()
     final: bool = False  # on training and validation images together
+    plain: bool = False  # the network's own layers, not its training form
+    bfloat16: bool = False
     threads: int | None = None
     micro_batch: int | None = None
     checkpoint: Path | None = None
-    weights: Path | None = None  # where the trained state dict is wanted
+    weights: Path | None = None  # where the state dict is wanted, of the training form
     deaths: int = 0  # of its processes, one after the other, since the checkpoint of time `mark`
     mark: int = 0
 
@@ -243,6 +245,7 @@ def _serve(pipe: Any, setup: Setup) -> None:
     """Run after run, until the command that started this process is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(setup.threads)
+    training.keep_freed_memory()
     dataset = None
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -296,6 +299,8 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
     torch.manual_seed(run.seed)
     classes = len(dataset.classes)
     model = models.build(run.network, dataset.channels, dataset.size, classes)
+    if not run.plain:
+        model = folding.training_form(model)
     model.to(dataset.train.labels.device)
     split = dataset.train + dataset.validation if run.final else dataset.train
     progresses = training.fit(
@@ -308,6 +313,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
         validate_at=run.rungs,
         seed=run.seed,
         micro_batch=run.micro_batch,
+        bfloat16=run.bfloat16,
         resume=restore(run.checkpoint),
     )
     saved, accuracy = time.monotonic(), None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist import data, export, inference, models, own, registry, scores, training
+from mnist import data, export, folding, inference, models, own, registry, scores, training
 from tests.conftest import DIGITS, Command
 from tests.test_registry import entry
 
@@ -156,8 +156,6 @@ def test_a_network_that_cannot_be_exported_is_served_by_torch(
     assert exported.served.engine == "torch"
     assert exported.left_out["onnx"]
     assert "saved without onnx" in caplog.text
-    again = export.export(fresh(network, small(1, 16, 3)), small(1, 16, 3), b"the lowered model")
-    assert again.served.engine == "torch"
     assert capfd.readouterr().out == ""  # run.py --json writes there
 
 
@@ -172,50 +170,38 @@ def test_int8_with_more_errors_than_allowed_is_left_out(monkeypatch: pytest.Monk
     assert "more errors of" in exported.left_out["onnx_int8"]
 
 
-def hidden(channels: int, size: int, classes: int) -> nn.Module:
-    layers = nn.Linear(channels * size**2, 32), nn.ReLU(), nn.Linear(32, classes)
-    return nn.Sequential(nn.Flatten(), *layers)
-
-
-def test_int8_is_of_the_lowered_model_and_each_of_the_two_is_calibrated_by_itself(
+def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(models.NETWORKS, "hidden", hidden)
+    monkeypatch.setattr(folding, "LARGE_CONV", 100)
+    monkeypatch.setattr(folding, "LARGE_LINEAR", 100)
+    monkeypatch.setattr(folding, "CONV_RANK", 4)
     dataset = data.load("digits")
-    model = trained(dataset, "hidden")
-    lowered = trained(dataset, "hidden", seed=1, samples=12_000)  # has other features
-    exported = export.export(model, dataset, export.to_onnx(lowered, dataset))
-    images = dataset.validation.images.numpy()
-    wanted = inference.by_torch(lowered, dataset.mean, dataset.std)(images)[0]
+    torch.manual_seed(0)
+    form = folding.training_form(models.build("parallel", 1, dataset.size, 10))
+    for _ in training.fit(form, dataset, dataset.train, samples=3_000, lr=0.003):
+        pass
+    model = folding.fold(form.eval())
+    exported = export.export(model, dataset, folding.merge_norms(form))
     assert exported.served.engine == "onnx_int8"
-    assert exported.served.logits(images) == pytest.approx(
-        wanted, abs=0.1 * float(np.abs(wanted).max())
-    )
-    about = exported.calibration
-    assert about["full"]["temperature"] != about["temperature"]
+    assert len(exported.files["onnx"][1]) < 4 * models.parameters(model) / 10
     state = io.BytesIO()
     torch.save(model.state_dict(), state)
-    record = entry(dataset=dataset.record(0), model={"name": "hidden"}, calibration=about)
+    record = entry(
+        dataset=dataset.record(0), model={"name": "parallel"}, calibration=exported.calibration
+    )
     files = {"weights": (".pth", state.getvalue())} | exported.files
     name = registry.save(tmp_path, files, record, "always")
-    for engine in inference.FILES:
-        classify = inference.load(tmp_path, name, engine=engine)
-        decided = about if engine == "onnx_int8" else about["full"]
-        assert classify.temperature == decided["temperature"]
-        _, uncertain = classify.read(dataset.calibration.images.numpy())
-        assert uncertain.sum() == int(export.UNCERTAIN * len(uncertain))
-
-
-def test_where_the_lowered_model_is_wrong_int8_goes_without(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    dataset = small(1, 16, 3)
-    wrong = export.to_onnx(models.build("linear", 1, 16, 3), dataset)  # of other weights
-    exported = export.export(trained(dataset), dataset, wrong)
-    assert exported.served.engine == "onnx_int8"
-    assert exported.left_out == {}
-    assert "full" not in exported.calibration
-    assert "no layers of low rank: it makes" in caplog.text
+    images = dataset.calibration.images.numpy()
+    given = {
+        engine: inference.load(tmp_path, name, engine=engine).outputs(images)
+        for engine in inference.FILES
+    }
+    for logits, features in zip(given["torch"], given["onnx"], strict=True):
+        assert logits == pytest.approx(features, abs=1e-4)
+    for engine in inference.FILES:  # one likeness and one threshold are right for all of them
+        _, uncertain = inference.load(tmp_path, name, engine=engine).read(images)
+        assert uncertain.mean() <= 2 * export.UNCERTAIN
 
 
 @pytest.mark.parametrize(("more", "taken"), [(0, True), (1, True), (2, False)])

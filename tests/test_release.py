@@ -1,7 +1,6 @@
 """mnist.release: what is saved of a final model, and the test split opened once."""
 
 import types
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,96 +73,26 @@ def test_a_better_model_becomes_current_and_a_worse_one_does_not(
     assert found == [("a", True), ("b", True), ("b", False)]
 
 
-WIDE = """
-from torch import nn
-from mnist import models
-
-def wide(channels, size, classes):
-    layers = nn.Linear(channels * size**2, 300), nn.ReLU(), nn.Linear(300, classes)
-    return nn.Sequential(nn.Flatten(), *layers)
-
-models.NETWORKS["wide"] = wide
-"""
-
-
-@pytest.fixture
-def wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options with which a model has a layer that low rank is a gain for."""
-    monkeypatch.setitem(models.NETWORKS, "wide", models.Linear)  # gone when the test is over
-    file = tmp_path / "wide.py"
-    file.write_text(WIDE)
-    return ["--dataset", "digits", "--import", str(file), "--model", "wide", *SHORT]
-
-
-def test_int8_is_of_the_model_in_low_rank_which_is_trained_once(
-    run: Command, tmp_path: Path, wide: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
+    run: Command, tmp_path: Path
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+    done = run("--dataset", "digits", "--model", "parallel", *SHORT, "--final-epochs", "3")
+    assert done.returncode == 0, done.stderr
+    name, record = registry.record(tmp_path / "saved_models")
+    weights = torch.load(tmp_path / "saved_models" / f"{name}.pth", weights_only=True)
+    plain = models.build("parallel", 1, 28, 10)
+    plain.load_state_dict(weights)
+    assert record["model"]["parameters"] == models.parameters(plain)
+    assert record["training"]["form"] == "factored"
+    test = record["metrics"]["test"]
+    digits = data.load("digits")
+    assert training.errors(plain, digits, digits.open_test()) == test["errors"]
+    assert abs(test["served_errors"] - test["errors"]) <= 2
 
-    with monkeypatch.context() as first:
-        first.setattr(release, "evaluate", killed)
-        assert run(*wide).returncode == 130
-    monkeypatch.setattr(release.lowrank, "lower", killed)  # what was kept will do
-    done = run(*wide)
+
+def test_plain_trains_the_layers_themselves(run: Command, tmp_path: Path) -> None:
+    done = run("--dataset", "digits", "--model", "parallel", *SHORT, "--plain")
     assert done.returncode == 0, done.stderr
     record = registry.record(tmp_path / "saved_models")[1]
-    assert "full" in record["calibration"]
-    files = record["files"]
-    assert "full_likeness" in files
-    assert files["onnx_int8"]["bytes"] < files["onnx"]["bytes"] / 5  # 8 bits alone: a quarter
-    assert not list((tmp_path / "artifacts").rglob("lowered*"))
-    wrong = record["metrics"]["test"]["served_errors"]
-    assert f"as it is served, in onnx_int8: {wrong} errors" in done.stdout
-    (page,) = (tmp_path / "saved_models").glob("*.report.html")
-    assert f"As it is served, in onnx_int8, it reads {wrong} wrong." in page.read_text()
-
-
-def test_a_training_on_that_was_killed_goes_on_from_its_checkpoint(
-    run: Command, tmp_path: Path, wide: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(release, "CHECKPOINT_S", 0)
-    begun: list[int] = []
-
-    def fit(*rest: Any, **options: Any) -> Iterator[training.Progress]:
-        if "resume" not in options:  # the network is tried, or the machine's speed
-            yield from real(*rest, **options)
-            return
-        begun.append((options["resume"] or {"step": 0})["step"])
-        for progress in real(*rest, **options):
-            yield progress
-            if len(begun) == 1 and 2 * progress.samples > progress.total:
-                raise KeyboardInterrupt
-
-    real = training.fit
-    monkeypatch.setattr(release.training, "fit", fit)
-    assert run(*wide).returncode == 130
-    assert run(*wide).returncode == 0
-    first, second = begun
-    assert first == 0 < second
-    assert "full" in registry.record(tmp_path / "saved_models")[1]["calibration"]
-
-
-@pytest.mark.parametrize("why", ["made up", "--timeout"])
-def test_a_model_is_saved_without_low_rank_where_that_fails_or_takes_too_long(
-    why: str,
-    run: Command,
-    tmp_path: Path,
-    wide: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def fails(*_: Any) -> None:
-        raise TypeError(why)
-
-    if why == "--timeout":
-        lower = release.lower
-        monkeypatch.setattr(release, "lower", lambda job, *_: lower(replace(job, latest=0.0), *_))
-    else:
-        monkeypatch.setattr(release.lowrank, "lower", fails)
-    done = run(*wide)
-    assert done.returncode == 0, done.stderr
-    assert f"int8 goes without layers of low rank: {why}" in caplog.text
-    record = registry.record(tmp_path / "saved_models")[1]
-    assert record["engines"] == {"served": "onnx_int8", "left_out": {}}
-    assert "full" not in record["calibration"]
+    assert record["training"]["form"] == "plain"
+    assert run("--dataset", "digits", "--model", "parallel", *SHORT).returncode == 2

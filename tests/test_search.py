@@ -10,7 +10,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import data, search
 from mnist import study as studies
-from mnist.data import Dataset
 from mnist.members import Claim, Member
 from mnist.workers import Ended, Pool, Run, Setup, Worker
 
@@ -205,18 +204,3 @@ def test_confirmations_are_kept_as_they_come_in_and_made_once(tmp_path: Path, po
         assert studies.winner(one.study, 2) is not None
         assert all(len(studies.confirmations(one.study, number)) == 2 for number in best)
     assert len(one.study.trials) == 4
-
-
-def test_a_plan_spends_the_time_it_is_given(digits: Dataset) -> None:
-    def planned(speed: float, lowering: float = 0.0) -> search.Plan:
-        return search.plan(digits, 4, 1, speed, total_s=300, least_samples=100, lowering=lowering)
-
-    slow, fast = planned(55), planned(1_000_000)
-    assert 4 * slow.trial_s + slow.confirm_s + slow.final_s == pytest.approx(300, rel=0.01)
-    assert fast.trial_samples == search.TRIAL_IMAGES  # of a small data set several passes
-    assert 4 * fast.trial_s + fast.confirm_s + fast.final_s < 1
-    assert 1.25 * planned(55, lowering=0.25).final_s == pytest.approx(slow.final_s)
-    assert planned(56).trial_samples > slow.trial_samples > 100
-    slower = planned(1)  # what shows nothing is not worth its time, either
-    assert slower.trial_samples == 100
-    assert 4 * slower.trial_s > search.SEARCH_SHARE * 300

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from mnist import models, training
+from mnist import folding, models, training
 from mnist.data import Dataset, Split
 
 
@@ -54,10 +54,33 @@ def test_progress_is_reported_where_asked_and_on_the_whole_at_the_end(digits: Da
 
 
 def test_validation_in_mid_run_does_not_change_the_run(digits: Dataset) -> None:
-    often, never = build(digits), build(digits)
-    fit(often, digits, validate_at=range(100, 2000, 100))
-    fit(never, digits)
-    assert torch.equal(often.state_dict()["output.weight"], never.state_dict()["output.weight"])
+    ends = []
+    for validation in (digits.validation, None):
+        model = folding.training_form(build(digits, "parallel"))
+        run = training.fit(
+            model, digits, digits.train, validation, samples=400, validate_at=[100, 200]
+        )
+        assert sum(progress.n is not None for progress in run) == (3 if validation else 0)
+        ends.append(model.state_dict())
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
+def test_a_cycle_of_the_learning_rate_ends_with_each_rung() -> None:
+    shares = [training.cycle(step, [2, 6]) for step in range(1, 7)]
+    assert shares == [0.25, 0.75, 0.125, 0.375, 0.625, 0.875]
+
+
+def test_bfloat16_rounds_and_learns_the_same(digits: Dataset) -> None:
+    ends = []
+    for bfloat16 in (False, True):
+        model = folding.training_form(build(digits, "parallel"))
+        last = fit(model, digits, samples=3_000, lr=0.002, bfloat16=bfloat16)[-1]
+        assert last.errors is not None
+        ends.append((last.errors, model.state_dict()["output.weight"]))
+    assert not torch.equal(ends[0][1], ends[1][1])
+    assert ends[1][1].dtype == torch.float32
+    assert abs(ends[0][0] - ends[1][0]) <= 8
 
 
 def test_every_sample_is_seen_once_in_a_pass() -> None:
