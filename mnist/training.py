@@ -27,6 +27,7 @@ WARM_UP = 0.15  # share of a run in which the learning rate rises
 SUBSET = 2_000  # validation images behind a report in mid-run; the last report uses them all
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 NORM_IMAGES, NORM_PART = 2_000, 250  # for the statistics of batch norms, so many at a time
+LEAST_PROBABILITY = 1e-12  # in a log-loss, which would be infinite of a 0
 SPEED_STEPS = 16  # of which the machine's speed is the median
 ROTATION, SCALE, SHIFT = (
     math.radians(8),
@@ -43,9 +44,10 @@ class Diverged(ArithmeticError):
 class Progress:
     """Where a run stands after `samples` of `total` training images.
 
-    `loss` is the mean since the last Progress; `errors` of `n` validation images are wrong,
-    both None where nothing was validated. `state()` is all that fit() needs to go on from here
-    (tensors and numbers); to be called before the next Progress is asked for.
+    `loss` is the mean since the last Progress; `errors` of `n` validation images are wrong, and
+    `log_loss` is their mean negative log-likelihood; None where nothing was validated. `state()`
+    is all that fit() needs to go on from here (tensors and numbers); to be called before the next
+    Progress is asked for.
     """
 
     samples: int
@@ -53,6 +55,7 @@ class Progress:
     loss: float
     errors: int | None = None
     n: int | None = None
+    log_loss: float | None = None
     state: Callable[[], dict[str, Any]] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -275,8 +278,7 @@ def fit(
         if checked is None or not (rung or step == steps):
             yield Progress(seen, total, mean_loss, state=state)
             continue
-        wrong = errors(model, dataset, checked)
-        yield Progress(seen, total, mean_loss, wrong, len(checked), state)
+        yield Progress(seen, total, mean_loss, *_validated(model, dataset, checked), state)
         model.train()
 
 
@@ -359,6 +361,14 @@ def predict(
 def errors(model: nn.Module, dataset: Dataset, split: Split) -> int:
     """How many images of `split` the model reads wrong."""
     return int((predict(model, dataset, split.images).argmax(1) != split.labels.cpu()).sum())
+
+
+def _validated(model: nn.Module, dataset: Dataset, split: Split) -> tuple[int, int, float]:
+    """Errors, of how many images, and log-loss."""
+    shares, labels = predict(model, dataset, split.images), split.labels.cpu()
+    of_truth = shares[torch.arange(len(labels)), labels].clamp_min(LEAST_PROBABILITY)
+    wrong = int((shares.argmax(1) != labels).sum())
+    return wrong, len(labels), -float(of_truth.log().mean())
 
 
 def speed(model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparameters: Any) -> float:

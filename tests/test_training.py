@@ -45,12 +45,17 @@ def test_same_seed_same_weights(digits: Dataset) -> None:
 
 
 def test_progress_is_reported_where_asked_and_on_the_whole_at_the_end(digits: Dataset) -> None:
-    reports = [p for p in fit(build(digits), digits, validate_at=[500, 1000]) if p.n]
+    model = build(digits)
+    reports = [p for p in fit(model, digits, validate_at=[500, 1000]) if p.n]
     assert [500 <= reports[0].samples < 550, 1000 <= reports[1].samples < 1050] == [True, True]
     assert reports[-1].samples == reports[-1].total
     assert reports[-1].n == len(digits.validation)
     assert reports[-1].accuracy == 1 - reports[-1].errors / reports[-1].n  # type: ignore[operator]
     assert len(reports) == 3
+    assert reports[-1].log_loss is not None
+    shares = training.predict(model, digits, digits.validation.images)
+    expected = nn.functional.nll_loss(shares.log(), digits.validation.labels)
+    assert reports[-1].log_loss == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_validation_in_mid_run_does_not_change_the_run(digits: Dataset) -> None:
