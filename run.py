@@ -93,16 +93,20 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     pool = Pool(workers, setup)  # its imports begin here, beside what comes before the training
     with Member(options.storage, options.study_name, threads) as member:
         job = prepare(options, member, device, (start, latest))
+        forecasts: list[tuple[float, float]] = []
         done = result(job) if member.update(studies.finished) >= job.trials else None
         if done is None:
-            screen = Display(job.trials, job.plan.trial_s, job.plan.after_search_s, job.space)
+            screen = Display(job.trials, job.plan, job.space, start)
             sweep(job)
             with screen, pool:
                 find(job, pool, screen)
                 done = finish(job, pool, screen)
+            forecasts = screen.forecasts
         publish(job, done)
         sweep(job)
         explain(job, done)
+        if forecasts:
+            keep_forecasts(job, forecasts)
         return show(job, done)
 
 
@@ -153,6 +157,12 @@ def trial_run(job: Job, claim: Claim) -> Run:
         threads=claim.threads,
         checkpoint=job.folder / f"trial-{claim.number}.pt",
     )
+
+
+def keep_forecasts(job: Job, forecasts: list[tuple[float, float]]) -> None:
+    """Leave what was announced, and how long it took, with the study (benchmarks.forecasts)."""
+    time_taken = {"seconds": round(time.monotonic() - job.start, 1), "forecasts": forecasts}
+    job.member.update(lambda study: study.set_user_attr("time", time_taken))
 
 
 def explain(job: Job, done: dict[str, Any]) -> None:

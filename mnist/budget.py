@@ -3,6 +3,7 @@
 Pure arithmetic on seconds, images and images a second; nothing here measures or waits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 RUNGS = (1 / 4,)  # shares of a trial's images after which it is compared and may be pruned
@@ -23,6 +24,8 @@ TARGET_S, LIMIT_S, ENOUGH_FINAL = 7.5 * 60, 14 * 60, 300_000
 QUICK_S = 20.0
 RELEASE_S = 20.0  # export, one evaluation, saving and the report, of `parallel` on two cores
 QUICK_RELEASE_S = 8.0
+PLAN_WEIGHT = 5  # trials
+LEAST_SHARE = 0.05  # of a training, below which its speed so far says little
 
 
 @dataclass(frozen=True)
@@ -131,3 +134,26 @@ def final_s(planned: Plan, left_s: float) -> float:
 def final_s_until(planned: Plan, left_s: float) -> float:
     """The same where --timeout leaves `left_s`, some of it for a machine that slows down."""
     return min(0.8 * max(0.0, left_s - planned.release_s), planned.final_s)
+
+
+def search_left_s(planned: Plan, todo: int, done: int, passed_s: float) -> float:
+    """Seconds until the search is over: `todo` trials, after `done` of them in `passed_s`.
+
+    The plan counts as much as PLAN_WEIGHT trials, so that the first ones do not mislead.
+    """
+    each_s = (passed_s + PLAN_WEIGHT * planned.trial_s) / (done + PLAN_WEIGHT)
+    return each_s * max(0, todo)
+
+
+def training_left_s(expected_s: float, share: float, passed_s: float) -> float:
+    """Seconds until a training is over of which the `share` (0..1) is done, after `passed_s`."""
+    if share < LEAST_SHARE:
+        return max(0.0, expected_s - passed_s)
+    return passed_s / share * (1 - share)
+
+
+def forecast_error(forecasts: Sequence[tuple[float, float]], seconds: float) -> float:
+    """Largest error of the announced end after the first quarter of a run, as a share of `seconds`,
+    which the run took; `forecasts` are seconds passed and seconds then announced to be left."""
+    later = [abs(passed + left - seconds) for passed, left in forecasts if passed > seconds / 4]
+    return max(later, default=0.0) / seconds

@@ -13,11 +13,13 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from mnist.budget import Plan, search_left_s, training_left_s
 from mnist.search import Update
 from mnist.study import FINISHED
 from mnist.training import Progress
 
-PLAIN_EVERY_S = 5.0
+PLAIN_EVERY_S = 10.0
+FORECAST_EVERY_S = 5.0  # of those that are kept
 MOST_FAILURES = 3  # whose reasons are printed; the report has all
 ROWS = 10
 
@@ -25,26 +27,27 @@ ROWS = 10
 class Display:
     """Shows a search and a final training on standard error; a context manager.
 
-    On a terminal it is one live table; else a line every PLAIN_EVERY_S seconds and one for each
-    trial that ends. `trial_s` and `rest_s` are the seconds expected of a trial and of all
-    that comes after the search, `names` are the hyperparameters.
+    On a terminal it is one live table; else at most one line in PLAIN_EVERY_S seconds. `names` are
+    the hyperparameters; `start` is when the command began, by time.monotonic(). `forecasts` keeps
+    what was announced: seconds since `start`, and seconds that were left then.
     """
 
-    def __init__(self, trials: int, trial_s: float, rest_s: float, names: Iterable[str]) -> None:
+    def __init__(self, trials: int, plan: Plan, names: Iterable[str], start: float) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.live = (
             Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         )
-        self.trials, self.rest_s = trials, rest_s
-        self.expected_s, self.names = trial_s, tuple(names)
+        self.trials, self.plan, self.names = trials, plan, tuple(names)
         self.done = self.pruned = self.timed = 0
         self.best: tuple[float, int] | None = None
         self.rows: list[list[str]] = []
         self.running: dict[int, list[str]] = {}
         self.accuracy: dict[int, str] = {}  # that a running trial reported last
         self.said = ""
-        self.start = self.last = time.monotonic()
+        self.command_start, self.start = start, time.monotonic()
+        self.last = self.start - PLAIN_EVERY_S
         self.started: dict[str, tuple[float, float]] = {}  # what: at what time, and share of it
+        self.forecasts: list[tuple[float, float]] = []
 
     def __enter__(self) -> "Display":
         if self.live:
@@ -106,19 +109,22 @@ class Display:
         and what comes after it `after_s`."""
         now, share = time.monotonic(), progress.samples / progress.total
         start, before = self.started.setdefault(what, (now, share))
-        each_s = (now - start) / (share - before) if share > before + 0.05 else expected_s
+        rest = 1 - before  # what was done before is known from a checkpoint
+        left_s = training_left_s(expected_s * rest, (share - before) / rest, now - start)
         row = [*self._row(what), f"{share:.0%}", f"loss {progress.loss:.3f}"]
-        self._show(row, each_s * (1 - share) + after_s)
+        self._show(row, left_s + after_s)
 
     def _row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
         return [str(first), *(_value((params or {}).get(name, "")) for name in self.names)]
 
     def _search_left_s(self) -> float:
-        spent_s = time.monotonic() - self.start
-        each_s = (spent_s + 5 * self.expected_s) / (self.timed + 5)  # the plan weighs five trials
-        return each_s * max(0, self.trials - self.done) + self.rest_s
+        todo, passed_s = self.trials - self.done, time.monotonic() - self.start
+        return search_left_s(self.plan, todo, self.timed, passed_s) + self.plan.after_search_s
 
     def _show(self, row: list[str] | None, left_s: float, ended: bool = False) -> None:
+        passed_s = time.monotonic() - self.command_start
+        if not self.forecasts or passed_s > self.forecasts[-1][0] + FORECAST_EVERY_S:
+            self.forecasts.append((round(passed_s, 1), round(left_s, 1)))
         best = f"best {self.best[0]:.2%} (trial {-self.best[1]})" if self.best else "no best yet"
         summary = (
             f"{self.done} of {self.trials} trials, {self.pruned} pruned, {best}, "
@@ -134,7 +140,7 @@ class Display:
                 table.add_row(*each)
             bar = ProgressBar(total=self.trials, completed=self.done, width=60)
             self.live.update(Group(table, summary, bar), refresh=True)
-        elif row and (ended or time.monotonic() - self.last > PLAIN_EVERY_S):
+        elif row and time.monotonic() - self.last > PLAIN_EVERY_S:
             self.last = time.monotonic()
             self.say(f"trial {' '.join(word for word in row if word)} | {summary}")
 

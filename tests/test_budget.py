@@ -66,3 +66,29 @@ def test_rungs_are_within_the_trial() -> None:
     for samples in (1, 10, 20_000):
         assert all(1 <= rung <= samples for rung in budget.rungs(samples))
     assert budget.rungs(20_000) == [int(share * 20_000) for share in budget.RUNGS]
+
+
+@pytest.mark.parametrize(
+    ("todo", "done", "passed_s", "left_s"),
+    [(32, 0, 0, 160), (27, 5, 25, 135), (27, 5, 75, 270), (0, 32, 160, 0), (-1, 33, 160, 0)],
+)
+def test_the_search_that_is_left_goes_by_the_plan_then_by_the_trials(
+    todo: int, done: int, passed_s: float, left_s: float
+) -> None:
+    plan = budget.Plan(1_000, trial_s=5.0, final_s=200.0, images_per_s=100.0)
+    assert budget.search_left_s(plan, todo, done, passed_s) == pytest.approx(left_s)
+
+
+@pytest.mark.parametrize(
+    ("share", "passed_s", "left_s"), [(0, 0, 100), (0.01, 5, 95), (0.5, 80, 80), (1, 150, 0)]
+)
+def test_the_training_that_is_left_goes_by_the_plan_then_by_its_speed(
+    share: float, passed_s: float, left_s: float
+) -> None:
+    assert budget.training_left_s(100, share, passed_s) == pytest.approx(left_s)
+
+
+def test_a_forecast_is_judged_by_its_worst_moment_after_the_first_quarter() -> None:
+    forecasts = [(1.0, 500.0), (30.0, 75.0), (60.0, 38.0), (90.0, 10.0)]
+    assert budget.forecast_error(forecasts, 100.0) == pytest.approx(0.05)
+    assert budget.forecast_error([(1.0, 500.0)], 100.0) == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mnist import display, models, registry
+from mnist import budget, display, models, registry
 from tests.conftest import SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -18,7 +18,8 @@ def test_the_time_left_has_what_comes_after_a_training(
     monkeypatch.setattr(display, "PLAIN_EVERY_S", -1.0)
     half: Any = types.SimpleNamespace(samples=50, total=100, loss=0.5)
     for after, left in ((0.0, "about 50 s left"), (30.0, "about 80 s left")):
-        display.Display(1, 1.0, 1.0, []).training("final", half, 100.0, after)
+        plan = budget.Plan(1, 1.0, 1.0, 1.0)
+        display.Display(1, plan, [], 0.0).training("final", half, 100.0, after)
         assert left in capsys.readouterr().err
 
 

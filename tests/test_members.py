@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from mnist import members
+from mnist import budget, members
 from mnist import study as studies
 from mnist.members import Lost, Member
 from tests.conftest import ROOT
@@ -248,7 +248,7 @@ def test_a_member_that_was_taken_for_dead_cannot_change_the_trial(one: Member, t
 
 
 def test_a_verdict_that_was_lost_with_its_process_is_given_again(one: Member) -> None:
-    rung = studies.rungs(600)[0]
+    rung = budget.rungs(600)[0]
     for accuracy in (0.9, 0.8, 0.7):
         claim = one.ask(9, seed=0)
         assert claim is not None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import data, search
+from mnist import budget, data, search
 from mnist import study as studies
 from mnist.members import Claim, Member
 from mnist.workers import Ended, Pool, Run, Setup, Worker
@@ -24,7 +24,7 @@ def pool() -> Iterator[Pool]:
 
 
 def run_of(claim: Claim, network: str = "linear") -> Run:
-    rungs = tuple(studies.rungs(SAMPLES))
+    rungs = tuple(budget.rungs(SAMPLES))
     return Run(network, claim.params, SAMPLES, studies.seed_of(0, claim.number), rungs)
 
 
