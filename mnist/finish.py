@@ -37,14 +37,14 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
 
 
 def confirm(job: Job, pool: Pool, screen: Display) -> None:
-    """Have the best trials confirmed."""
+    """Have the best trials run again on fresh seeds, and beside them the yardsticks."""
 
     def run_of(trial: FrozenTrial, i: int) -> Run:
         return Run(
             job.options.model,
             trial.params,
             job.plan.trial_samples,
-            studies.seed_of(job.options.seed, trial.number, i, 1),
+            studies.seed_of(job.options.seed, i, 1),  # the same seeds for all of them
             plain=job.options.plain,
             bfloat16=job.plan.bfloat16,
             micro_batch=studies.micro_batch(trial),

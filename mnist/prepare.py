@@ -43,7 +43,7 @@ def prepare(
         confirmed = QUICK_CONFIRM if options.quick else CONFIRM
     work = budget.Work(
         trials,
-        confirmed * studies.CONFIRM_SEEDS,
+        (confirmed + len(studies.YARDSTICKS)) * studies.CONFIRM_SEEDS if confirmed else 0,
         len(dataset.train),
         len(dataset.validation),
         min(training.SUBSET, len(dataset.validation)),

@@ -75,6 +75,7 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
             "id": job.member.study_id,
             "trial": best.number,
             "trials": job.member.update(studies.finished),
+            "worth": job.member.update(lambda study: studies.worth(study, best.number)),
         },
         "metrics": {
             "validation": validation(job, best),

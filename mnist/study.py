@@ -17,7 +17,8 @@ from mnist.space import DEFAULT, Space, inside
 
 FIRST = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
 IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
-CONFIRM_SEEDS = 2  # fresh ones, on which each of the best trials is confirmed
+YARDSTICKS = ("first", "median")
+CONFIRM_SEEDS = 2  # fresh ones, on which the best trials and the yardsticks are run again
 BUSY_S = 60  # how long SQLite waits for another process's statement
 # After which PostgreSQL ends a transaction that does nothing, or waits for a lock; less than
 # members.GRACE_S, so that a trial is free before another member takes it.
@@ -235,14 +236,47 @@ def confirm(study: optuna.Study, number: int, seed: int, accuracy: float) -> Non
     study.set_user_attr("confirmations", kept | {str(number): own})
 
 
+def yardsticks(study: optuna.Study) -> dict[str, FrozenTrial]:
+    """The finished trials beside which the winner shows what the search was worth: the `first` one,
+    and the `median` one by its first report."""
+    reported = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=FINISHED)
+        if trial.intermediate_values
+    ]
+    if not reported:
+        return {}
+    ranked = sorted(reported, key=lambda t: t.intermediate_values[min(t.intermediate_values)])
+    return dict(zip(YARDSTICKS, (reported[0], ranked[len(ranked) // 2]), strict=True))
+
+
 def unconfirmed(study: optuna.Study, k: int) -> list[tuple[FrozenTrial, list[int]]]:
-    """Those of the k best trials that lack confirmations, and the seeds (0, 1, …) they lack."""
-    kept = study.user_attrs.get("confirmations", {})
+    """Those of the k best trials, and of the yardsticks if k > 0, that lack confirmations, and the
+    seeds (0, 1, …) they lack."""
+    kept, aside = (study.user_attrs.get(key, {}) for key in ("confirmations", "set_aside"))
+    wanted = {trial.number: trial for trial in best_trials(study, k)}
+    if wanted:
+        wanted |= {trial.number: trial for trial in yardsticks(study).values()}
     lacking = [
-        (trial, [i for i in range(CONFIRM_SEEDS) if str(i) not in kept.get(str(trial.number), {})])
-        for trial in best_trials(study, k)
+        (trial, [i for i in range(CONFIRM_SEEDS) if str(i) not in kept.get(str(number), {})])
+        for number, trial in wanted.items()
+        if str(number) not in aside
     ]
     return [(trial, seeds) for trial, seeds in lacking if seeds]
+
+
+def worth(study: optuna.Study, winner: int) -> dict[str, dict[str, Any]]:
+    """What the search was worth: accuracies on fresh seeds of the winner and of the yardsticks.
+
+    By name: `trial` and `accuracies`; empty where nothing was confirmed.
+    """
+    numbers = {"winner": winner} | {key: t.number for key, t in yardsticks(study).items()}
+    confirmed = {name: confirmations(study, number) for name, number in numbers.items()}
+    return {
+        name: {"trial": numbers[name], "accuracies": accuracies}
+        for name, accuracies in confirmed.items()
+        if accuracies
+    }
 
 
 def means(study: optuna.Study, k: int) -> dict[int, float]:

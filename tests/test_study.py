@@ -103,6 +103,30 @@ def test_the_best_trials_are_complete_ones_that_were_not_set_aside(study: optuna
     assert [trial.number for trial in studies.best_trials(study, 9)] == [3, 0]
 
 
+def test_the_search_is_worth_what_fresh_seeds_say_of_the_first_and_the_median_trial(
+    study: optuna.Study,
+) -> None:
+    assert studies.yardsticks(study) == {}
+    for value, state in ((0.5, "PRUNED"), (0.9, "COMPLETE"), (0.7, "COMPLETE"), (0.1, "PRUNED")):
+        add(study, value, state)
+    add(study, 0.6, "PRUNED")
+    numbers = {name: trial.number for name, trial in studies.yardsticks(study).items()}
+    assert numbers == {"first": 0, "median": 4}
+    assert [trial.number for trial, _ in studies.unconfirmed(study, 1)] == [1, 0, 4]
+    assert studies.unconfirmed(study, 0) == []
+    for number, accuracy in ((1, 0.9), (0, 0.5)):
+        for seed in range(studies.CONFIRM_SEEDS):
+            studies.confirm(study, number, seed, accuracy)
+    studies.set_aside(study, 4, "diverged on a fresh seed")
+    winner = studies.winner(study, 1)
+    assert winner is not None
+    assert winner.number == 1
+    assert studies.worth(study, winner.number) == {
+        "winner": {"trial": 1, "accuracies": [0.9, 0.9]},
+        "first": {"trial": 0, "accuracies": [0.5, 0.5]},
+    }
+
+
 def test_the_winner_has_the_best_mean_on_fresh_seeds(study: optuna.Study) -> None:
     assert studies.winner(study, 3) is None
     for value in (0.9, 0.8, 0.7, 0.6):
