@@ -1,6 +1,7 @@
 """What a person sees of a run: a live table on a terminal, plain lines elsewhere."""
 
 import shlex
+import statistics
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from mnist.budget import Plan, search_left_s, training_left_s
 from mnist.search import Update
-from mnist.study import FINISHED
+from mnist.study import FINISHED, YARDSTICKS
 from mnist.training import Progress
 
 PLAIN_EVERY_S = 10.0
@@ -154,6 +155,32 @@ def words(params: dict[str, Any]) -> str:
     return ", ".join(f"{name} {_value(value)}" for name, value in params.items())
 
 
+def on_fresh_seeds(record: dict[str, Any]) -> list[str]:
+    """How the winner's hyperparameters do there; nothing where they were not confirmed."""
+    confirmed, text = record["metrics"]["validation"], worth(record)
+    if confirmed["std"] is None:
+        return []
+    mean, deviation, n = (confirmed[key] for key in ("mean", "std", "seeds"))
+    line = f"confirmed: {mean:.2%} ± {deviation:.2%} on fresh seeds (n = {n})"
+    return [line, text] if text else [line]
+
+
+def worth(record: dict[str, Any]) -> str | None:
+    """What the search was worth, in errors on fresh seeds; None where a record does not say."""
+    study = record["study"].get("worth", {})
+    if not {"winner", *YARDSTICKS} <= set(study):
+        return None
+    n = record["dataset"]["splits"]["validation"]
+    winner, first, median = (
+        round(n * (1 - statistics.fmean(study[name]["accuracies"])))
+        for name in ("winner", *YARDSTICKS)
+    )
+    return (
+        f"on the same fresh seeds the winner makes {winner} errors of {n:,} validation images, "
+        f"the first trial {first}, the median trial {median}"
+    )
+
+
 def duration(seconds: float) -> str:
     """In words: "40 s", "7 min"."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
@@ -188,12 +215,8 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
     else:
         words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         console.print(f"importance: {words} (n = {n} complete trials)")
-    confirmed = outcome["metrics"]["validation"]
-    if confirmed["std"] is not None:
-        console.print(
-            f"confirmed: {confirmed['mean']:.2%} ± {confirmed['std']:.2%} on fresh seeds "
-            f"(n = {confirmed['seeds']})"
-        )
+    for text in on_fresh_seeds(outcome):
+        console.print(text)
     low, high = test["interval95"]
     console.print(
         f"test: {test['errors']} errors of {test['n']:,}, accuracy {test['accuracy']:.2%} "

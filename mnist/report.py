@@ -5,7 +5,6 @@ import base64
 import collections
 import io
 import json
-import statistics
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import plots, registry
 from mnist import study as studies
-from mnist.display import words
+from mnist.display import words, worth
 from mnist.members import Member
 from mnist.scores import calibration_error
 
@@ -120,7 +119,7 @@ def found(report: Report) -> list[str]:
         *([] if engine == "torch" else [served]),
         won(summary["best"], report.record["metrics"]["validation"]),
         compared(summary["best"], summary["first"]),
-        *worth(report.record["study"].get("worth", {}), report.record["dataset"]["splits"]),
+        *([f"{text[0].upper()}{text[1:]}."] if (text := worth(report.record)) else []),
         f"{counts['complete']} trials were completed, {counts['pruned']} pruned, "
         f"{counts['fail']} failed.",
     ]
@@ -135,21 +134,6 @@ def won(best: dict[str, Any], confirmed: dict[str, Any]) -> str:
         return text
     fresh = f"{confirmed['mean']:.2%} ± {confirmed['std']:.2%}"
     return f"{text} On {confirmed['seeds']} fresh seeds it is {fresh}."
-
-
-def worth(study: dict[str, Any], splits: dict[str, int]) -> list[str]:
-    """What the search was worth, in errors on fresh seeds; old records do not say."""
-    if not {"winner", *studies.YARDSTICKS} <= set(study):
-        return []
-    n = splits["validation"]
-    errors = {
-        name: n * (1 - statistics.fmean(entry["accuracies"])) for name, entry in study.items()
-    }
-    return [
-        f"On the same fresh seeds the winner makes {errors['winner']:.0f} errors of {n:,} "
-        f"validation images, the first trial {errors['first']:.0f}, the median trial "
-        f"{errors['median']:.0f}."
-    ]
 
 
 def compared(best: dict[str, Any], first: dict[str, Any]) -> str:
