@@ -11,11 +11,11 @@ POLL_S = 0.005
 LONG_S = 600.0  # what takes so long hangs, however slow the machine
 
 
-def until(true: Callable[[], Any], what: str) -> None:
-    """Return as soon as it is so."""
-    end = time.monotonic() + LONG_S
+def until(true: Callable[[], Any], what: str, seconds: float = LONG_S) -> None:
+    """Return as soon as it is so; raises AssertionError where that hangs."""
+    end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"after {LONG_S:.0f} s it is still not so: {what}"
+        assert time.monotonic() < end, f"after {seconds:.0f} s it is still not so: {what}"
         time.sleep(0.02)
 
 
