@@ -187,7 +187,9 @@ class Kill:
 
 def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
     """Kills spread over the whole search; it is not over before the last one."""
-    times, plan = sorted(chance.sample(range(trials - WORKERS - 1), kills)), []
+    most = trials - WORKERS - 1
+    assert kills <= most, f"{trials} trials are enough for {most} kills"
+    times, plan = sorted(chance.sample(range(most), kills)), []
     for before, runs in itertools.pairwise([0, *times]):
         who, reports = chance.choice(WHO), chance.randint(0, MOST_REPORTS)
         in_turn = who != "worker" and chance.random() < 0.5
