@@ -210,25 +210,25 @@ def soak(
     plan, in_turn, gates = planned(kills, trials, chance), 0, Gates(folder)
     gates.reports.allow(0)
     command = Command(folder, options)
-    until(lambda: command.going() and gates.held(), "it has workers")
-    with dashboard(storage, folder) as answers:
-        for i, kill in enumerate(plan):
-            if server and i == kills // 2:
-                restart(server, command, gates)
-            gates.hold(kill.runs, kill.reports, kill.statements, command.going)
-            looked = len(answers)
-            until(lambda: len(answers) > looked, "the dashboard answers")  # noqa: B023
-            in_turn += bool(gates.statements.held())
-            command.kill(kill.who, chance.choice(gates.held() or command.below()))
-            now = finished(storage)
-            for number, trial in known.items():
-                assert now[number].value == trial.value, f"trial {number} was lost"
-                assert now[number].state == trial.state, f"trial {number} changed"
-            known = now
-            if command.process.poll() is not None:
-                command = Command(folder, options)
-        gates.open()
-        assert command.process.wait(2 * LONG_S) == 0, command.log.read_text()[-2000:]
+    try:
+        until(lambda: command.going() and gates.held(), "it has workers")
+        with dashboard(storage, folder) as answers:
+            for i, kill in enumerate(plan):
+                if server and i == kills // 2:
+                    restart(server, command, gates)
+                gates.hold(kill.runs, kill.reports, kill.statements, command.going)
+                looked = len(answers)
+                until(lambda: len(answers) > looked, "the dashboard answers")  # noqa: B023
+                in_turn += bool(gates.statements.held())
+                command.kill(kill.who, chance.choice(gates.held() or command.below()))
+                known = unchanged(known, finished(storage))
+                if command.process.poll() is not None:
+                    command = Command(folder, options)
+            gates.open()
+            assert command.process.wait(2 * LONG_S) == 0, command.log.read_text()[-2000:]
+    finally:
+        command.process.kill()  # or where something was lost it is held for ever
+        command.process.wait()
     failed = check(storage, folder, trials)
     assert resumed(storage), "no trial went on from a checkpoint"
     count = Counter(kill.who for kill in plan)
@@ -238,6 +238,14 @@ def soak(
         f"{failed} failed; {resumed(storage)} had gone on from a checkpoint; {trials} replayed bit "
         f"for bit; one model; the dashboard answered {len(answers)} times"
     )
+
+
+def unchanged(known: dict[int, FrozenTrial], now: dict[int, FrozenTrial]) -> dict[int, FrozenTrial]:
+    """What is finished now, with all that was known of it before."""
+    for number, trial in known.items():
+        assert now[number].value == trial.value, f"trial {number} was lost"
+        assert now[number].state == trial.state, f"trial {number} changed"
+    return now
 
 
 def restart(server: Any, command: Command, gates: Gates) -> None:
