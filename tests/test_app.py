@@ -335,27 +335,28 @@ def test_inference_never_holds_up_the_event_loop(
     saved: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = set()
-    real = images.normalise
+    beaten, real = threading.Event(), images.normalise
 
     def slow(*args: object, **kwargs: object) -> object:
         threads.add(threading.current_thread().name)
-        time.sleep(0.3)
+        assert beaten.wait(60), "the event loop stands still meanwhile"
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(images, "normalise", slow)
 
-    async def scenario() -> int:
+    async def scenario() -> None:
         engine = Engine(Settings(models=saved), Metrics())
         await engine.start()
         answering = asyncio.create_task(engine.answer(await engine.model(None), picture, None))
-        beats = 0
-        while not answering.done():
-            await asyncio.sleep(0.01)
-            beats += 1
+        while not threads:
+            await asyncio.sleep(0.001)
+        for _ in range(10):
+            await asyncio.sleep(0.001)
+        beaten.set()
+        await answering
         await engine.stop()
-        return beats
 
-    assert asyncio.run(scenario()) >= 10
+    asyncio.run(scenario())
     assert all(name.startswith("inference") for name in threads)
 
 

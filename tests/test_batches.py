@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -13,6 +12,12 @@ from serve import batches
 from serve.batches import Batches, Busy
 from serve.metrics import Metrics
 from serve.settings import Settings
+from tests.conftest import Clock
+
+
+@pytest.fixture(autouse=True)
+def clock(queue_clock: Clock) -> Clock:
+    return queue_clock
 
 
 class Sums:
@@ -20,6 +25,7 @@ class Sums:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
+        self.begun = 0
         self.may = threading.Event()
         self.may.set()
 
@@ -32,7 +38,8 @@ class Sums:
         return np.frombuffer(data, np.uint8)
 
     def classify(self, pictures: np.ndarray) -> list[int]:
-        self.may.wait(10)
+        self.begun += 1
+        self.may.wait(60)
         self.sizes.append(len(pictures))
         return [int(row.sum()) for row in pictures]
 
@@ -51,6 +58,17 @@ def within(scenario: Any, **settings: Any) -> Any:
     return asyncio.run(run())
 
 
+async def asked(queue: Batches, model: Sums, n: int) -> list[asyncio.Task[Any]]:
+    """n pictures, one after the other: each thread has begun with one of them, the others wait."""
+    tasks = []
+    for i in range(n):
+        tasks.append(asyncio.create_task(queue.classify(b"\1", model)))
+        await asyncio.sleep(0)
+        while model.begun < min(i + 1, queue.threads):
+            await asyncio.sleep(0.001)
+    return tasks
+
+
 async def all_of(*waiting: Coroutine[Any, Any, Any]) -> list[Any]:
     return await asyncio.gather(*waiting, return_exceptions=True)
 
@@ -60,7 +78,7 @@ def test_each_gets_its_own_answer_and_those_that_wait_share_a_batch() -> None:
         model.may.clear()
         pictures = [bytes([i, 1]) for i in range(30)]
         answers = [asyncio.create_task(queue.classify(each, model)) for each in pictures]
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)
         model.may.set()
         found = await asyncio.gather(*answers)
         assert [answer for _, answer in found] == [i + 1 for i in range(30)]
@@ -147,26 +165,22 @@ def test_one_that_is_alone_and_small_is_answered_without_a_thread() -> None:
 def test_as_many_batches_at_a_time_as_there_are_threads_for() -> None:
     async def scenario(queue: Batches, model: Sums) -> list[int]:
         model.may.clear()
-        asked = []
-        for _ in range(4):
-            asked.append(asyncio.create_task(queue.classify(b"\1", model)))
-            await asyncio.sleep(0.05)
+        answers = await asked(queue, model, 4)
         model.may.set()
-        await asyncio.gather(*asked)
+        await asyncio.gather(*answers)
         return model.sizes
 
     assert sorted(within(scenario, threads=1)) == [1, 3]
     assert sorted(within(scenario, threads=8)) == [1, 1, 2]
 
 
-def test_who_waited_past_the_deadline_is_turned_away_rather_than_answered() -> None:
+def test_who_waited_past_the_deadline_is_turned_away_rather_than_answered(clock: Clock) -> None:
     async def scenario(queue: Batches, model: Sums) -> list[Any]:
         model.may.clear()
-        asked = [queue.classify(b"\1", model) for _ in range(batches.MOST_THREADS + 2)]
-        answers = asyncio.create_task(all_of(*asked))
-        await asyncio.sleep(0.2)
+        answers = await asked(queue, model, batches.MOST_THREADS + 2)
+        clock.now_s += 0.2
         model.may.set()
-        return await answers
+        return await asyncio.gather(*answers, return_exceptions=True)
 
     *first, late, last = within(scenario, deadline_ms=100, threads=2)
     assert all(answer[1] == 1 for answer in first)  # they were begun in time
@@ -174,25 +188,40 @@ def test_who_waited_past_the_deadline_is_turned_away_rather_than_answered() -> N
     assert isinstance(last, Busy)
 
 
-def test_who_cannot_be_in_time_is_turned_away_at_once() -> None:
+def test_who_cannot_be_in_time_is_turned_away_at_once(clock: Clock) -> None:
     async def scenario(queue: Batches, model: Sums) -> None:
-        model.classify = lambda rows: time.sleep(0.1) or [0] * len(rows)  # type: ignore
+        def slow(rows: np.ndarray) -> list[int]:
+            clock.now_s += 0.1
+            model.may.wait(60)
+            return [0] * len(rows)
+
+        model.classify = slow  # type: ignore[method-assign]
         for _ in range(30):  # it learns the pace
             await queue.classify(b"\1", model)
+        model.may.clear()
         waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(30)]
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="DEADLINE_MS"):
             queue.admit()
+        model.may.set()
         await asyncio.gather(*waiting, return_exceptions=True)
 
-    within(scenario, deadline_ms=500)
+    within(scenario, deadline_ms=500, threads=1)
 
 
-def test_one_slow_picture_turns_no_other_away() -> None:
+def test_one_slow_picture_turns_no_other_away(clock: Clock) -> None:
+    def once(_: np.ndarray) -> list[int]:
+        clock.now_s += 0.3
+        return [0]
+
     async def scenario(queue: Batches, model: Sums) -> None:
-        await asyncio.gather(*(queue.classify(b"\1", model) for _ in range(64)))
+        model.may.clear()  # so that they wait together
+        quick = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(64)]
+        await asyncio.sleep(0)
+        model.may.set()
+        await asyncio.gather(*quick)
         slow = Sums()
-        slow.classify = lambda rows: time.sleep(0.3) or [0]  # type: ignore
+        slow.classify = once  # type: ignore[method-assign]
         await queue.classify(b"\1", slow)
         model.may.clear()
         waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(40)]

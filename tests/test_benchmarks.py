@@ -123,14 +123,21 @@ def test_the_load_gives_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_open_load_sleeps_while_it_waits_for_the_last_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def stop_once_asked(silent: socket.socket) -> None:
+        with silent.accept()[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.wait(60)
+
+    ended = threading.Event()
     monkeypatch.setattr(load, "PATIENCE_S", 1.0)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             start, worked = time.perf_counter(), time.process_time()
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Thread(target=stop_once_asked, args=(silent,)).start()
             found = load.open_(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 20, 60)
     finally:
+        ended.set()
         signal.signal(signal.SIGTERM, handler)
     assert {row[2:] for row in found} == {(-1, 1)}
     assert time.process_time() - worked < (time.perf_counter() - start) / 2

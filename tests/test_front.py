@@ -7,11 +7,12 @@ import logging
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -21,7 +22,8 @@ from serve.app import app
 from serve.batches import Batches, Busy
 from serve.engine import Model
 from serve.settings import Settings
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Clock
+from tests.gates import until
 from tests.test_app import png, refused
 
 
@@ -167,11 +169,10 @@ def test_one_line_counts_those_turned_away(
         monkeypatch.setattr(front.log.handlers[0], "stream", stream)
         for _ in range(3):
             refused(client.post("/predict", content=b"x"), 429, "busy")
-        end = time.monotonic() + 10
-        while every_s < 1 and sum(n for _, n in told()) < 3 and time.monotonic() < end:
-            time.sleep(0.02)
-        assert sum(n for _, n in told()) == (3 if every_s < 1 else 0)
-        if every_s < 1:
+        if every_s > 1:
+            assert not told()
+        else:
+            until(lambda: sum(n for _, n in told()) == 3, "all three are told of", 60)
             metrics = client.get("/metrics").text
             assert 'requests_total{method="POST",route="other",status="429"} 3.0' in metrics
             assert 'turned_away_total{why="queue"} 3.0' in metrics
@@ -265,7 +266,7 @@ def test_a_batch_has_an_answer_or_an_error_for_each_file(
 
 
 def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
-    models: Path, digits: object, monkeypatch: pytest.MonkeyPatch
+    models: Path, digits: object, queue_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = png(digits.validation.images[0, 0].numpy())  # type: ignore[attr-defined]
     files = [("files", (f"{i}.png", picture)) for i in range(20)]
@@ -273,7 +274,14 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
     monkeypatch.setenv("THREADS", "1")
     monkeypatch.setattr(batches, "MARGIN", 100)  # all are let in
     before = Model.normalise
-    monkeypatch.setattr(Model, "normalise", lambda *args: time.sleep(0.04) or before(*args))
+    gathered = threading.Event()
+
+    def slow(*args: Any) -> Any:
+        queue_clock.now_s += 0.04
+        assert gathered.wait(60)
+        return before(*args)
+
+    monkeypatch.setattr(Model, "normalise", slow)
 
     def busy() -> int:
         found = client.post("/predict/batch", files=files).json()["results"]
@@ -281,9 +289,15 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
         assert {*errors} <= {"busy"}
         return len(errors)
 
-    with TestClient(app) as client, ThreadPoolExecutor() as clients:
+    with TestClient(app) as client, ThreadPoolExecutor(6) as clients:
+        gathered.set()
         assert busy() == 0
-        together = sum(each.result() for each in [clients.submit(busy) for _ in range(6)])
+        gathered.clear()
+        asked = [clients.submit(busy) for _ in range(6)]
+        queue = app.state.engine._batches
+        until(lambda: queue._asked == 12, "each has two pictures in the queue", 60)
+        gathered.set()
+        together = sum(each.result() for each in asked)
         assert 0 < together < 120
         told = f'turned_away_total{{why="deadline"}} {together}.0'
         assert told in client.get("/metrics").text

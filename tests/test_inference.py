@@ -326,7 +326,7 @@ def test_the_server_s_requirements_are_enough_for_it(
         wanted = inference.load(saved)(np.asarray(Image.open(picture))[None, None])[0]
         assert list(answer["probabilities"].values()) == pytest.approx(wanted, abs=1e-5)
         server.send_signal(signal.SIGINT)
-        imported = set(server.communicate(timeout=20)[0].split())
+        imported = set(server.communicate(timeout=120)[0].split())
     finally:
         server.kill()
         server.wait()
@@ -336,8 +336,8 @@ def test_the_server_s_requirements_are_enough_for_it(
 
 def post(port: int, body: bytes) -> dict[str, Any]:
     """The answer, as soon as there is a server."""
-    for _ in range(300):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    for _ in range(1200):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with contextlib.closing(connection), contextlib.suppress(ConnectionRefusedError):
             connection.request("POST", "/predict", body, {"content-type": "image/png"})
             return json.load(connection.getresponse())

@@ -20,7 +20,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from mnist import budget, members
 from mnist import study as studies
 from mnist.members import Lost, Member
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Clock
+from tests.gates import until
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -107,6 +108,12 @@ def test_a_trial_whose_turn_was_lost_before_its_end_waits_and_holds_up_nobody(
     one.tell(before, TrialState.COMPLETE, 0.5)
 
 
+def sessions(member: Member) -> list[int]:
+    """Process ids of the database server's sessions."""
+    with member._engine.connect() as connection:
+        return list(connection.execute(text("SELECT pid FROM pg_stat_activity")).scalars())
+
+
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("whose", ["turns", "trials"])
 def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
@@ -119,7 +126,8 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
     monkeypatch.setattr(studies, "STALL_S", 1.0)
     with engine.connect() as stopped:
         stopped.execute(text("SELECT * FROM trials FOR UPDATE"))
-        time.sleep(2)
+        pid = stopped.execute(text("SELECT pg_backend_pid()")).scalar()
+        until(lambda: pid not in sessions(two), "its session is ended", 60)
         with pytest.raises(DBAPIError, match="idle-in-transaction timeout"):
             stopped.execute(text("SELECT 1"))
         assert two.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
@@ -155,27 +163,36 @@ def test_a_member_on_this_machine_is_dead_when_its_lock_is_free_and_only_then(
     assert states(two) == [TrialState.WAITING]
 
 
-@pytest.mark.slow
 def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_period(
     one: Member, storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim = one.ask(5, seed=0)
+    claim, clock = one.ask(5, seed=0), Clock()
     assert claim is not None
-    one._stop.set()  # its own beat would start with the short pause where a machine is slow
+    one._stop.set()  # it beats only when it is told to
     one._thread.join()
+    monkeypatch.setattr(members, "time", clock)
     monkeypatch.setattr(members, "host", lambda folder: "another machine")
-    monkeypatch.setattr(members, "BEAT_S", 0.2)
-    monkeypatch.setattr(members, "GRACE_S", 2.0)
+    monkeypatch.setattr(members, "BEAT_S", 0.05)
+    monkeypatch.setattr(members, "GRACE_S", 10.5 * members.BEAT_S)
+
+    def beats() -> int:
+        return far._members()[far.id]["beat"]
+
+    def one_beat_later() -> None:
+        clock.now_s += members.BEAT_S
+        before = beats()
+        until(lambda: beats() > before, "the other machine has looked", 60)
+
     with Member(storage, "study", threads=1) as far:
         for _ in range(15):
-            time.sleep(0.2)
             one.look()
+            one_beat_later()
+        for _ in range(8):
+            one_beat_later()
         assert states(far) == [TrialState.RUNNING]
-        silent = time.monotonic()
-        while states(far) == [TrialState.RUNNING] and time.monotonic() - silent < 20:
-            time.sleep(0.1)
+        for _ in range(4):
+            one_beat_later()
         assert states(far) == [TrialState.WAITING]
-        assert time.monotonic() - silent > 1.5
 
 
 def test_a_trial_that_is_said_to_be_this_member_s_but_is_not_waits_again(

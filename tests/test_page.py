@@ -355,12 +355,13 @@ CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
 CLOTHES += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 SLOW = """() => {
     window.answers = 0;
+    window.late = true;
     const real = window.fetch;
     window.fetch = async (path, options) => {
         const answer = await real(path, options);
         if (path.startsWith('predict')) {
             window.answers += 1;
-            await new Promise((done) => setTimeout(done, 300));
+            while (window.late) await new Promise((done) => setTimeout(done, 10));
         }
         return answer;
     };
@@ -388,12 +389,16 @@ def test_what_comes_too_late_is_not_shown_and_the_server_is_not_flooded(opened: 
     page = opened()
     page.evaluate(SLOW)
     draw(page)
+    page.wait_for_function("answers > 0")
     page.click("#clear")
-    page.wait_for_timeout(500)
+    page.evaluate("late = false")
+    page.wait_for_timeout(500)  # for what must not come
     assert page.inner_text("#words") == "Nothing drawn yet."
     assert page.evaluate("answers") <= 2  # of 20 movements of the mouse
+    page.evaluate("late = true")
     draw(page, SEVEN[:3])
     draw(page, SEVEN[2:])
+    page.evaluate("late = false")
     page.wait_for_function(ANSWERED)
     page.wait_for_timeout(700)  # the drawing as it is now was asked last
     assert page.evaluate("answers") <= 6

@@ -1,6 +1,5 @@
 """run.py as a person uses it: in a process of its own, killed and continued too."""
 
-import contextlib
 import io
 import json
 import os
@@ -11,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import run as run_module
 from mnist import data, models, predict, prepare, registry, search
 from serve.app import app
 from tests.conftest import DATA_DIR, DIGITS, ROOT, SHORT, Command
+from tests.gates import LONG_S, Gates, until
+from tests.soak import GATED
 from tests.test_folders import fill
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -92,50 +94,44 @@ def test_some_trials_and_then_more_equal_all_at_once(run: Command, tmp_path: Pat
 
 
 def killed(
-    folder: Path, options: list[str], when: Callable[[subprocess.Popen[str]], bool], sig: int
+    folder: Path, options: list[str], when: Callable[[Gates, Callable[[], bool]], None], sig: int
 ) -> tuple[int, str]:
-    """Start run.py and send it `sig` once `when` is true; its exit status and standard error."""
-    command = [sys.executable, str(ROOT / "run.py"), *options]
+    """Start run.py and send it `sig` once `when` returns; its exit status and standard error."""
+    command = [sys.executable, str(ROOT / "run.py"), "--import", str(GATED), *options]
     process = subprocess.Popen(
         command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         start_new_session=True,
     )  # fmt: skip
+
+    def going() -> bool:
+        assert process.poll() is None, "it ended before it could be stopped"
+        return True
+
+    gates = Gates(folder)
     try:
-        while not when(process):
-            assert process.poll() is None, "it ended before it could be stopped"
-            time.sleep(0.02)
+        when(gates, going)
         if sig == signal.SIGINT:  # as a terminal does: to the workers, too
             os.killpg(process.pid, sig)
         else:
             process.send_signal(sig)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=LONG_S)
     finally:
         process.kill()
+        gates.open()
     return process.returncode, errors
 
 
-def trial_is_running(folder: Path) -> Callable[[subprocess.Popen[str]], bool]:
-    """True once a trial is finished and the next one is under way."""
-
-    def check(_: subprocess.Popen[str]) -> bool:
-        try:
-            with contextlib.closing(
-                sqlite3.connect(f"file:{folder}/db.sqlite3?mode=ro", uri=True)
-            ) as db:
-                found = {state for (state,) in db.execute("SELECT state FROM trials")}
-        except sqlite3.OperationalError:  # no file, or no table yet
-            return False
-        return {"RUNNING", "COMPLETE"} <= found
-
-    return check
+def trial_is_running(gates: Gates, going: Callable[[], bool]) -> None:
+    """Until a trial is finished and the next one is under way."""
+    gates.hold(runs=1, reports=3, going=going)
 
 
-def line_is_printed(words: str) -> Callable[[subprocess.Popen[str]], bool]:
-    def check(process: subprocess.Popen[str]) -> bool:
-        assert process.stderr is not None
-        return words in process.stderr.readline()
+def final_training(gates: Gates, going: Callable[[], bool]) -> None:
+    until(lambda: going() and gates.final.held(), "the final training is under way")
 
-    return check
+
+def evaluation(gates: Gates, going: Callable[[], bool]) -> None:
+    until(lambda: going() and gates.saving.held(), "it evaluates")
 
 
 SLOW = pytest.mark.slow
@@ -149,7 +145,8 @@ LONG = [*DIGITS, "--trials", "3", "--epochs", "12", "--final-epochs", "5"]
 def test_a_run_stopped_in_mid_trial_loses_no_finished_trial(
     run: Command, tmp_path: Path, sig: int
 ) -> None:
-    code, errors = killed(tmp_path, LONG, trial_is_running(tmp_path), sig)
+    Gates(tmp_path).runs.allow(0)
+    code, errors = killed(tmp_path, LONG, trial_is_running, sig)
     before = [t for t in study(tmp_path).trials if t.state == TrialState.COMPLETE]
     assert before
     if sig == signal.SIGKILL:
@@ -173,21 +170,23 @@ def test_a_run_stopped_in_mid_trial_loses_no_finished_trial(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["final model: ", "evaluating, once, and saving"])
+@pytest.mark.parametrize("moment", [final_training, evaluation])
 def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
-    run: Command, tmp_path: Path, moment: str
+    run: Command, tmp_path: Path, moment: Callable[[Gates, Callable[[], bool]], None]
 ) -> None:
     options = [*DIGITS, "--trials", "2"]
     run(*options)
     earlier, _ = registry.record(tmp_path / "saved_models")
     options = [*options, "--final-epochs", "60"]
-    killed(tmp_path, options, line_is_printed(moment), signal.SIGKILL)
+    gates = Gates(tmp_path)
+    (gates.final if moment == final_training else gates.saving).allow(0)
+    killed(tmp_path, options, moment, signal.SIGKILL)
     assert registry.record(tmp_path / "saved_models")[0] == earlier
     registry.file(tmp_path / "saved_models", earlier)
     done = run(*options)
     assert done.returncode == 0, done.stderr
     assert "evaluating, once, and saving" in done.stderr
-    assert ("final model: " in done.stderr) == (moment == "final model: ")  # else it is trained
+    assert ("final model: " in done.stderr) == (moment == final_training)  # else it is trained
     assert not re.search(r"^trial \d", done.stderr, re.MULTILINE)
     assert len(states(tmp_path)) == 2
     models = registry.read(tmp_path / "saved_models")["models"]
@@ -236,11 +235,27 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
 
 
 @pytest.mark.slow
-def test_a_timeout_keeps_what_finished_and_says_so(run: Command, tmp_path: Path) -> None:
-    done = run(*DIGITS, "--trials", "100000", "--timeout", "24s", "--epochs", "2")
+def test_a_timeout_keeps_what_finished_and_says_so(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it is over as soon as three trials are finished, on whatever machine."""
+    finished: list[int] = []
+    real = search.Member.tell
+
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        finished.append(1)
+        return real(*args, **kwargs)
+
+    def monotonic() -> float:
+        return time.monotonic() + (1800 if len(finished) >= 3 else 0)
+
+    monkeypatch.setattr(search.Member, "tell", tell)
+    monkeypatch.setattr(run_module, "time", types.SimpleNamespace(monotonic=monotonic))
+    done = run(*DIGITS, "--trials", "100000", "--timeout", "1h", "--epochs", "2")
     assert done.returncode == 0, done.stderr
     assert "--timeout: the budget of 100000 trials was not reached" in done.stderr
     assert TrialState.RUNNING not in states(tmp_path)
+    assert 3 <= sum(state.is_finished() for state in states(tmp_path)) < 10
     _, record = registry.record(tmp_path / "saved_models")
     assert record["metrics"]["test"]["errors"] < 60  # of 257: it was not just begun
 

@@ -63,7 +63,7 @@ def test_the_dashboard_opens_the_study_in_a_browser(
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(100):
+        for _ in range(1200):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
@@ -80,4 +80,4 @@ def test_the_dashboard_opens_the_study_in_a_browser(
         page.get_by_text("for the network linear").first.wait_for()
     finally:
         dashboard.terminate()
-        dashboard.wait(10)
+        dashboard.wait(60)

@@ -3,25 +3,30 @@
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
 from tests import soak
+from tests.gates import LONG_S, Gates, until
 from tests.soak import DIGITS, Command
 
 pytestmark = pytest.mark.slow
 Start = Callable[..., Command]
+StartAs = Callable[..., tuple[Command, Gates]]
 
-SHORT_LEASES = """
+LEASES = """
 import os
 from mnist import members, study
-members.BEAT_S, members.GRACE_S, study.STALL_S = 0.5, 4.0, 2.0
+members.BEAT_S, members.GRACE_S, study.STALL_S = 0.5, {grace_s}, {stall_s}
 members.host = lambda folder: os.environ["SOAK_HOST"]
 """
+# Over in some seconds, but longer than a command on a busy machine is silent by itself.
+SHORT_LEASES = LEASES.format(grace_s=10.0, stall_s=5.0)
+LONG_LEASES = LEASES.format(grace_s=LONG_S, stall_s=LONG_S)
 STOP_WITH_A_LOCK = """
 import os, signal
 from pathlib import Path
@@ -58,13 +63,13 @@ release.keep = keep
 
 def test_five_kills_lose_nothing(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/db.sqlite3"
-    soak.soak(storage, tmp_path, kills=5, seed=1, trials=20)
+    print(soak.soak(storage, tmp_path, kills=5, seed=4, trials=20))
 
 
 def test_five_kills_and_a_restart_of_postgresql_lose_nothing(
     tmp_path: Path, server: Any, postgresql: str
 ) -> None:
-    soak.soak(postgresql, tmp_path, 5, seed=2, middle=lambda: soak.restart(server), trials=20)
+    print(soak.soak(postgresql, tmp_path, kills=5, seed=11, server=server, trials=20))
 
 
 @pytest.fixture
@@ -85,88 +90,123 @@ def start(tmp_path: Path) -> Iterator[Start]:
         command.process.wait()
 
 
-def until(condition: Callable[[], Any], what: str) -> None:
-    soak.wait_until(condition, 240, what)
+@pytest.fixture
+def start_as(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartAs:
+    """Starts a Command as on a machine of that name; with the gates of that machine.
+
+    Of these some are closed after so many steps.
+    """
+
+    def start_as(host: str, options: list[str], patch: str, **closed: int) -> tuple[Command, Gates]:
+        monkeypatch.setenv("SOAK_HOST", host)
+        monkeypatch.setenv("PGAPPNAME", host)
+        gates = Gates(tmp_path, host)
+        for name, steps in closed.items():
+            getattr(gates, name).allow(steps)
+        return start(options, patch), gates
+
+    return start_as
+
+
+def send(command: Command, sign: int) -> None:
+    """A signal for the command and its workers, as where their machine falls asleep, or wakes."""
+    for pid in (command.process.pid, *command.below()):
+        os.kill(pid, sign)
+
+
+def end(*commands: Command) -> None:
+    assert [command.process.wait(2 * LONG_S) for command in commands] == [0] * len(commands)
+
+
+def running(storage: str) -> tuple[int, str]:
+    """The number of the only trial that is RUNNING, and the member whose it is."""
+    with soak.opened(storage) as study:
+        (trial,) = study.get_trials(states=(TrialState.RUNNING,))
+    return trial.number, trial.user_attrs["run"]["by"]
+
+
+def beats(storage: str, host: str) -> int:
+    with soak.opened(storage) as study:
+        members = study.user_attrs["members"].values()
+    return sum(member["beat"] for member in members if member["host"] == host)
+
+
+def waits(server: Any, host: str) -> bool:
+    """Whether a session from there waits for a lock of the database."""
+    asked = f"SELECT 'it waits' FROM pg_stat_activity WHERE application_name = '{host}'"
+    return "it waits" in server.psql(f"{asked} AND wait_event_type = 'Lock'")
 
 
 def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(
-    start: Start, tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+    start_as: StartAs, tmp_path: Path, server: Any, postgresql: str
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "12"]
-    monkeypatch.setenv("SOAK_HOST", "one")
-    one = start(options, SHORT_LEASES)
-    until(lambda: soak.finished(postgresql), "a trial is finished")
-    monkeypatch.setenv("SOAK_HOST", "two")
-    two = start(options, SHORT_LEASES)
-    until(two.below, "another machine works too")
-    processes = [one.process.pid, *one.below()]
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(1)  # two beats; the database waits for two seconds
-    for pid in processes:
-        os.kill(pid, signal.SIGCONT)
-    assert two.process.wait(120) == 0
-    assert one.process.wait(120) == 0
+    one, gates = start_as("one", options, LONG_LEASES, runs=0)
+    gates.hold(runs=1, reports=3, going=one.going)
+    held = running(postgresql)
+    two, others = start_as("two", options, LONG_LEASES, runs=0)
+    until(others.runs.held, "another machine works too")
+    send(one, signal.SIGSTOP)
+    before = beats(postgresql, "two")
+    until(
+        lambda: beats(postgresql, "two") >= before + 3 or waits(server, "two"),
+        "the other machine has beaten meanwhile, or waits for a turn in which the first one sleeps",
+    )
+    send(one, signal.SIGCONT)
+    gates.open()
+    others.open()
+    end(one, two)
     assert soak.check(postgresql, tmp_path, 12) == 0
+    assert soak.finished(postgresql)[held[0]].user_attrs["run"]["by"] == held[1]
     assert soak.resumed(postgresql) == 0
 
 
 def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_second_result(
-    start: Start, tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+    start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "14"]
-    monkeypatch.setenv("SOAK_HOST", "one")
-    one = start(options, SHORT_LEASES)
-    until(lambda: soak.finished(postgresql), "a trial is finished")
-    processes = [one.process.pid, *one.below()]
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setenv("SOAK_HOST", "two")
-    two = start(options, SHORT_LEASES)
-    until(lambda: len(soak.finished(postgresql)) >= 10, "another machine goes on")
-    time.sleep(5)
-    for pid in processes:
-        os.kill(pid, signal.SIGCONT)
-    assert two.process.wait(120) == 0
-    assert one.process.wait(120) == 0
+    one, gates = start_as("one", options, SHORT_LEASES, runs=0)
+    gates.hold(runs=1, reports=3, going=one.going)
+    number, owner = running(postgresql)
+    send(one, signal.SIGSTOP)
+    two, _ = start_as("two", options, SHORT_LEASES)
+    until(lambda: number in soak.finished(postgresql), "another machine goes on with its trial")
+    gates.open()
+    send(one, signal.SIGCONT)
+    end(one, two)
     assert soak.check(postgresql, tmp_path, 14, stalled=1) == 0
+    assert soak.finished(postgresql)[number].user_attrs["run"]["by"] != owner
 
 
 def test_a_machine_that_falls_asleep_in_a_transaction_holds_up_no_other(
-    start: Start, tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+    start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "14"]
-    monkeypatch.setenv("SOAK_HOST", "one")
-    one = start(options, STOP_WITH_A_LOCK + SHORT_LEASES)
-    until(lambda: soak.finished(postgresql), "a trial is finished")
+    one, gates = start_as("one", options, STOP_WITH_A_LOCK + SHORT_LEASES, runs=0)
+    gates.hold(runs=1, reports=3, going=one.going)
     (tmp_path / "stop").touch()
+    gates.open()
     until((tmp_path / "stopped").exists, "it sleeps with a row of the database locked")
-    monkeypatch.setenv("SOAK_HOST", "two")
-    two = start(options, SHORT_LEASES)
+    two, _ = start_as("two", options, SHORT_LEASES)
     until(lambda: len(soak.finished(postgresql)) == 14, "another machine does all the rest")
     os.kill(one.process.pid, signal.SIGCONT)
-    assert two.process.wait(120) == 0
-    assert one.process.wait(120) == 0
+    end(one, two)
     assert soak.check(postgresql, tmp_path, 14, stalled=1) == 0
 
 
 def test_a_finisher_that_was_silent_for_too_long_does_not_save_a_second_model(
-    start: Start, tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+    start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "2", "--final-epochs", "40"]
-    monkeypatch.setenv("SOAK_HOST", "one")
-    one = start(options, COUNT_EVALUATIONS + SHORT_LEASES)
-    until(lambda: "final model: " in one.log.read_text(), "the final training goes on")
-    processes = [one.process.pid, *one.below()]
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setenv("SOAK_HOST", "two")
-    two = start(options, COUNT_EVALUATIONS + SHORT_LEASES)
-    until(lambda: two.log.read_text().count("final model: ") == 2, "another one finishes instead")
-    for pid in processes:
-        os.kill(pid, signal.SIGCONT)
-    assert two.process.wait(120) == 0
-    assert one.process.wait(120) == 0
+    one, gates = start_as("one", options, COUNT_EVALUATIONS + SHORT_LEASES, final=3)
+    until(gates.final.held, "the final training goes on")
+    send(one, signal.SIGSTOP)
+    two, others = start_as("two", options, COUNT_EVALUATIONS + SHORT_LEASES, final=3)
+    until(others.final.held, "another one finishes instead")
+    gates.open()
+    send(one, signal.SIGCONT)
+    others.open()
+    end(one, two)
     assert soak.check(postgresql, tmp_path, 2) == 0
     assert len((tmp_path / "evaluations").read_text().splitlines()) == 1
 
@@ -175,17 +215,15 @@ def test_four_commands_killed_at_the_end_leave_one_model_and_one_evaluation(
     start: Start, tmp_path: Path, postgresql: str
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "4", "--final-epochs", "150"]
-    log = tmp_path / "stderr"
-    log.touch()
-    for words in ("final model: ", "evaluating, once, and saving", ""):
-        before = log.read_text().count(words)
+    gates = Gates(tmp_path)
+    for gate, steps in ((gates.final, 3), (gates.saving, 0), (gates.saving, 1)):
+        gate.allow(steps)
         commands = [start(options, COUNT_RESULTS) for _ in range(4)]
-        if words:
-            until(lambda: log.read_text().count(words) > before, f"it says {words}")  # noqa: B023
-            for command in commands:
-                command.process.kill()
-                command.process.wait()
-        else:
-            assert [command.process.wait(300) for command in commands] == [0] * 4
+        until(gate.held, "one of them has got so far")
+        for command in commands:
+            command.process.kill()
+            command.process.wait()
+        gate.open()
+    end(*(start(options, COUNT_RESULTS) for _ in range(4)))
     soak.check(postgresql, tmp_path, 4)
     assert len((tmp_path / "evaluations").read_text().splitlines()) == 1

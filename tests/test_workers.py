@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mnist import data, models, training, workers
 from mnist.data import Dataset
 from mnist.workers import Ended, Pool, Report, Run, Setup
 from tests.conftest import ROOT
+from tests.gates import until
 
 SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
 PARAMS = {"batch_size": 32, "optimizer": "Adam", "lr": 0.003}
@@ -275,7 +275,4 @@ with Pool(2, Setup(functools.partial(data.load, "digits"), "cpu", 1)) as pool:
     )
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2, done.stderr
-    end = time.monotonic() + 10
-    while any(map(alive, pids)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(map(alive, pids))
+    until(lambda: not any(map(alive, pids)), "they are gone", 60)

@@ -1,0 +1,83 @@
+"""Has run.py and its workers pass the gates of tests/gates.py: for `run.py --import`.
+
+A patch of the command's modules does not reach its workers, which are forked from a server that
+has imported mnist.workers by itself. An imported file is loaded by each of them, before its data.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from mnist import workers
+from tests.gates import Gate, Gates
+
+GATES = Gates(Path.cwd(), os.environ.get("SOAK_HOST", ""))
+real = workers.attempt
+
+
+class Pipe:
+    """A worker's pipe, with the gate before each report."""
+
+    def __init__(self, pipe: Any, gate: Gate) -> None:
+        self.pipe, self.gate = pipe, gate
+
+    def send(self, report: workers.Report) -> None:
+        self.gate.step()
+        self.pipe.send(report)
+
+    def recv(self) -> bool:
+        return self.pipe.recv()
+
+
+def before(call: Callable[[int], None], gate: Gate) -> Callable[[int], None]:
+    def gated(file: int) -> None:
+        gate.step()
+        call(file)
+
+    return gated
+
+
+def attempt(run: workers.Run, dataset: Any, setup: workers.Setup, pipe: Any) -> workers.Ended:
+    """One run; with a checkpoint at every report, as it would end before the first one is due."""
+    gate = GATES.final if run.final else GATES.reports
+    often = replace(setup, checkpoint_s=-1.0)
+    with mock.patch.object(os, "fsync", before(os.fsync, gate)):  # a file is written, not in place
+        ended = real(run, dataset, often, Pipe(pipe, gate))
+    if not run.final:
+        GATES.runs.step()
+    return ended
+
+
+def gate_command() -> None:
+    """Gates of what is not done by workers: database, evaluation."""
+    from sqlalchemy import Engine, event
+
+    from mnist import release
+    from mnist.display import Display
+
+    say, keep = Display.say, release.keep
+
+    def saying(screen: Display, text: str) -> None:
+        say(screen, text)
+        if text.startswith("evaluating"):
+            GATES.saving.step()
+
+    def keeping(state: dict[str, Any], path: Path, *rest: Any) -> bool:
+        kept = keep(state, path, *rest)
+        if path.name.startswith("test-"):
+            GATES.saving.step()
+        return kept
+
+    event.listen(Engine, "after_cursor_execute", lambda *_: GATES.statements.step())
+    event.listen(Engine, "handle_error", lambda *_: GATES.losses.step())
+    mock.patch.object(Display, "say", saying).start()
+    mock.patch.object(release, "keep", keeping).start()
+
+
+mock.patch.object(workers, "attempt", attempt).start()
+if multiprocessing.parent_process() is None:  # else it is a worker, which has none of these
+    gate_command()
