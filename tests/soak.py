@@ -32,7 +32,7 @@ import click
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import data, registry, workers
+from mnist import budget, data, registry, workers
 from mnist import study as studies
 from tests.gates import LONG_S, Gates, alive, until
 
@@ -164,7 +164,7 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
     pipe = Pipe()
     threads = trial.user_attrs["run"]["threads"]
     setup = workers.Setup(functools.partial(data.load, "digits"), "cpu", threads)
-    seed, rungs = studies.seed_of(0, trial.number), tuple(studies.rungs(samples))
+    seed, rungs = studies.seed_of(0), tuple(budget.rungs(samples))
     run = workers.Run("linear", trial.params, samples, seed, rungs, threads=threads)
     ended = workers.attempt(run, dataset, setup, pipe)
     assert ended.failure is None, ended
