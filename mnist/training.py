@@ -210,6 +210,7 @@ def fit(
     schedule: str = "linear",
     samples: int,
     validate_at: Sequence[int] = (),
+    subset: int = SUBSET,
     seed: int = 0,
     micro_batch: int | None = None,
     bfloat16: bool = False,
@@ -219,7 +220,7 @@ def fit(
 
     The defaults of batch_size, optimizer and lr are the published best of DESIGN.md; space.py says
     what the hyperparameters may be. `dropout` replaces the network's own. Yields a Progress a
-    hundred times a run; one that carries the errors on SUBSET fixed validation images as soon as
+    hundred times a run; one that carries the errors on `subset` fixed validation images as soon as
     each number of samples in `validate_at` is reached; and, at the end, one with the errors on all
     of `validation`. At each of those numbers a cycle of the learning rate ends, as otherwise its
     noise would hide what was learnt (Loshchilov and Hutter 2017, arXiv 1608.03983).
@@ -274,7 +275,7 @@ def fit(
         state = functools.partial(_state, step, model, stepper, order)
         if rung or step == steps:
             renormalise(model, dataset, train)
-        checked = validation if step == steps else validation and validation.head(SUBSET)
+        checked = validation if step == steps else validation and validation.head(subset)
         if checked is None or not (rung or step == steps):
             yield Progress(seen, total, mean_loss, state=state)
             continue

@@ -56,6 +56,8 @@ def test_progress_is_reported_where_asked_and_on_the_whole_at_the_end(digits: Da
     shares = training.predict(model, digits, digits.validation.images)
     expected = nn.functional.nll_loss(shares.log(), digits.validation.labels)
     assert reports[-1].log_loss == pytest.approx(float(expected), abs=1e-5)
+    few = [p.n for p in fit(build(digits), digits, validate_at=[500], subset=20) if p.n]
+    assert few == [20, len(digits.validation)]
 
 
 def test_validation_in_mid_run_does_not_change_the_run(digits: Dataset) -> None:
