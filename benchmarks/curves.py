@@ -1,0 +1,389 @@
+"""A table of learning curves: validation errors and log-loss of many configurations at fidelities.
+
+python -m benchmarks.curves                    # hours; goes on where it was stopped
+python -m benchmarks.curves --export           # benchmarks/curves.json of the runs so far
+
+`benchmarks.search` replays searches on it. A fidelity is a number of training images at which a
+cycle of the learning rate ends, so its value is that of an annealed model. One run goes through all
+fidelities: the value at one has more, and shorter, cycles behind it than that of a trial with a
+single rung. The runs are three studies: `curves-default` (space.DEFAULT, the published best first),
+`curves-wide` (space.WIDE), and `curves-finals`, which trains the first configurations of the
+default space as a final model is: in one cycle, on more images, with several seeds.
+"""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
+
+from mnist import data, folding, models, training
+from mnist import study as studies
+from mnist.data import Dataset
+from mnist.space import DEFAULT, WIDE, Space
+from mnist.workers import cores
+
+TABLE = Path(__file__).with_name("curves.json")
+# With them trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
+FIDELITIES = (1_000, 2_000, 4_000, 6_000, 12_000, 24_000, 40_000, 60_000)
+SPACES: dict[str, Space] = {"default": DEFAULT, "wide": WIDE, "finals": DEFAULT}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the table is of. `default`, `wide` and `finals` are numbers of configurations."""
+
+    dataset: str = "mnist"
+    network: str = "parallel"
+    default: int = 128
+    wide: int = 64
+    finals: int = 32
+    final_seeds: int = 3
+    fidelities: tuple[int, ...] = FIDELITIES
+    final_samples: int = 300_000
+    seed: int = 0
+    bfloat16: bool = False
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bfloat16 else "float32"
+
+    def command(self) -> str:
+        """The command that makes this table, with the options that are not the defaults."""
+        words = ["python -m benchmarks.curves"]
+        for option in fields(self):
+            value, name = getattr(self, option.name), option.name.replace("_", "-")
+            if value == option.default:
+                continue
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--{name}" if value is True else f"--{name} {text}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: configuration `number` of a study's space, validated at `fidelities`."""
+
+    part: str  # a key of SPACES
+    number: int
+    params: dict[str, Any]
+    seed: int
+    fidelities: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.number, self.seed
+
+
+def configurations(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
+    """n configurations of the space: in DEFAULT the published best, then a Sobol sequence.
+
+    The first of them are the same, and spread over the space, whatever n is.
+    """
+    first = [studies.FIRST] if space == DEFAULT else []
+    sequence = qmc.Sobol(len(space), rng=studies.seed_of(seed))
+    points = sequence.random_base2(max(1, math.ceil(math.log2(n + 1))))
+    drawn = [
+        {name: value(space[name], share) for name, share in zip(space, point, strict=True)}
+        for point in points.tolist()
+    ]
+    return [*first, *drawn][:n]
+
+
+def value(distribution: BaseDistribution, share: float) -> Any:
+    """What lies at that share (0..1) of a distribution."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(share * len(distribution.choices))]
+    whole = isinstance(distribution, IntDistribution)
+    low, high = distribution.low - whole / 2, distribution.high + whole / 2
+    number = low * (high / low) ** share if distribution.log else low + (high - low) * share
+    number = min(max(number, distribution.low), distribution.high)
+    return round(number) if whole else float(f"{number:.6g}")
+
+
+def runs(settings: Settings) -> list[Run]:
+    """All runs in their order: the default space, the wide one, the finals a seed at a time."""
+    default = configurations(DEFAULT, settings.default, settings.seed)
+    wide = configurations(WIDE, settings.wide, settings.seed)
+    whole, last = settings.fidelities, (settings.final_samples,)
+    seeds = [settings.seed + 1 + i for i in range(settings.final_seeds)]
+    return [
+        *(Run("default", i, params, settings.seed, whole) for i, params in enumerate(default)),
+        *(Run("wide", i, params, settings.seed, whole) for i, params in enumerate(wide)),
+        *(
+            Run("finals", i, params, seed, last)
+            for seed in seeds
+            for i, params in enumerate(default[: settings.finals])
+        ),
+    ]
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def carry_out(run: Run, settings: Settings, dataset: Dataset) -> dict[str, Any]:
+    """Train; `errors` and `log_loss` at each of the run's fidelities, and `diverged`."""
+    torch.manual_seed(run.seed)
+    model = models.build(settings.network, dataset.channels, dataset.size, len(dataset.classes))
+    model = folding.training_form(model).to(dataset.train.labels.device)
+    progresses = training.fit(
+        model,
+        dataset,
+        dataset.train,
+        dataset.validation,
+        **run.params,
+        samples=run.fidelities[-1],
+        validate_at=run.fidelities[:-1],
+        subset=len(dataset.validation),
+        seed=run.seed,
+        bfloat16=settings.bfloat16,
+    )
+    reports, diverged = list[training.Progress](), False
+    try:
+        reports += (progress for progress in progresses if progress.n)
+    except training.Diverged:
+        diverged = True
+    return curve(reports, run.fidelities, dataset) | {"diverged": diverged}
+
+
+def curve(
+    reports: Sequence[training.Progress], fidelities: Sequence[int], dataset: Dataset
+) -> dict[str, list[Any]]:
+    """The reports by fidelity; where a run that diverged has none, the errors are those of a guess.
+
+    A fidelity's report is the first one after at least as many images, or the last one of a run
+    that came to its end: a run is rounded to whole batches.
+    """
+    n, classes = len(dataset.validation), len(dataset.classes)
+    over = [report for report in reports if report.samples == report.total]
+    errors, log_loss = [], []
+    for fidelity in fidelities:
+        reached = [report for report in reports if report.samples >= fidelity] or over
+        errors.append(reached[0].errors if reached else round(n * (1 - 1 / classes)))
+        log_loss.append(_finite(reached[0].log_loss) if reached else None)
+    return {"errors": errors, "log_loss": log_loss}
+
+
+def _finite(number: float | None) -> float | None:
+    return round(number, 6) if number is not None and math.isfinite(number) else None
+
+
+# --- their record ---------------------------------------------------------------------------------
+
+
+def record(study: optuna.Study, run: Run, result: dict[str, Any], n: int, **more: Any) -> None:
+    """Add a run to its study in one transaction: all of its values are there, or none."""
+    accuracies = [1 - errors / n for errors in result["errors"]]
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.COMPLETE,
+            value=accuracies[-1],
+            params=run.params,
+            distributions=SPACES[run.part],
+            intermediate_values=dict(zip(run.fidelities, accuracies, strict=True)),
+            user_attrs={"number": run.number, "seed": run.seed, **result, **more},
+        )
+    )
+
+
+def recorded(study: optuna.Study) -> dict[tuple[int, int], FrozenTrial]:
+    """The study's runs by the numbers of their configurations and their seeds."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {(trial.user_attrs["number"], trial.user_attrs["seed"]): trial for trial in trials}
+
+
+def opened(storage: str, name: str, settings: Settings, dataset: Dataset) -> dict[str, Any]:
+    """The three studies by their parts. Raises StudyError where they are of another table."""
+    found = {part: studies.open_study(storage, f"{name}-{part}") for part in SPACES}
+    for part, study in found.items():
+        fidelities = [settings.final_samples] if part == "finals" else list(settings.fidelities)
+        wanted = studies.fingerprint(dataset, settings.network, fidelities[-1], SPACES[part])
+        ranks = [folding.CONV_RANK, folding.LINEAR_RANK]
+        wanted |= {"fidelities": fidelities, "ranks": ranks}
+        studies.agree(study, wanted | {"dtype": settings.dtype, "seed": settings.seed})
+    return found
+
+
+def processor(device: torch.device) -> str:
+    """The name of what trains."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def made_by(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """What the table's header says of the machine and the command."""
+    return {
+        "command": settings.command(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": processor(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+# --- the work -------------------------------------------------------------------------------------
+
+
+def work(
+    found: dict[str, Any], settings: Settings, dataset: Dataset
+) -> Iterator[tuple[Run, dict[str, Any], float, float]]:
+    """Carry out and record the runs that lack; yields each with seconds it took and are left."""
+    done = {part: recorded(study) for part, study in found.items()}
+    todo = [run for run in runs(settings) if run.key not in done[run.part]]
+    left, images, took_s = sum(run.fidelities[-1] for run in todo), 0, 0.0
+    for run in todo:
+        start = time.perf_counter()
+        result = carry_out(run, settings, dataset)
+        seconds = time.perf_counter() - start
+        n = len(dataset.validation)
+        record(found[run.part], run, result, n, seconds=round(seconds, 2))
+        if not result["diverged"]:  # it may have ended at once
+            images, took_s = images + run.fidelities[-1], took_s + seconds
+        left -= run.fidelities[-1]
+        yield run, result, seconds, left * took_s / max(images, 1)
+
+
+def line(run: Run, result: dict[str, Any], n: int, seconds: float, left_s: float) -> str:
+    """What is said of a run that is over."""
+    what = "diverged" if result["diverged"] else f"{result['errors'][-1]} errors of {n}"
+    minutes = round(left_s / 60)
+    return (
+        f"{run.part} {run.number} (seed {run.seed}), {run.fidelities[-1]:,} images: {what}, "
+        f"{seconds:.0f} s; {minutes // 60} h {minutes % 60:02} min left"
+    )
+
+
+def table(storage: str, name: str, settings: Settings) -> dict[str, Any]:
+    """The header and the rows of all runs so far. Raises StudyError where there are none."""
+    found = {part: studies.open_study(storage, f"{name}-{part}") for part in SPACES}
+    made = found["default"].user_attrs.get("made")
+    if made is None:
+        raise studies.StudyError(f"{studies.without_password(storage)} has no study {name}-default")
+    done = {part: recorded(study) for part, study in found.items()}
+    rows = [
+        _row(part, number, trial, done["finals"])
+        for part in ("default", "wide")
+        for (number, _), trial in sorted(done[part].items())
+    ]
+    kept = found["default"].user_attrs["fingerprint"]
+    header = made | {key: kept[key] for key in ("network", "ranks", "fidelities", "dtype", "seed")}
+    finals = found["finals"].user_attrs["fingerprint"]["fidelities"][-1]
+    wanted = {part: sum(run.part == part for run in runs(settings)) for part in SPACES}
+    runs_of = {part: {"done": len(done[part]), "of": wanted[part]} for part in SPACES}
+    header |= {"n": kept["validation images"], "final_samples": finals, "runs": runs_of}
+    return {"header": header, "rows": rows}
+
+
+def _row(
+    part: str, number: int, trial: FrozenTrial, finals: dict[tuple[int, int], FrozenTrial]
+) -> dict[str, Any]:
+    row = {"space": part, "number": number, "params": trial.params}
+    row |= {key: trial.user_attrs[key] for key in ("errors", "log_loss", "diverged")}
+    own = [(seed, final.user_attrs) for (i, seed), final in sorted(finals.items()) if i == number]
+    if part == "default" and own:
+        row["finals"] = [
+            {"seed": seed, "errors": attrs["errors"][-1], "log_loss": attrs["log_loss"][-1]}
+            for seed, attrs in own
+        ]
+    return row
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """As JSON, a row a line."""
+    head, *rows = (
+        json.dumps(each, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        for each in (content["header"], *content["rows"])
+    )
+    path.write_text('{"header":' + head + ',"rows":[\n' + ",\n".join(rows) + "\n]}\n")
+
+
+def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not numbers with commas between") from error
+    if not all(a < b for a, b in zip((0, *found), found, strict=False)):
+        raise click.BadParameter(f"{text!r} does not ascend from above 0")
+    return found
+
+
+@click.command()
+@click.option("--storage", default="sqlite:///curves.sqlite3", show_default=True)
+@click.option(
+    "--study", default="curves", show_default=True, help="What the studies' names begin with."
+)
+@click.option(
+    "--table", "path", type=click.Path(path_type=Path), default=TABLE, help="To be written."
+)
+@click.option(
+    "--export", is_flag=True, help="Write the table of the runs so far, and train nothing."
+)
+@click.option("--dataset", default=Settings.dataset, show_default=True)
+@click.option("--network", default=Settings.network, show_default=True)
+@click.option("--default", default=Settings.default, show_default=True, help="Configurations.")
+@click.option("--wide", default=Settings.wide, show_default=True, help="Configurations.")
+@click.option("--finals", default=Settings.finals, show_default=True, help="Configurations.")
+@click.option("--final-seeds", default=Settings.final_seeds, show_default=True)
+@click.option(
+    "--fidelities",
+    default=",".join(map(str, FIDELITIES)),
+    callback=_numbers,
+    show_default=True,
+    help="Training images, ascending.",
+)
+@click.option("--final-samples", default=Settings.final_samples, show_default=True)
+@click.option("--seed", default=Settings.seed, show_default=True)
+@click.option("--bfloat16/--no-bfloat16", default=Settings.bfloat16, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=int, help="By default all cores.")
+@click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
+def main(
+    storage: str,
+    study: str,
+    path: Path,
+    export: bool,
+    device: str,
+    threads: int | None,
+    data_dir: Path | None,
+    **options: Any,
+) -> None:
+    """Train what lacks, then write the table."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings = Settings(**options)
+    try:
+        if not export:
+            torch.set_num_threads(threads or cores())
+            place = training.device(device)
+            dataset = data.load(settings.dataset, data_dir).to(place)
+            found = opened(storage, study, settings, dataset)
+            found["default"].set_user_attr("made", made_by(settings, place))
+            training.keep_freed_memory()
+            for run, result, *times in work(found, settings, dataset):
+                click.echo(line(run, result, len(dataset.validation), *times))
+        content = table(storage, study, settings)
+    except (studies.StudyError, data.DataError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    write(content, path)
+    counts = (
+        f"{each['done']}/{each['of']} {part}" for part, each in content["header"]["runs"].items()
+    )
+    click.echo(f"{path.name}: runs {', '.join(counts)}; {path.stat().st_size / 1000:,.0f} KB")
+
+
+if __name__ == "__main__":
+    main()

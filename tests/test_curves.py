@@ -1,0 +1,185 @@
+"""benchmarks/curves.py: the table of learning curves, however often it is stopped on the way."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from benchmarks import curves
+from mnist import data, training
+from mnist.space import DEFAULT, SPACES, WIDE, inside
+from mnist.study import FIRST
+from tests.conftest import ROOT
+
+SMALL = ["--dataset", "digits", "--network", "linear", "--threads", "1"]
+SMALL += ["--fidelities", "100,200,400", "--final-samples", "300"]
+SMALL += ["--default", "4", "--wide", "2", "--finals", "2", "--final-seeds", "2"]
+KEYS = [
+    *(("default", i, 0) for i in range(4)),
+    *(("wide", i, 0) for i in range(2)),
+    *(("finals", i, seed) for seed in (1, 2) for i in range(2)),
+]
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    storage = f"sqlite:///{folder}/curves.sqlite3"
+    return [*SMALL, "--storage", storage, "--table", str(folder / "curves.json"), *more]
+
+
+def made(folder: Path, *more: str) -> Result:
+    threads = torch.get_num_threads()
+    try:
+        return CliRunner().invoke(curves.main, options(folder, *more))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def table(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "curves.json").read_text())
+
+
+def runs(folder: Path) -> list[tuple[str, int, int]]:
+    """Parts, numbers and seeds of all runs, in the order of each study."""
+    found = []
+    for part in curves.SPACES:
+        name, storage = f"curves-{part}", f"sqlite:///{folder}/curves.sqlite3"
+        for trial in optuna.load_study(study_name=name, storage=storage).trials:
+            found.append((part, trial.user_attrs["number"], trial.user_attrs["seed"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a table that was made without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = made(folder)
+    assert done.exit_code == 0, done.output
+    assert len(done.output.splitlines()) == len(KEYS) + 1
+    return folder
+
+
+def test_the_table_has_a_row_for_each_configuration(whole: Path) -> None:
+    header, rows = table(whole)["header"], table(whole)["rows"]
+    assert [(row["space"], row["number"]) for row in rows] == [key[:2] for key in KEYS[:6]]
+    assert runs(whole) == KEYS
+    assert header["fidelities"] == [100, 200, 400]
+    assert header["runs"]["finals"] == {"done": 4, "of": 4}
+    assert header["command"].startswith(
+        "python -m benchmarks.curves --dataset digits --network lin"
+    )
+    assert {"date", "dtype", "n", "processor", "ranks", "torch"} <= {*header}
+    for row in rows:
+        assert len(row["errors"]) == len(row["log_loss"]) == 3
+        assert inside(curves.SPACES[row["space"]], row["params"]) == row["params"]
+        finals = [final["seed"] for final in row.get("finals", [])]
+        assert finals == ([1, 2] if row["space"] == "default" and row["number"] < 2 else [])
+    assert rows[0]["params"] == FIRST
+    assert rows[1]["finals"][0] != rows[1]["finals"][1]
+
+
+def test_the_values_are_those_of_training_on_all_validation_images(
+    whole: Path, digits: data.Dataset
+) -> None:
+    row = table(whole)["rows"][1]
+    run = curves.Run("default", 1, row["params"], 0, (100, 200, 400))
+    settings = curves.Settings(network="linear")
+    assert curves.carry_out(run, settings, digits)["errors"] == row["errors"]
+    torch.manual_seed(0)
+    model = curves.models.build("linear", 1, digits.size, 10)
+    more = {"samples": 400, "validate_at": [100, 200], "subset": 10**9}
+    progresses = training.fit(
+        model, digits, digits.train, digits.validation, **row["params"], **more
+    )
+    reports = [progress for progress in progresses if progress.n]
+    assert {progress.n for progress in reports} == {len(digits.validation)}
+    assert [progress.errors for progress in reports] == row["errors"]
+
+
+def test_a_table_that_was_stopped_goes_on_and_does_nothing_twice(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, fit = [], training.fit
+
+    def stopped(*arguments: Any, **keywords: Any) -> Iterator[training.Progress]:
+        started.append(keywords["lr"])
+        for progress in fit(*arguments, **keywords):
+            yield progress
+            if len(started) == 3:
+                raise RuntimeError("stopped in the middle")
+
+    monkeypatch.setattr(training, "fit", stopped)
+    assert str(made(tmp_path).exception) == "stopped in the middle"
+    assert runs(tmp_path) == KEYS[:2]
+    exported = made(tmp_path, "--export")
+    assert exported.exit_code == 0, exported.output
+    assert len(table(tmp_path)["rows"]) == 2
+    assert table(tmp_path)["header"]["runs"]["default"] == {"done": 2, "of": 4}
+    assert made(tmp_path).exit_code == 0
+    assert runs(tmp_path) == KEYS
+    assert len(started) == len(KEYS) + 1  # the one that was stopped is done again
+    assert table(tmp_path)["rows"] == table(whole)["rows"]
+    assert made(tmp_path).exit_code == 0
+    assert len(started) == len(KEYS) + 1
+
+
+def test_a_kill_loses_at_most_the_run_in_progress(whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "benchmarks.curves", *options(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGKILL)
+    assert lines[2].startswith("default 2 ")
+    kept = runs(tmp_path)
+    assert kept == KEYS[: len(kept)]
+    assert len(kept) >= 3
+    assert made(tmp_path).exit_code == 0
+    assert runs(tmp_path) == KEYS
+    assert table(tmp_path)["rows"] == table(whole)["rows"]
+
+
+def test_a_table_of_other_settings_is_not_continued(whole: Path) -> None:
+    done = made(whole, "--bfloat16")
+    assert done.exit_code == 1
+    assert "dtype is bfloat16, there float32" in done.output
+    assert "no study curves-default" in made(whole / "..", "--export").output
+
+
+def test_a_run_that_diverges_has_the_errors_of_a_guess(
+    digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*_: Any, **__: Any) -> Iterator[training.Progress]:
+        yield training.Progress(128, 400, 1.0, 12, 128, 0.5)
+        raise training.Diverged("the loss is nan")
+
+    monkeypatch.setattr(training, "fit", diverges)
+    run = curves.Run("default", 0, FIRST, 0, (100, 200, 400))
+    result = curves.carry_out(run, curves.Settings(network="linear"), digits)
+    guess = round(len(digits.validation) * 0.9)
+    assert result == {"errors": [12, guess, guess], "log_loss": [0.5, None, None], "diverged": True}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_configurations_are_the_same_however_many_and_cover_the_space(name: str) -> None:
+    space = SPACES[name]
+    many = curves.configurations(space, 128, 0)
+    assert many[:5] == curves.configurations(space, 5, 0)
+    assert (many[0] == FIRST) == (space == DEFAULT)
+    assert all(inside(space, params) == params and params.keys() == space.keys() for params in many)
+    shares = [np.log10(params["lr"] / 1e-5) / 4 for params in many]
+    assert np.histogram(shares, 8, (0, 1))[0].min() >= 14  # 16 on average
+    kinds = {params["optimizer"] for params in many}
+    assert kinds == {*space["optimizer"].choices}
+    assert curves.configurations(WIDE, 3, 0) != curves.configurations(WIDE, 3, 1)
+
+
+def test_the_fidelities_ascend(tmp_path: Path) -> None:
+    assert "does not ascend" in made(tmp_path, "--fidelities", "200,100").output
