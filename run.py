@@ -26,7 +26,7 @@ import click
 import optuna
 import torch
 
-from mnist import budget, compare, data, display, registry, report, search, training
+from mnist import budget, compare, data, display, registry, report, search
 from mnist import study as studies
 from mnist.display import Display, duration, reason, said
 from mnist.finish import finish
@@ -84,21 +84,20 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     registry.writable(options.output)
     writable(options.artifacts)
     device = choose_device(options)
-    training.keep_freed_memory()  # as workers do: their speed is measured here
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
     threads = max(1, cores() // workers)
     setup = Setup(
         source(options), str(device), threads, options.disk_quota, imports=options.import_
     )
     pool = Pool(workers, setup)  # its imports begin here, beside what comes before the training
-    with Member(options.storage, options.study_name, threads) as member:
-        job = prepare(options, member, device, (start, latest))
+    with Member(options.storage, options.study_name, threads) as member, pool:
+        job = prepare(options, member, pool, device, (start, latest))
         forecasts: list[tuple[float, float]] = []
         done = result(job) if member.update(studies.finished) >= job.trials else None
         if done is None:
             screen = Display(job.trials, job.plan, job.space, start)
             sweep(job)
-            with screen, pool:
+            with screen:
                 find(job, pool, screen)
                 done = finish(job, pool, screen)
             forecasts = screen.forecasts

@@ -66,7 +66,8 @@ def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) 
     """
     dataset = dataset.to(torch.device("cpu"))
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
-    forms, files, left_out = _forms(_on_cpu(model), _on_cpu(narrow or model), dataset)
+    model, narrow = _on_cpu(model), _on_cpu(narrow or model)
+    forms, files, left_out = _forms(model, narrow, dataset)
     for engine, reason in left_out.items():
         log.warning("the model is saved without %s: %s", engine, reason)
     served = calibrated(forms, dataset)
@@ -96,7 +97,9 @@ def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) 
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu()
+    """The model, or a copy of it where it is on another device; in evaluation mode."""
+    there = all(part.device.type == "cpu" for part in model.parameters())
+    return (model if there else copy.deepcopy(model).cpu()).eval()
 
 
 def _forms(

@@ -1,18 +1,18 @@
 """The end of a study: confirm the best trials, train the final model, have it saved."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from mnist import budget, release, search, training
+from mnist import budget, release, search
 from mnist import study as studies
 from mnist.display import Display, words
-from mnist.job import Job, network, result, winner
+from mnist.job import Job, result, speed_run, winner
 from mnist.release import Trained
 from mnist.workers import Ended, Pool, Report, Run, cores, restore
 
-TINY_LR = 1e-8  # with which the machine is measured: no step of it diverges
 WAIT_S = 1.0
 LEAST_FINAL = 1_200  # images; a model that has seen fewer is not worth saving
 
@@ -26,6 +26,7 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
                 screen.say(f"trial {found['study']['trial']} has won before; its model is kept")
                 return found
             trained = train(job, pool, screen)
+            pool.end()  # the plain network and its export take their room
             if found := release.save(job, trained, screen):
                 return found
         screen.waiting("another process finishes the study")
@@ -67,7 +68,7 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
         best = winner(job)
         if best is None:  # another member has just finished a better trial
             continue
-        run = final_run(job, best)
+        run = final_run(job, pool, best)
         weights = restore(run.weights)  # of a process that was killed when it had got so far
         if weights is not None:
             return Trained(best, weights, run.samples, None)
@@ -106,9 +107,9 @@ def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, f
     raise AssertionError("a run ends with an Ended")
 
 
-def final_run(job: Job, best: FrozenTrial) -> Run:
+def final_run(job: Job, pool: Pool, best: FrozenTrial) -> Run:
     """By all cores, as there is nothing else to do."""
-    samples = final_samples(job, best)
+    samples = final_samples(job, pool, best)
     stem = job.folder / f"final-{best.number}-{samples}"
     return Run(
         job.options.model,
@@ -135,7 +136,7 @@ def final_s(job: Job) -> float:
     return budget.final_s(job.plan, budget.total_s(job.work, job.plan.images_per_s) - passed_s)
 
 
-def final_samples(job: Job, best: FrozenTrial) -> int:
+def final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:
     """Images the final model sees: as asked for, as begun before, or what the time left allows."""
     epoch = len(job.dataset.train) + len(job.dataset.validation)
     if job.options.final_epochs:
@@ -146,12 +147,13 @@ def final_samples(job: Job, best: FrozenTrial) -> int:
     most = min(final_s(job) * job.plan.images_per_s, job.work.most_final)
     if most <= least:
         return least
-    measured = training.speed(
-        network(job.options, job.dataset, job.device),
-        job.dataset,
-        **best.params | {"lr": TINY_LR},
-        micro_batch=studies.micro_batch(best),
+    run = replace(
+        speed_run(job.options, best.params),
         bfloat16=job.plan.bfloat16,
+        micro_batch=studies.micro_batch(best),
     )
-    # Not faster than planned: a machine is rarely alone for long.
+    try:
+        measured = search.speed(pool, run)
+    except search.RunFailed:  # the final training will say why
+        measured = job.plan.images_per_s
     return max(least, round(min(final_s(job) * measured, most)))

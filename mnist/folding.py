@@ -146,10 +146,10 @@ def _product(module: nn.Module) -> Layer | None:
     if not isinstance(module, Factors):
         return None
     layers = module.layers
-    weight = reduce(_multiplied, [layer.weight.double() for layer in layers])
+    weight = reduce(_multiplied, [layer.weight for layer in layers])
     outputs, inputs = weight.shape[:2]
     product = _like(max(layers, key=_extent), inputs, outputs, bias=True)
-    product.weight = nn.Parameter(weight.float())
+    product.weight = nn.Parameter(weight)
     product.bias = layers[-1].bias
     return product
 

@@ -18,7 +18,9 @@ from mnist import study as studies
 from mnist.members import Member
 from mnist.options import Options
 from mnist.space import Space
+from mnist.workers import Run, cores
 
+SPEED_STEPS, TINY_LR = 24, 1e-8  # with which a machine is measured: no step of it diverges
 ABANDONED_S = 600  # writing a checkpoint takes seconds
 
 
@@ -57,6 +59,19 @@ def network(options: Options, dataset: data.Dataset, device: torch.device) -> to
     """A new network for the data, in its training form unless --plain."""
     model = models.build(options.model, dataset.channels, dataset.size, len(dataset.classes))
     return (model if options.plain else folding.training_form(model)).to(device)
+
+
+def speed_run(options: Options, params: dict[str, Any]) -> Run:
+    """A few steps by all cores, to measure how fast they are."""
+    return Run(
+        options.model,
+        params | {"lr": TINY_LR},
+        SPEED_STEPS * params["batch_size"],
+        seed=0,
+        final=True,  # without validation
+        plain=options.plain,
+        threads=cores(),
+    )
 
 
 def winner(job: Job) -> FrozenTrial | None:

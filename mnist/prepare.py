@@ -12,31 +12,35 @@ import click
 import optuna
 import torch
 
-from mnist import budget, data, models, own, training
+from mnist import budget, data, models, own, search, training
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import reason, said
-from mnist.job import Job, network, origin
+from mnist.job import Job, network, origin, speed_run
 from mnist.members import Member
 from mnist.options import Options
+from mnist.workers import Pool
 
 BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32
 TRIALS, QUICK_TRIALS = 32, 3
 CONFIRM, QUICK_CONFIRM = 2, 0
 BFLOAT16_GAIN = 1.2  # least ratio of speeds for which rounding to 8 bits is worth it
-SPEED_BATCH = 64  # with which the machine is measured at the start
+SPEED_BATCHES = (64, 8)  # with which the machine is measured at the start: the first that it can
 
 
 def prepare(
-    options: Options, member: Member, device: torch.device, times: tuple[float, float]
+    options: Options,
+    member: Member,
+    pool: Pool,
+    device: torch.device,
+    times: tuple[float, float],
 ) -> Job:
     """Load the data; see how much trials and the final model may see, and that trials compare.
 
     `times`: when the study began, and when it must be over.
     """
     dataset = loaded(options).to(device)
-    model = sound(options, dataset, device)
-    space = choices(options, model)
+    space = choices(options, sound(options, dataset, device))
     trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
     confirmed = options.confirm
     if confirmed is None:
@@ -48,7 +52,7 @@ def prepare(
         len(dataset.validation),
         min(training.SUBSET, len(dataset.validation)),
     )
-    plan = fit_to_machine(options, member, dataset, space, model, work, times[0])
+    plan = fit_to_machine(options, member, pool, dataset, space, work, times[0])
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
     return Job(options, member, dataset, space, device, plan, trials, confirmed, work, *times)
 
@@ -151,19 +155,19 @@ def choices(options: Options, model: torch.nn.Module) -> spaces.Space:
 def fit_to_machine(
     options: Options,
     member: Member,
+    pool: Pool,
     dataset: data.Dataset,
     space: spaces.Space,
-    model: torch.nn.Module,
     work: budget.Work,
     start: float,
 ) -> budget.Plan:
-    """The study's own plan, or one by the speed of this machine, for which `model` is trained."""
+    """The study's own plan, or one by the speed of this machine."""
     kept = member.update(lambda study: study.user_attrs.get("plan"))
     asked = round(options.epochs * len(dataset.train)) if options.epochs else None
     if kept and asked in (None, kept["trial_samples"]):
         plan = budget.Plan(**kept)
     else:
-        images_per_s, bfloat16 = measured(options, model, dataset)
+        images_per_s, bfloat16 = measured(options, pool)
         left_s = total_s(options, work, images_per_s) - (time.monotonic() - start)
         plan = budget.plan(
             work,
@@ -200,21 +204,26 @@ def total_s(options: Options, work: budget.Work, images_per_s: float) -> float:
     return min(planned_s, options.timeout or float("inf"))
 
 
-def measured(options: Options, model: torch.nn.Module, dataset: data.Dataset) -> tuple[float, bool]:
-    """Training images a second, and whether they are so many in bfloat16.
+def measured(options: Options, pool: Pool) -> tuple[float, bool]:
+    """Training images a second of a worker with all cores, and whether that is in bfloat16.
 
     Trials that other machines may repeat are trained in float32. Raises click.UsageError where the
     network cannot be trained.
     """
-    try:
-        speeds = {
-            bfloat16: training.speed(model, dataset, batch_size=SPEED_BATCH, bfloat16=bfloat16)
-            for bfloat16 in ([False, True] if may_be_bfloat16(options) else [False])
-        }
-    except Exception as error:
-        raise unsound(options, error) from error
-    bfloat16 = speeds.get(True, 0.0) > BFLOAT16_GAIN * speeds[False]
-    return speeds[bfloat16], bfloat16
+    for batch_size in SPEED_BATCHES:
+        run = speed_run(options, {"batch_size": batch_size, "optimizer": "Adam"})
+        try:
+            speed = search.speed(pool, run)
+            break
+        except search.RunFailed as error:  # for lack of memory, perhaps
+            failure = error
+    else:
+        raise click.UsageError(f"network {options.model!r} cannot be used: {failure}")
+    if may_be_bfloat16(options):
+        faster = search.speed(pool, replace(run, bfloat16=True))
+        if faster > BFLOAT16_GAIN * speed:
+            return faster, True
+    return speed, False
 
 
 def may_be_bfloat16(options: Options) -> bool:

@@ -53,11 +53,11 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
     state, predictions = io.BytesIO(), io.BytesIO()
     torch.save({key: value.cpu() for key, value in model.state_dict().items()}, state)
     files = {"weights": (".pth", state.getvalue())} | exported.files
-    evaluated = files["weights"][1] + files.get(exported.served.engine, ("", b""))[1]
-    digest = hashlib.sha256(evaluated).hexdigest()
+    digest = hashlib.sha256(files["weights"][1])
+    digest.update(files.get(exported.served.engine, ("", b""))[1])
     if replaced(job):
         return None
-    found = evaluate(job, model, exported, job.folder / f"test-{digest[:16]}.pt")
+    found = evaluate(job, model, exported, job.folder / f"test-{digest.hexdigest()[:16]}.pt")
     scores = training.scores(found["probabilities"], found["labels"], dataset.classes)
     served_errors = export.errors(found["served"].numpy(), found["labels"].numpy())
     record = {

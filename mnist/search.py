@@ -15,8 +15,13 @@ from mnist.workers import Ended, Pool, Report, Run, Worker
 
 FAILURES = 5  # failed trials in a row that end a search
 WAIT_S = 1.0
+WARM_STEPS = 4  # of a run whose speed is measured, which do not count
 
 K = TypeVar("K", bound=Hashable)
+
+
+class RunFailed(RuntimeError):
+    """A run that is no trial, and could not be carried out."""
 
 
 class Unfinished(RuntimeError):
@@ -178,6 +183,21 @@ def carry_out(
             yield key, message
         if busy:
             yield None, None
+
+
+def speed(pool: Pool, run: Run) -> float:
+    """Images a second that a worker trains in a run that reports each of its steps.
+
+    Raises RunFailed.
+    """
+    seen: list[tuple[int, float]] = []
+    for _, message in carry_out(pool, {"speed": run}):
+        if isinstance(message, Report):
+            seen.append((message.progress.samples, time.perf_counter()))
+        elif message and message.failure:
+            raise RunFailed(message.reason)
+    (m, start), (n, end) = seen[WARM_STEPS], seen[-1]
+    return (n - m) / (end - start)
 
 
 def confirm(

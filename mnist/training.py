@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mnist.data import Dataset, Split
+from mnist.folding import Factors
 from mnist.inference import probabilities
 
 OPTIMIZERS = ("Adam", "AdamW", "RMSprop", "SGD")
@@ -28,6 +29,9 @@ SUBSET = 2_000  # validation images behind a report in mid-run; the last report 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 NORM_IMAGES, NORM_PART = 2_000, 250  # for the statistics of batch norms, so many at a time
 LEAST_PROBABILITY = 1e-12  # in a log-loss, which would be infinite of a 0
+# Weights of a training form shrink by this share with each image, by the learning rate's schedule:
+# 27 errors of 5,000 validation images instead of 29 after 400,000, log-loss 0.0160 for 0.0179.
+DECAY = 2.5e-6
 SPEED_STEPS = 16  # of which the machine's speed is the median
 ROTATION, SCALE, SHIFT = (
     math.radians(8),
@@ -247,6 +251,8 @@ def fit(
             logits = model(images)
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
+    factors = [module for module in model.modules() if isinstance(module, Factors)]
+    decayed = [layer.weight for module in factors for layer in module.layers]
     first = _resume(resume, model, stepper, order) if resume else 0
     losses: list[torch.Tensor] = []
     padding = "zeros" if dataset.recipe == "digit" else "border"
@@ -256,14 +262,16 @@ def fit(
         images = train.images[index].float() / 255
         if augmentation:
             images = augment(images, generator, augmentation, padding)
+        share = learning_rate(cycle(step, ends), schedule)
         for group in stepper.param_groups:
-            group["lr"] = lr * learning_rate(cycle(step, ends), schedule)
+            group["lr"] = lr * share
         stepper.zero_grad()
         inputs = (images - dataset.mean) / dataset.std
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         labels = train.labels[index]
         losses.append(_backward(loss_of, inputs, labels, micro_batch or batch_size))
         stepper.step()
+        shrink(decayed, 1 - DECAY * batch_size * share)
         seen = step * batch_size
         rung = step in rung_steps
         if step < steps and not rung and step * 100 // steps == (step - 1) * 100 // steps:
@@ -308,6 +316,13 @@ def renormalise(model: nn.Module, dataset: Dataset, train: Split) -> None:
     for norm, value in zip(norms, momentum, strict=True):
         norm.momentum = value
     model.train()
+
+
+@torch.no_grad()
+def shrink(weights: list[torch.Tensor], factor: float) -> None:
+    """Weight decay apart from the gradients (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+    for weight in weights:
+        weight.mul_(factor)
 
 
 def _backward(

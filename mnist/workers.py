@@ -160,6 +160,10 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End all workers, which frees their memory; others take their places when wanted."""
         for worker in self.workers:
             worker.process.kill()
         for worker in list(self.workers):

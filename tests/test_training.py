@@ -78,6 +78,23 @@ def test_a_cycle_of_the_learning_rate_ends_with_each_rung() -> None:
     assert shares == [0.25, 0.75, 0.125, 0.375, 0.625, 0.875]
 
 
+def test_weights_of_a_training_form_shrink_and_others_do_not(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "DECAY", 1 / 3_000)
+    for module in (build(digits, "parallel"), folding.training_form(build(digits, "parallel"))):
+        before = {name: part.clone() for name, part in module.state_dict().items()}
+        fit(module, digits, samples=320, batch_size=32, lr=0.0, schedule="constant")
+        for name, part in module.named_parameters():
+            factored = ".0." in name or ".1." in name or ".2." in name
+            if name.endswith("weight") and factored and part.dim() > 1:
+                shares = [training.learning_rate((i + 0.5) / 10, "constant") for i in range(10)]
+                expected = math.prod(1 - 32 / 3_000 * share for share in shares)
+                assert torch.allclose(part, before[name] * expected, rtol=1e-4)
+            else:
+                assert torch.equal(part, before[name]), name
+
+
 def test_bfloat16_rounds_and_learns_the_same(digits: Dataset) -> None:
     ends = []
     for bfloat16 in (False, True):
