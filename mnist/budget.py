@@ -12,7 +12,7 @@ REDUCTION = 3  # about one trial in so many survives a rung
 # one in REDUCTION survive, as the first trials are compared with few.
 TRIAL_SHARE = RUNGS[0] + (1 - RUNGS[0]) * 0.45
 TRIAL_OVERHEAD_S = 0.4  # a new network, its record in the study, on a processor of 2024
-FORWARD = 1 / 4  # time for an image in evaluation, as a share of that in training
+FORWARD = 0.45  # time for an image in evaluation, as a share of that in training in bfloat16
 SEARCH_SHARE = 0.4  # of the time, confirmations included
 # Most images of a trial and of the final model, however fast the machine; and least of a trial, as
 # at its first rung the best one should be right on 95 % of the images: `parallel` on MNIST is so
@@ -22,7 +22,7 @@ MOST_FINAL_PASSES, MOST_FINAL = 20, 60_000
 # The default run: on two cores with AVX-512 it ends within 8 minutes, also where the machine slows
 # down a little meanwhile. A slower machine takes longer, as the result matters more.
 TARGET_S, LIMIT_S, ENOUGH_FINAL = 7.2 * 60, 13.5 * 60, 300_000
-QUICK_S = 20.0
+QUICK_S = 30.0
 RELEASE_S = 20.0  # export, one evaluation, saving and the report, of `parallel` on two cores
 QUICK_RELEASE_S = 8.0
 PLAN_WEIGHT = 5  # trials
@@ -61,6 +61,7 @@ class Work:
     train: int
     validation: int
     subset: int  # validation images at a rung
+    norm_images: int = 0  # through the network before each validation, for its batch norms
 
     @property
     def most_final(self) -> int:
@@ -118,12 +119,14 @@ def _search_s(work: Work, samples: int, images_per_s: float) -> float:
 def _trial_s(work: Work, samples: int, images_per_s: float) -> float:
     """Seconds for a trial on average, as some are pruned."""
     complete = (TRIAL_SHARE - RUNGS[0]) / (1 - RUNGS[0])
-    validated = len(RUNGS) * work.subset + complete * work.validation
+    validated: float = len(RUNGS) * (work.subset + work.norm_images)
+    validated += complete * (work.validation + work.norm_images)
     return TRIAL_OVERHEAD_S + (samples * TRIAL_SHARE + validated * FORWARD) / images_per_s
 
 
 def _whole_trial_s(work: Work, samples: int, images_per_s: float) -> float:
-    return TRIAL_OVERHEAD_S + (samples + work.validation * FORWARD) / images_per_s
+    validated = work.validation + work.norm_images
+    return TRIAL_OVERHEAD_S + (samples + validated * FORWARD) / images_per_s
 
 
 def final_s(planned: Plan, left_s: float) -> float:

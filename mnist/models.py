@@ -50,11 +50,11 @@ class Parallel(nn.Module):
         _start(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(images)), 2)  # (N, 32, 14, 14) for 28x28
-        x = F.relu(self.conv2_1(x)) + F.relu(self.conv2_2(x))
+        x = F.max_pool2d(F.relu_(self.conv1(images)), 2)  # (N, 32, 14, 14) for 28x28
+        x = F.relu_(self.conv2_1(x)) + F.relu_(self.conv2_2(x))
         x = F.max_pool2d(x, 2)  # (N, 64, 7, 7)
-        x = F.relu(self.conv3_2(F.relu(self.conv3_1(x)))).flatten(1)  # (N, 512 * 7 * 7)
-        return self.output(F.relu(self.fc2(F.relu(self.fc1(x)))))
+        x = F.relu_(self.conv3_2(F.relu_(self.conv3_1(x)))).flatten(1)  # (N, 512 * 7 * 7)
+        return self.output(F.relu_(self.fc2(F.relu_(self.fc1(x)))))
 
 
 class ParallelSplit(nn.Module):
@@ -77,11 +77,11 @@ class ParallelSplit(nn.Module):
         _start(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        x = F.max_pool2d(F.relu_(self.conv1(images)), 2)
         branches = ((self.conv2_1, self.conv3_1), (self.conv2_2, self.conv3_2))
-        ends = [F.relu(third(F.max_pool2d(F.relu(second(x)), 2))) for second, third in branches]
+        ends = [F.relu_(third(F.max_pool2d(F.relu_(second(x)), 2))) for second, third in branches]
         x = torch.cat(ends, 1).flatten(1)  # (N, 512 * 7 * 7) for 28x28
-        return self.output(F.relu(self.fc2(F.relu(self.fc1(x)))))
+        return self.output(F.relu_(self.fc2(F.relu_(self.fc1(x)))))
 
 
 class Linear(nn.Module):

@@ -51,6 +51,7 @@ def prepare(
         len(dataset.train),
         len(dataset.validation),
         min(training.SUBSET, len(dataset.validation)),
+        training.NORM_IMAGES,
     )
     plan = fit_to_machine(options, member, pool, dataset, space, work, times[0])
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)

@@ -15,7 +15,7 @@ from mnist.workers import Ended, Pool, Report, Run, Worker
 
 FAILURES = 5  # failed trials in a row that end a search
 WAIT_S = 1.0
-WARM_STEPS = 4  # of a run whose speed is measured, which do not count
+WARM_STEPS = 24  # of a run whose speed is measured, which do not count
 
 K = TypeVar("K", bound=Hashable)
 

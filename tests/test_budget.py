@@ -7,7 +7,9 @@ import pytest
 from mnist import budget
 from mnist.budget import Work
 
-MNIST = Work(trials=32, confirmations=4, train=52_500, validation=5_000, subset=2_000)
+MNIST = Work(
+    trials=32, confirmations=4, train=52_500, validation=5_000, subset=2_000, norm_images=2_000
+)
 
 
 @pytest.mark.parametrize(
