@@ -3,15 +3,11 @@
 python run.py            # and `python run.py --help`
 """
 
-import os
 import signal
 
 if __name__ == "__main__":
     # Until main() takes over there is nothing to lose: Ctrl-C just ends the imports.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Huge pages spare the page faults of the big gradients: 104 instead of 89 images/s at batch
-    # 33 on two cores (2026-11-21). torch reads this when it is imported, here and by workers.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import contextlib
 import gc

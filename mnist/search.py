@@ -186,17 +186,18 @@ def carry_out(
 
 
 def speed(pool: Pool, run: Run) -> float:
-    """Images a second that a worker trains in a run that reports each of its steps.
-
-    Raises RunFailed.
-    """
+    """Images a second that a worker trains, after WARM_STEPS. Raises RunFailed."""
     seen: list[tuple[int, float]] = []
     for _, message in carry_out(pool, {"speed": run}):
         if isinstance(message, Report):
             seen.append((message.progress.samples, time.perf_counter()))
         elif message and message.failure:
             raise RunFailed(message.reason)
-    (m, start), (n, end) = seen[WARM_STEPS], seen[-1]
+    warm = WARM_STEPS * run.params["batch_size"]
+    if len(seen) > 3:  # the last report comes after more than its steps: the norms' statistics
+        del seen[-1]
+    m, start = next((report for report in seen[:-1] if report[0] >= warm), seen[0])
+    n, end = seen[-1]
     return (n - m) / (end - start)
 
 

@@ -18,7 +18,7 @@ from mnist.workers import Ended, Pool, Report, Run, Setup
 from tests.conftest import ROOT
 from tests.gates import until
 
-SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
+SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1, report_s=0.0)
 PARAMS = {"batch_size": 32, "optimizer": "Adam", "lr": 0.003}
 RUN = Run("linear", PARAMS, 2_000, seed=0, rungs=(300, 900))
 
