@@ -254,7 +254,6 @@ def _serve(pipe: Any, setup: Setup) -> None:
     """Run after run, until the command that started this process is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(setup.threads)
-    training.keep_freed_memory()
     dataset = None
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -263,7 +262,8 @@ def _serve(pipe: Any, setup: Setup) -> None:
                 if dataset is None:
                     for path in setup.imports:
                         own.load(path)
-                dataset = dataset or setup.load().to(torch.device(setup.device))
+                    dataset = setup.load().to(torch.device(setup.device))
+                    training.keep_freed_memory()  # not what the loading took
             except Exception as error:  # noqa: BLE001 - files that vanished, a device that is taken
                 pipe.send(Ended(failure="error", reason=_line(error)))
             else:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,13 @@ def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_tried_again(
                 pool.workers[0].process.join()
     assert TrialState.WAITING in seen
     assert outcome(one) == outcome(whole)
+
+
+def test_the_speed_of_a_worker_is_measured_and_a_network_that_fails_says_why(pool: Pool) -> None:
+    run = Run("linear", {"batch_size": 8, "optimizer": "Adam", "lr": 1e-8}, 8 * 400, 0, final=True)
+    assert 1_000 < search.speed(pool, run) < 10_000_000
+    with pytest.raises(search.RunFailed, match="unknown network 'nothing'"):
+        search.speed(pool, replace(run, network="nothing"))
 
 
 def test_a_trial_on_which_three_workers_die_is_given_up(tmp_path: Path, pool: Pool) -> None:

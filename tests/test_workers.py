@@ -76,6 +76,15 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         assert torch.equal(tensor, torch.load(tmp_path / "killed.pt")[name]), name
 
 
+def test_between_two_reports_without_an_accuracy_there_is_some_time(digits: Dataset) -> None:
+    seldom, often = Pipe(), Pipe()
+    workers.attempt(RUN, digits, replace(SETUP, report_s=3600.0), seldom)
+    workers.attempt(RUN, digits, SETUP, often)
+    assert len(often.reports) > 50
+    assert len(seldom.reports) == 1 + len(RUN.rungs) + 1  # the first and the last are always there
+    assert seldom.accuracies() == often.accuracies()
+
+
 def test_dropout_goes_on_bit_for_bit_too(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
