@@ -18,11 +18,12 @@ SEARCH_SHARE = 0.4  # of the time, confirmations included
 # at its first rung the best one should be right on 95 % of the images: `parallel` on MNIST is so
 # after 2,000 to 2,500.
 MOST_TRIAL, LEAST_TRIAL, QUICK_TRIAL = 24_000, 6_000, 1_200
-MOST_FINAL_PASSES, MOST_FINAL = 20, 60_000
+MOST_FINAL_PASSES, THOROUGH_PASSES, MOST_FINAL = 20, 60, 60_000
 # The default run: on two cores with AVX-512 it ends within 8 minutes, also where the machine slows
 # down a little meanwhile. A slower machine takes longer, as the result matters more.
 TARGET_S, LIMIT_S, ENOUGH_FINAL = 7.2 * 60, 13.5 * 60, 300_000
 QUICK_S = 30.0
+START_S = 10.0  # until the plan is made
 RELEASE_S = 20.0  # export, one evaluation, saving and the report, of `parallel` on two cores
 QUICK_RELEASE_S = 8.0
 PLAN_WEIGHT = 5  # trials
@@ -62,11 +63,13 @@ class Work:
     validation: int
     subset: int  # validation images at a rung
     norm_images: int = 0  # through the network before each validation, for its batch norms
+    thorough: bool = False  # for a night or a GPU: a trial sees a pass, the final model many
 
     @property
     def most_final(self) -> int:
         """Images that the final model sees at most, unless --final-epochs says otherwise."""
-        return max(MOST_FINAL_PASSES * (self.train + self.validation), MOST_FINAL)
+        passes = THOROUGH_PASSES if self.thorough else MOST_FINAL_PASSES
+        return max(passes * (self.train + self.validation), MOST_FINAL)
 
 
 def rungs(trial_samples: int) -> list[int]:
@@ -76,7 +79,11 @@ def rungs(trial_samples: int) -> list[int]:
 
 def total_s(work: Work, images_per_s: float) -> float:
     """Seconds for the whole command: TARGET_S, or up to LIMIT_S on a machine that is too slow to
-    show the final model ENOUGH_FINAL images in that time."""
+    show the final model ENOUGH_FINAL images in that time; as long as it takes where it is thorough.
+    """
+    if work.thorough:
+        training_s = _search_s(work, work.train, images_per_s) + work.most_final / images_per_s
+        return START_S + training_s + RELEASE_S
     enough = min(ENOUGH_FINAL, work.most_final) / images_per_s
     return min(max(TARGET_S, enough / (1 - SEARCH_SHARE) + RELEASE_S), LIMIT_S)
 
@@ -97,7 +104,9 @@ def plan(
     and the search takes more than its share.
     """
     release_s = QUICK_RELEASE_S if quick else RELEASE_S
-    if trial_samples is None:
+    if trial_samples is None and work.thorough:
+        trial_samples = work.train
+    elif trial_samples is None:
         room_s = SEARCH_SHARE * (left_s - release_s) - _search_s(work, 0, images_per_s)
         each_s = (work.trials * TRIAL_SHARE + work.confirmations) / images_per_s
         least = QUICK_TRIAL if quick else LEAST_TRIAL

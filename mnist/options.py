@@ -196,6 +196,9 @@ class Options:
         type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
     )
     quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
+    thorough: bool = option(
+        False, "For a night or a GPU: a trial sees a pass, the final model 60.", is_flag=True
+    )
     plain: bool = option(
         False, "Train the network's own layers, not its training form.", is_flag=True
     )
@@ -206,7 +209,8 @@ class Options:
         dataset = self.dataset
         if dataset.startswith(data.FOLDER):
             dataset = Path(dataset).name
-        return self.study or f"{dataset}-{self.model}{'-quick' if self.quick else ''}"
+        extent = "-quick" if self.quick else "-thorough" if self.thorough else ""
+        return self.study or f"{dataset}-{self.model}{extent}"
 
     def record(self) -> dict[str, Any]:
         """As JSON values, without what is only about this command's output."""
@@ -224,6 +228,8 @@ def command(main: Callable[[list[Options]], None]) -> click.Command:
     """The command line of run.py, which calls `main` with the Options of each study."""
 
     def each(dataset: tuple[str, ...], model: tuple[str, ...], **values: Any) -> None:
+        if values["quick"] and values["thorough"]:
+            raise click.UsageError("--quick and --thorough exclude each other")
         networks = dict.fromkeys(model)
         if ALL in model:  # small ones first: of --timeout they leave some to the large ones
             networks = dict.fromkeys(

@@ -52,6 +52,7 @@ def prepare(
         len(dataset.validation),
         min(training.SUBSET, len(dataset.validation)),
         training.NORM_IMAGES,
+        options.thorough,
     )
     plan = fit_to_machine(options, member, pool, dataset, space, work, times[0])
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)

@@ -45,6 +45,17 @@ def test_on_a_slow_machine_a_trial_still_shows_something() -> None:
     assert plan.final_s >= (1 - budget.SEARCH_SHARE) * (450 - budget.RELEASE_S)
 
 
+@pytest.mark.parametrize("images_per_s", [500, 3_000])
+def test_a_thorough_run_takes_as_long_as_it_takes(images_per_s: float) -> None:
+    work = replace(MNIST, thorough=True)
+    total_s = budget.total_s(work, images_per_s)
+    plan = budget.plan(work, images_per_s, total_s - budget.START_S)
+    assert plan.trial_samples == MNIST.train
+    assert plan.final_s * images_per_s == pytest.approx(60 * (MNIST.train + MNIST.validation))
+    assert total_s > 4 * budget.TARGET_S
+    assert budget.final_s(plan, plan.final_s + plan.release_s) == plan.final_s
+
+
 def test_what_was_asked_for_is_what_a_trial_sees() -> None:
     assert budget.plan(MNIST, 1_000, 450, trial_samples=1_234).trial_samples == 1_234
 

@@ -371,7 +371,7 @@ def test_help_names_every_option(run: Command) -> None:
         "dataset model trials epochs final-epochs timeout train-samples storage study workers"
     )
     more = "sampler pruner seed device data-dir output artifacts disk-quota promote quick json "
-    more += "image-size color"
+    more += "image-size color thorough plain"
     for name in f"{contract} {more}".split():
         assert f"--{name} " in text
 
@@ -394,6 +394,9 @@ def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> No
     refused = run(*options, "--study", "one")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--study names one study; these options make 2" in refused.stderr
+    both_ways = run(*options, "--quick", "--thorough")
+    assert both_ways.returncode == 2
+    assert "--quick and --thorough exclude each other" in both_ways.stderr
 
 
 def test_what_is_wrong_with_one_of_several_studies_is_said_before_the_first(
