@@ -188,8 +188,7 @@ def fit_to_machine(
             study.set_user_attr("origin", origin(options))
         parts = (models.NETWORKS[options.model], data.reader(options.dataset))
         model = options.model + (own.digest(options.import_) if any(map(own.made, parts)) else "")
-        form = "plain" if options.plain else "training form"
-        wanted = studies.fingerprint(dataset, f"{model}, {form}", chosen.trial_samples, space)
+        wanted = studies.fingerprint(dataset, model, chosen.trial_samples, space, options.plain)
         studies.agree(study, wanted)
         return chosen
 

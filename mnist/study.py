@@ -97,7 +97,11 @@ def sqlite_file(storage: str) -> Path | None:
 
 
 def fingerprint(
-    dataset: Dataset, network: str, trial_samples: int, space: Space = DEFAULT
+    dataset: Dataset,
+    network: str,
+    trial_samples: int,
+    space: Space = DEFAULT,
+    plain: bool = False,
 ) -> dict[str, Any]:
     """What must be the same for two trials to be compared."""
     named = dataset.name.startswith(FOLDER)  # where a class can be renamed, its pictures unchanged
@@ -106,6 +110,7 @@ def fingerprint(
         "split": dataset.cut[:16],
         "validation images": len(dataset.validation),
         "network": network,
+        "layers": "plain" if plain else "in their training form",
         "space": {key: str(value) for key, value in space.items()},
         "images a trial": trial_samples,
     }

@@ -238,6 +238,8 @@ def fit(
     total = steps * batch_size
     rung_steps = sorted({math.ceil(rung / batch_size) for rung in validate_at} - {0})
     ends = [*(step for step in rung_steps if step < steps), steps]
+    if batch_size == 1 and any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules()):
+        raise ValueError("batch_size is 1; batch norms need at least 2, or use --plain")
     generator = torch.Generator().manual_seed(seed)
     order = Order(len(train), generator)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -333,7 +335,8 @@ def _backward(
 ) -> torch.Tensor:
     """Gradients of the mean loss over the batch, a part at a time; returns that loss."""
     total = torch.zeros((), device=inputs.device)
-    for images, wanted in zip(inputs.split(micro_batch), labels.split(micro_batch), strict=True):
+    parts = math.ceil(len(labels) / micro_batch)  # of nearly one size: batch norms need more than 1
+    for images, wanted in zip(inputs.tensor_split(parts), labels.tensor_split(parts), strict=True):
         loss = loss_of(images, wanted) * (len(wanted) / len(labels))
         loss.backward()
         total += loss.detach()

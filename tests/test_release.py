@@ -95,4 +95,6 @@ def test_plain_trains_the_layers_themselves(run: Command, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     record = registry.record(tmp_path / "saved_models")[1]
     assert record["training"]["form"] == "plain"
-    assert run("--dataset", "digits", "--model", "parallel", *SHORT).returncode == 2
+    other = run("--dataset", "digits", "--model", "parallel", *SHORT)
+    assert other.returncode == 2
+    assert "layers is in their training form, there plain" in other.stderr

@@ -95,6 +95,13 @@ def test_weights_of_a_training_form_shrink_and_others_do_not(
                 assert torch.equal(part, before[name]), name
 
 
+def test_batch_norms_get_no_batch_of_one_image(digits: Dataset) -> None:
+    form = folding.training_form(build(digits, "parallel"))
+    fit(form, digits, samples=66, batch_size=33, micro_batch=8)  # 7, 7, 7, 6, 6
+    with pytest.raises(ValueError, match="batch_size is 1; batch norms need at least 2"):
+        fit(form, digits, samples=10, batch_size=1)
+
+
 def test_bfloat16_rounds_and_learns_the_same(digits: Dataset) -> None:
     ends = []
     for bfloat16 in (False, True):
