@@ -238,8 +238,7 @@ def fit(
     total = steps * batch_size
     rung_steps = sorted({math.ceil(rung / batch_size) for rung in validate_at} - {0})
     ends = [*(step for step in rung_steps if step < steps), steps]
-    if batch_size == 1 and any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules()):
-        raise ValueError("batch_size is 1; batch norms need at least 2, or use --plain")
+    refuse_one(model, batch_size)
     generator = torch.Generator().manual_seed(seed)
     order = Order(len(train), generator)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -291,6 +290,12 @@ def fit(
             continue
         yield Progress(seen, total, mean_loss, *_validated(model, dataset, checked), state)
         model.train()
+
+
+def refuse_one(model: nn.Module, batch_size: int) -> None:
+    """Raises ValueError where there are batch norms that would see one value alone."""
+    if batch_size == 1 and any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules()):
+        raise ValueError("batch_size is 1; batch norms need at least 2, or use --plain")
 
 
 @torch.no_grad()
