@@ -89,6 +89,7 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     with Member(options.storage, options.study_name, threads) as member, pool:
         job = prepare(options, member, pool, device, (start, latest))
         forecasts: list[tuple[float, float]] = []
+        begun = not member.update(studies.finished)  # by this command: else it took longer
         done = result(job) if member.update(studies.finished) >= job.trials else None
         if done is None:
             screen = Display(job.trials, job.plan, job.space, start)
@@ -100,7 +101,7 @@ def run(options: Options, latest: float) -> dict[str, Any]:
         publish(job, done)
         sweep(job)
         explain(job, done)
-        if forecasts:
+        if begun and forecasts:
             keep_forecasts(job, forecasts)
         return show(job, done)
 
@@ -157,7 +158,8 @@ def trial_run(job: Job, claim: Claim) -> Run:
 def keep_forecasts(job: Job, forecasts: list[tuple[float, float]]) -> None:
     """Leave what was announced, and how long it took, with the study (benchmarks.forecasts)."""
     time_taken = {"seconds": round(time.monotonic() - job.start, 1), "forecasts": forecasts}
-    job.member.update(lambda study: study.set_user_attr("time", time_taken))
+    with contextlib.suppress(*studies.STORAGE_ERRORS):  # the model is saved
+        job.member.update(lambda study: study.set_user_attr("time", time_taken))
 
 
 def explain(job: Job, done: dict[str, Any]) -> None:

@@ -137,6 +137,7 @@ def carry_out(run: Run, settings: Settings, dataset: Dataset) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model = models.build(settings.network, dataset.channels, dataset.size, len(dataset.classes))
     model = folding.training_form(model).to(dataset.train.labels.device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     progresses = training.fit(
         model,
         dataset,

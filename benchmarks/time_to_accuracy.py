@@ -28,6 +28,7 @@ def train(
     torch.manual_seed(seed)
     model = models.build(network, dataset.channels, dataset.size, len(dataset.classes))
     model, start = folding.training_form(model), time.perf_counter()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for _ in training.fit(
         model,
         dataset,

@@ -77,6 +77,7 @@ def ways(network: str, dataset: Dataset, batch_size: int) -> dict[str, Callable[
         return models.build(network, dataset.channels, dataset.size, len(dataset.classes))
 
     def ours(model: nn.Module, bfloat16: bool = False) -> float:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return training.speed(model, dataset, batch_size=batch_size, bfloat16=bfloat16)
 
     return {

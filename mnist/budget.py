@@ -3,6 +3,7 @@
 Pure arithmetic on seconds, images and images a second; nothing here measures or waits.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ REDUCTION = 3  # about one trial in so many survives a rung
 # one in REDUCTION survive, as the first trials are compared with few.
 TRIAL_SHARE = RUNGS[0] + (1 - RUNGS[0]) * 0.45
 TRIAL_OVERHEAD_S = 0.4  # a new network, its record in the study, on a processor of 2024
-FORWARD = 0.45  # time for an image in evaluation, as a share of that in training in bfloat16
-SEARCH_SHARE = 0.4  # of the time, confirmations included
+# Time for an image in evaluation, as a share of that in training; the larger one of bfloat16, in
+# which nothing is evaluated.
+FORWARD, BFLOAT16_FORWARD = 0.3, 0.45
+SEARCH_SHARE, LEAST_FINAL_SHARE = 0.4, 0.3  # of the time; confirmations belong to the search
 # Most images of a trial and of the final model, however fast the machine; and least of a trial, as
 # at its first rung the best one should be right on 95 % of the images: `parallel` on MNIST is so
 # after 2,000 to 2,500.
@@ -36,7 +39,8 @@ class Plan:
 
     `trial_samples`: most training images of a trial. Seconds: `trial_s` for a trial on average,
     `confirm_s` for all confirmations, `final_s` for the final training, `release_s` for what comes
-    after it. `images_per_s`: the training speed behind them, in `bfloat16` or float32.
+    after it, `total_s` for all of it. `images_per_s`: the training speed behind them, in `bfloat16`
+    or float32.
     """
 
     trial_samples: int
@@ -46,6 +50,7 @@ class Plan:
     confirm_s: float = 0.0  # studies of before there were any
     release_s: float = 0.0
     bfloat16: bool = False
+    total_s: float = 0.0  # of the whole command, from its start
 
     @property
     def after_search_s(self) -> float:
@@ -77,65 +82,80 @@ def rungs(trial_samples: int) -> list[int]:
     return [max(1, int(share * trial_samples)) for share in RUNGS]
 
 
-def total_s(work: Work, images_per_s: float) -> float:
-    """Seconds for the whole command: TARGET_S, or up to LIMIT_S on a machine that is too slow to
-    show the final model ENOUGH_FINAL images in that time; as long as it takes where it is thorough.
-    """
-    if work.thorough:
-        training_s = _search_s(work, work.train, images_per_s) + work.most_final / images_per_s
-        return START_S + training_s + RELEASE_S
-    enough = min(ENOUGH_FINAL, work.most_final) / images_per_s
-    return min(max(TARGET_S, enough / (1 - SEARCH_SHARE) + RELEASE_S), LIMIT_S)
-
-
 def plan(
     work: Work,
     images_per_s: float,
-    left_s: float,
+    passed_s: float,
     *,
+    timeout_s: float = math.inf,
     trial_samples: int | None = None,
     quick: bool = False,
     bfloat16: bool = False,
 ) -> Plan:
-    """Spend about `left_s` seconds: SEARCH_SHARE on the search, or less where MOST_TRIAL images are
-    enough for a trial; then RELEASE_S; the rest on the final model.
+    """Spend a time that fits the machine, of which `passed_s` are over: SEARCH_SHARE on the search,
+    less where MOST_TRIAL images are enough for a trial; then the release's; the rest on the final
+    model.
 
     `trial_samples` is what was asked for. On a slow machine a trial has its least number of images,
-    and the search takes more than its share.
+    and the final model LEAST_FINAL_SHARE of the time, whatever that takes.
     """
+    cost = _Cost(work, images_per_s, BFLOAT16_FORWARD if bfloat16 else FORWARD)
     release_s = QUICK_RELEASE_S if quick else RELEASE_S
-    if trial_samples is None and work.thorough:
-        trial_samples = work.train
-    elif trial_samples is None:
-        room_s = SEARCH_SHARE * (left_s - release_s) - _search_s(work, 0, images_per_s)
-        each_s = (work.trials * TRIAL_SHARE + work.confirmations) / images_per_s
+    total_s = min(QUICK_S if quick else cost.total_s(), timeout_s)
+    left_s = max(0.0, total_s - passed_s - release_s)
+    if trial_samples is None:
         least = QUICK_TRIAL if quick else LEAST_TRIAL
-        trial_samples = int(min(max(room_s / each_s, least), MOST_TRIAL))
-    trial_s = _trial_s(work, trial_samples, images_per_s)
-    confirm_s = work.confirmations * _whole_trial_s(work, trial_samples, images_per_s)
-    final_s = left_s - release_s - work.trials * trial_s - confirm_s
-    least_s = (1 - SEARCH_SHARE) * max(0.0, left_s - release_s)
-    final_s = min(max(final_s, least_s), work.most_final / images_per_s)
-    return Plan(trial_samples, trial_s, final_s, images_per_s, confirm_s, release_s, bfloat16)
+        affordable = cost.affordable(SEARCH_SHARE * left_s)
+        trial_samples = work.train if work.thorough else min(max(affordable, least), MOST_TRIAL)
+    trial_s, confirm_s = cost.trial_s(trial_samples), cost.confirm_s(trial_samples)
+    final_s = max(left_s - work.trials * trial_s - confirm_s, LEAST_FINAL_SHARE * left_s)
+    final_s = min(final_s, work.most_final / images_per_s)
+    all_s = passed_s + work.trials * trial_s + confirm_s + final_s + release_s
+    return Plan(
+        trial_samples, trial_s, final_s, images_per_s, confirm_s, release_s, bfloat16, all_s
+    )
 
 
-def _search_s(work: Work, samples: int, images_per_s: float) -> float:
-    """Seconds for all trials and confirming runs."""
-    runs_s = work.confirmations * _whole_trial_s(work, samples, images_per_s)
-    return work.trials * _trial_s(work, samples, images_per_s) + runs_s
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds that parts of a study take at a training speed; `forward`: see FORWARD."""
 
+    work: Work
+    images_per_s: float
+    forward: float
 
-def _trial_s(work: Work, samples: int, images_per_s: float) -> float:
-    """Seconds for a trial on average, as some are pruned."""
-    complete = (TRIAL_SHARE - RUNGS[0]) / (1 - RUNGS[0])
-    validated: float = len(RUNGS) * (work.subset + work.norm_images)
-    validated += complete * (work.validation + work.norm_images)
-    return TRIAL_OVERHEAD_S + (samples * TRIAL_SHARE + validated * FORWARD) / images_per_s
+    def total_s(self) -> float:
+        """For the whole command: TARGET_S, or up to LIMIT_S where the machine is too slow to show
+        the final model ENOUGH_FINAL images in that time; as long as it takes if it is thorough."""
+        work, search_s = self.work, self.search_s(LEAST_TRIAL)
+        if work.thorough:
+            whole_s = self.search_s(work.train) + work.most_final / self.images_per_s
+            return START_S + whole_s + RELEASE_S
+        enough_s = min(ENOUGH_FINAL, work.most_final) / self.images_per_s
+        return min(max(TARGET_S, START_S + search_s + enough_s + RELEASE_S), LIMIT_S)
 
+    def trial_s(self, samples: int) -> float:
+        """For a trial of so many images on average, as some are pruned."""
+        complete = (TRIAL_SHARE - RUNGS[0]) / (1 - RUNGS[0])
+        evaluated = len(RUNGS) * (self.work.subset + self.work.norm_images)
+        evaluated_at_end = complete * (self.work.validation + self.work.norm_images)
+        return self._seconds(samples * TRIAL_SHARE, evaluated + evaluated_at_end)
 
-def _whole_trial_s(work: Work, samples: int, images_per_s: float) -> float:
-    validated = work.validation + work.norm_images
-    return TRIAL_OVERHEAD_S + (samples + validated * FORWARD) / images_per_s
+    def confirm_s(self, samples: int) -> float:
+        """For all confirming runs, which are whole trials."""
+        evaluated = self.work.validation + self.work.norm_images
+        return self.work.confirmations * self._seconds(samples, evaluated)
+
+    def search_s(self, samples: int) -> float:
+        return self.work.trials * self.trial_s(samples) + self.confirm_s(samples)
+
+    def affordable(self, search_s: float) -> int:
+        """Images a trial with which the search takes so many seconds; none may be negative."""
+        each = (self.work.trials * TRIAL_SHARE + self.work.confirmations) / self.images_per_s
+        return int((search_s - self.search_s(0)) / each)
+
+    def _seconds(self, trained: float, evaluated: float) -> float:
+        return TRIAL_OVERHEAD_S + (trained + evaluated * self.forward) / self.images_per_s
 
 
 def final_s(planned: Plan, left_s: float) -> float:

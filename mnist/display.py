@@ -110,8 +110,9 @@ class Display:
         and what comes after it `after_s`."""
         now, share = time.monotonic(), progress.samples / progress.total
         start, before = self.started.setdefault(what, (now, share))
-        rest = 1 - before  # what was done before is known from a checkpoint
-        left_s = training_left_s(expected_s * rest, (share - before) / rest, now - start)
+        rest = 1 - before  # of the run, after the checkpoint with which it began here
+        done = (share - before) / rest if rest else 1.0
+        left_s = training_left_s(expected_s * rest, done, now - start)
         row = [*self._row(what), f"{share:.0%}", f"loss {progress.loss:.3f}"]
         self._show(row, left_s + after_s)
 

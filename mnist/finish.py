@@ -133,7 +133,7 @@ def final_s(job: Job) -> float:
     passed_s = time.monotonic() - job.start
     if job.options.timeout:
         return budget.final_s_until(job.plan, job.options.timeout - passed_s)
-    return budget.final_s(job.plan, budget.total_s(job.work, job.plan.images_per_s) - passed_s)
+    return budget.final_s(job.plan, job.plan.total_s - passed_s)
 
 
 def final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:

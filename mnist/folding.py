@@ -36,12 +36,15 @@ class Factors(nn.Sequential):
 
 
 def training_form(model: nn.Module) -> nn.Module:
-    """A copy of a new network as it is to be trained.
+    """A copy of a new network as it is to be trained, if it has NORMALISED; else `model` itself.
 
-    Layers that are replaced are initialised anew, by torch's global random state (He et al. 2015,
-    arXiv 1502.01852); all others are copied.
+    NORMALISED names the layers that get a batch norm; none may be in it. Layers that are replaced
+    are initialised anew, by torch's global random state (He et al. 2015, arXiv 1502.01852); all
+    others are copied.
     """
-    normalised = getattr(model, "NORMALISED", ())
+    normalised = getattr(model, "NORMALISED", None)
+    if normalised is None:  # its layers may be pre-trained, or used otherwise than by being called
+        return model
     return _replaced(model, lambda name, module: _factors(module, name in normalised))
 
 
@@ -77,10 +80,10 @@ def _replaced(
 
 def _factors(module: nn.Module, norm: bool) -> Factors | None:
     """What a layer is trained as; None where it stays as it is."""
-    if type(module) not in (nn.Conv2d, nn.Linear):
+    if type(module) not in (nn.Conv2d, nn.Linear) or getattr(module, "groups", 1) > 1:
         return None
     assert isinstance(module, Layer)
-    layers = _narrow(module)
+    layers, norm = _narrow(module), norm and module.bias is not None
     if not layers and not norm:
         return None
     layers = layers or [_like(module, *module.weight.shape[1::-1])]
@@ -91,7 +94,8 @@ def _factors(module: nn.Module, norm: bool) -> Factors | None:
     if norm:
         batch_norm = nn.BatchNorm2d if isinstance(module, nn.Conv2d) else nn.BatchNorm1d
         return Factors(*layers, batch_norm(width))
-    layers[-1].bias = nn.Parameter(torch.zeros(width))
+    if module.bias is not None:
+        layers[-1].bias = nn.Parameter(torch.zeros(width))
     return Factors(*layers)
 
 
@@ -107,18 +111,16 @@ def _narrow(layer: Layer) -> list[Layer]:
         middle = _like(layer, rank if first else inputs, rank)
         layers = [*first, middle, nn.Conv2d(rank, outputs, 1, bias=False)]
     weights, fewer = layer.weight.numel(), sum(each.weight.numel() for each in layers)
-    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-    return [] if weights < large or fewer > GAIN * weights or grouped else layers
+    return [] if weights < large or fewer > GAIN * weights else layers
 
 
-def _like(layer: Layer, inputs: int, outputs: int, bias: bool = False) -> Layer:
-    """A new layer of the same kind and geometry between so many channels or features."""
+def _like(layer: Layer, inputs: int, outputs: int) -> Layer:
+    """A new layer of the same kind and geometry, between so many channels or features, no bias."""
     if isinstance(layer, nn.Linear):
-        return nn.Linear(inputs, outputs, bias)
+        return nn.Linear(inputs, outputs, bias=False)
     geometry = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    return nn.Conv2d(
-        inputs, outputs, bias=bias, **{name: getattr(layer, name) for name in geometry}
-    )
+    options = {name: getattr(layer, name) for name in geometry}
+    return nn.Conv2d(inputs, outputs, bias=False, **options)
 
 
 # --- and back ------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def _product(module: nn.Module) -> Layer | None:
     layers = module.layers
     weight = reduce(_multiplied, [layer.weight for layer in layers])
     outputs, inputs = weight.shape[:2]
-    product = _like(max(layers, key=_extent), inputs, outputs, bias=True)
+    product = _like(max(layers, key=_extent), inputs, outputs)
     product.weight = nn.Parameter(weight)
     product.bias = layers[-1].bias
     return product
@@ -156,7 +158,10 @@ def _product(module: nn.Module) -> Layer | None:
 
 def _extent(layer: Layer) -> tuple[tuple[int, ...], ...]:
     """All factors of a convolution but the one with its geometry are 1x1, of stride 1."""
-    return (layer.kernel_size, layer.stride) if isinstance(layer, nn.Conv2d) else ()
+    if isinstance(layer, nn.Linear):
+        return ()
+    padding = layer.padding if isinstance(layer.padding, tuple) else ()
+    return layer.kernel_size, layer.stride, padding
 
 
 def _multiplied(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from mnist.options import Options
 from mnist.space import Space
 from mnist.workers import Run, cores
 
-SPEED_STEPS, TINY_LR = 72, 1e-8  # with which a machine is measured: no step of it diverges
+TINY_LR = 1e-8  # with which a machine is measured: no step of it diverges
 ABANDONED_S = 600  # writing a checkpoint takes seconds
 
 
@@ -63,15 +63,8 @@ def network(options: Options, dataset: data.Dataset, device: torch.device) -> to
 
 def speed_run(options: Options, params: dict[str, Any]) -> Run:
     """A few steps by all cores, to measure how fast they are."""
-    return Run(
-        options.model,
-        params | {"lr": TINY_LR},
-        SPEED_STEPS * params["batch_size"],
-        seed=0,
-        final=True,  # without validation
-        plain=options.plain,
-        threads=cores(),
-    )
+    params = params | {"lr": TINY_LR}
+    return Run(options.model, params, 0, 0, measure=True, plain=options.plain, threads=cores())
 
 
 def winner(job: Job) -> FrozenTrial | None:

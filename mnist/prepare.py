@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import tempfile
 import time
@@ -12,7 +13,7 @@ import click
 import optuna
 import torch
 
-from mnist import budget, data, models, own, search, training
+from mnist import budget, data, folding, models, own, search, training
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import reason, said
@@ -40,7 +41,8 @@ def prepare(
     `times`: when the study began, and when it must be over.
     """
     dataset = loaded(options).to(device)
-    space = choices(options, sound(options, dataset, device))
+    model = sound(options, dataset, device)
+    space = choices(options, model)
     trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
     confirmed = options.confirm
     if confirmed is None:
@@ -51,10 +53,11 @@ def prepare(
         len(dataset.train),
         len(dataset.validation),
         min(training.SUBSET, len(dataset.validation)),
-        training.NORM_IMAGES,
+        training.NORM_IMAGES if training.norms(model) else 0,
         options.thorough,
     )
-    plan = fit_to_machine(options, member, pool, dataset, space, work, times[0])
+    may_round = may_be_bfloat16(options, device, model)
+    plan = fit_to_machine(options, member, pool, dataset, space, work, times[0], may_round)
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
     return Job(options, member, dataset, space, device, plan, trials, confirmed, work, *times)
 
@@ -162,19 +165,20 @@ def fit_to_machine(
     space: spaces.Space,
     work: budget.Work,
     start: float,
+    may_round: bool,
 ) -> budget.Plan:
-    """The study's own plan, or one by the speed of this machine."""
+    """The study's own plan, or one by the speed of this machine, in bfloat16 if it `may_round`."""
     kept = member.update(lambda study: study.user_attrs.get("plan"))
     asked = round(options.epochs * len(dataset.train)) if options.epochs else None
     if kept and asked in (None, kept["trial_samples"]):
         plan = budget.Plan(**kept)
     else:
-        images_per_s, bfloat16 = measured(options, pool)
-        left_s = total_s(options, work, images_per_s) - (time.monotonic() - start)
+        images_per_s, bfloat16 = measured(options, pool, may_round)
         plan = budget.plan(
             work,
             images_per_s,
-            left_s,
+            time.monotonic() - start,
+            timeout_s=options.timeout or math.inf,
             trial_samples=asked,
             quick=options.quick,
             bfloat16=bfloat16,
@@ -182,7 +186,8 @@ def fit_to_machine(
 
     def agree(study: optuna.Study) -> budget.Plan:
         """By the first member's plan, if another one came first."""
-        chosen = plan if asked else budget.Plan(**study.user_attrs.get("plan", asdict(plan)))
+        first = study.user_attrs.get("plan", asdict(plan))
+        chosen = budget.Plan(**first) if asked in (None, first["trial_samples"]) else plan
         if "plan" not in study.user_attrs:  # before the fingerprint: a kill in between must not
             study.set_user_attr("plan", asdict(chosen))  # leave one without its plan
             study.set_user_attr("origin", origin(options))
@@ -199,17 +204,10 @@ def fit_to_machine(
     return plan
 
 
-def total_s(options: Options, work: budget.Work, images_per_s: float) -> float:
-    """Seconds that the whole command may take."""
-    planned_s = budget.QUICK_S if options.quick else budget.total_s(work, images_per_s)
-    return min(planned_s, options.timeout or float("inf"))
-
-
-def measured(options: Options, pool: Pool) -> tuple[float, bool]:
+def measured(options: Options, pool: Pool, may_round: bool) -> tuple[float, bool]:
     """Training images a second of a worker with all cores, and whether that is in bfloat16.
 
-    Trials that other machines may repeat are trained in float32. Raises click.UsageError where the
-    network cannot be trained.
+    Raises click.UsageError where the network cannot be trained.
     """
     for batch_size in SPEED_BATCHES:
         run = speed_run(options, {"batch_size": batch_size, "optimizer": "Adam"})
@@ -220,18 +218,23 @@ def measured(options: Options, pool: Pool) -> tuple[float, bool]:
             failure = error
     else:
         raise click.UsageError(f"network {options.model!r} cannot be used: {failure}")
-    if may_be_bfloat16(options):
-        faster = search.speed(pool, replace(run, bfloat16=True))
-        if faster > BFLOAT16_GAIN * speed:
-            return faster, True
+    if may_round:
+        with contextlib.suppress(search.RunFailed):  # an operation that has no bfloat16
+            faster = search.speed(pool, replace(run, bfloat16=True))
+            if faster > BFLOAT16_GAIN * speed:
+                return faster, True
     return speed, False
 
 
-def may_be_bfloat16(options: Options) -> bool:
-    """Whether this machine multiplies in bfloat16, and no other is to get the same results."""
+def may_be_bfloat16(options: Options, device: torch.device, model: torch.nn.Module) -> bool:
+    """Whether bfloat16 is worth a try: for a training form, where the device has it, unless others
+    on the same study may lack it and are to get the same results."""
+    if not folding.has_factors(model) or studies.sqlite_file(options.storage) is None:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
     capable = torch.cpu.get_capabilities()
-    native = capable.get("avx512_bf16") or capable.get("amx_bf16")
-    return bool(native) and studies.sqlite_file(options.storage) is not None
+    return device.type == "cpu" and any(capable.get(f"{kind}_bf16") for kind in ("avx512", "amx"))
 
 
 def unsound(options: Options, error: Exception) -> click.UsageError:

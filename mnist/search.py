@@ -15,7 +15,6 @@ from mnist.workers import Ended, Pool, Report, Run, Worker
 
 FAILURES = 5  # failed trials in a row that end a search
 WAIT_S = 1.0
-WARM_STEPS = 24  # of a run whose speed is measured, which do not count
 
 K = TypeVar("K", bound=Hashable)
 
@@ -186,19 +185,13 @@ def carry_out(
 
 
 def speed(pool: Pool, run: Run) -> float:
-    """Images a second that a worker trains, after WARM_STEPS. Raises RunFailed."""
-    seen: list[tuple[int, float]] = []
+    """Images a second that a worker trains, of a run with `measure`. Raises RunFailed."""
     for _, message in carry_out(pool, {"speed": run}):
-        if isinstance(message, Report):
-            seen.append((message.progress.samples, time.perf_counter()))
-        elif message and message.failure:
-            raise RunFailed(message.reason)
-    warm = WARM_STEPS * run.params["batch_size"]
-    if len(seen) > 3:  # the last report comes after more than its steps: the norms' statistics
-        del seen[-1]
-    m, start = next((report for report in seen[:-1] if report[0] >= warm), seen[0])
-    n, end = seen[-1]
-    return (n - m) / (end - start)
+        if isinstance(message, Ended):
+            if message.images_per_s is None:
+                raise RunFailed(message.reason)
+            return message.images_per_s
+    raise AssertionError("a run ends with an Ended")
 
 
 def confirm(

@@ -3,12 +3,10 @@
 import bisect
 import ctypes
 import functools
-import itertools
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,15 +22,16 @@ from mnist.inference import probabilities
 
 OPTIMIZERS = ("Adam", "AdamW", "RMSprop", "SGD")
 SCHEDULES = ("linear", "cosine", "constant")
-WARM_UP = 0.15  # share of a run in which the learning rate rises
+WARM_UP = 0.15  # share of a cycle in which the learning rate rises
 SUBSET = 2_000  # validation images behind a report in mid-run; the last report uses them all
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
-NORM_IMAGES, NORM_PART = 2_000, 250  # for the statistics of batch norms, so many at a time
+KEPT_BYTES = 2**30  # most that is kept
+NORM_IMAGES, NORM_PART = 1_000, 250  # for the statistics of batch norms, so many at a time
 LEAST_PROBABILITY = 1e-12  # in a log-loss, which would be infinite of a 0
 # Weights of a training form shrink by this share with each image, by the learning rate's schedule:
 # 27 errors of 5,000 validation images instead of 29 after 400,000, log-loss 0.0160 for 0.0179.
 DECAY = 2.5e-6
-SPEED_STEPS = 16  # of which the machine's speed is the median
+SPEED_S, SPEED_STEPS = 1.5, 4  # for which a machine's speed is measured, the longer of the two
 ROTATION, SCALE, SHIFT = (
     math.radians(8),
     0.08,
@@ -91,9 +90,8 @@ def keep_freed_memory() -> None:
     step of batch 33 took 1.4 times as long (two cores of Zen 5, 2026-11-29).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(parameter, 2**30)
+    if mallopt and mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):  # else it would map them one by one
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def standardise(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:
@@ -219,7 +217,7 @@ def fit(
     micro_batch: int | None = None,
     bfloat16: bool = False,
     resume: dict[str, Any] | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress]:
     """Train `model`, in place, on about `samples` images of `train`; both on one device.
 
     The defaults of batch_size, optimizer and lr are the published best of DESIGN.md; space.py says
@@ -228,10 +226,10 @@ def fit(
     each number of samples in `validate_at` is reached; and, at the end, one with the errors on all
     of `validation`. At each of those numbers a cycle of the learning rate ends, as otherwise its
     noise would hide what was learnt (Loshchilov and Hutter 2017, arXiv 1608.03983).
-    `micro_batch` images at most go through the network at once, in the same steps; in `bfloat16`,
-    with weights in float32. `resume` is the state() of an earlier Progress of the same run, which
-    then goes on from there: same seed, model and thread count give the same weights on a CPU,
-    stopped or not. Raises Diverged.
+    `micro_batch` images at most go through the network at once: the gradient is that of the whole
+    batch, but batch norms see each part. In `bfloat16` weights stay in float32. `resume` is the
+    state() of an earlier Progress of the same run, which then goes on from there: same seed, model
+    and thread count give the same weights on a CPU, stopped or not. Raises Diverged.
     """
     batch_size = min(batch_size, len(train))
     steps = max(1, round(samples / batch_size))
@@ -241,7 +239,6 @@ def fit(
     refuse_one(model, batch_size)
     generator = torch.Generator().manual_seed(seed)
     order = Order(len(train), generator)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     stepper = make_optimizer(model, optimizer, lr, weight_decay, momentum)
     if dropout is not None:
         set_dropout(model, dropout)
@@ -268,7 +265,6 @@ def fit(
             group["lr"] = lr * share
         stepper.zero_grad()
         inputs = (images - dataset.mean) / dataset.std
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
         labels = train.labels[index]
         losses.append(_backward(loss_of, inputs, labels, micro_batch or batch_size))
         stepper.step()
@@ -298,6 +294,15 @@ def refuse_one(model: nn.Module, batch_size: int) -> None:
         raise ValueError("batch_size is 1; batch norms need at least 2, or use --plain")
 
 
+def norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """The model's batch norms that keep statistics."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.track_running_stats
+    ]
+
+
 @torch.no_grad()
 def renormalise(model: nn.Module, dataset: Dataset, train: Split) -> None:
     """Give the model's batch norms the statistics of NORM_IMAGES training images as they are.
@@ -306,21 +311,19 @@ def renormalise(model: nn.Module, dataset: Dataset, train: Split) -> None:
     made 251 errors on 5,000 validation images after 8,000 training images, with these 127
     (`parallel`, Adam, batch 64, lr 0.003; 32 and 31 after 200,000).
     """
-    norms = [
-        layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
-    ]
-    if not norms:
+    layers = norms(model)
+    if not layers:
         return
-    momentum = [norm.momentum for norm in norms]
+    momentum = [norm.momentum for norm in layers]
     model.eval()  # dropout stays off
-    for norm in norms:
+    for norm in layers:
         norm.reset_running_stats()
         norm.momentum = None  # the mean of all parts
         norm.train()
     images = train.head(NORM_IMAGES).images
     for part in images.split(NORM_PART)[: max(1, len(images) // NORM_PART)]:  # of one size
         model(standardise(part, dataset))
-    for norm, value in zip(norms, momentum, strict=True):
+    for norm, value in zip(layers, momentum, strict=True):
         norm.momentum = value
     model.train()
 
@@ -396,20 +399,22 @@ def _validated(model: nn.Module, dataset: Dataset, split: Split) -> tuple[int, i
 
 
 def speed(model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparameters: Any) -> float:
-    """Training images a second on this machine, from the median of SPEED_STEPS steps.
+    """Training images a second on this machine, from some SPEED_S seconds or SPEED_STEPS steps.
 
-    The model is trained meanwhile, so it is not to be used afterwards.
+    The first half does not count. The model is trained meanwhile, so it is not to be used
+    afterwards.
     """
-    run = fit(
-        model,
-        dataset,
-        dataset.train,
-        batch_size=batch_size,
-        samples=SPEED_STEPS * batch_size,
-        **hyperparameters,
-    )
-    steps = [(progress.samples, time.perf_counter()) for progress in run]
-    return statistics.median((n - m) / (b - a) for (m, a), (n, b) in itertools.pairwise(steps))
+    hyperparameters |= {"batch_size": batch_size, "samples": 100 * batch_size}  # a report a step
+    run = fit(model, dataset, dataset.train, **hyperparameters)
+    seen: list[tuple[int, float]] = []
+    for progress in run:
+        if progress.samples < progress.total or not seen:  # the last step does more than the others
+            seen.append((progress.samples, time.perf_counter()))
+        if len(seen) >= SPEED_STEPS and seen[-1][1] - seen[0][1] > SPEED_S:
+            run.close()
+            break
+    (m, start), (n, end) = seen[len(seen) // 2], seen[-1]
+    return (n - m) / (end - start)
 
 
 def worst(probabilities: torch.Tensor, labels: torch.Tensor, most: int) -> torch.Tensor:

@@ -45,6 +45,7 @@ class Run:
     seed: int
     rungs: tuple[int, ...] = ()
     final: bool = False  # on training and validation images together
+    measure: bool = False  # just the speed of a few steps
     plain: bool = False  # the network's own layers, not its training form
     bfloat16: bool = False
     threads: int | None = None
@@ -75,9 +76,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run is over: `accuracy` after all of it, or why it failed."""
+    """A run is over: `accuracy` after all of it, or images a second, or why it failed."""
 
     accuracy: float | None = None
+    images_per_s: float | None = None
     stopped: bool = False
     failure: str | None = None  # nan, memory, disk, error, died
     reason: str = ""
@@ -280,6 +282,8 @@ def _end_with_parent() -> None:
 def attempt(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
     """One run, with every failure that belongs to it told apart."""
     try:
+        if run.measure:
+            return measure(run, dataset, setup)
         return train(run, dataset, setup, pipe)
     except training.Diverged as error:
         return Ended(failure="nan", reason=str(error))
@@ -302,15 +306,30 @@ class NoRoom(Exception):
     """What a run is for does not fit under --disk-quota."""
 
 
-def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
-    """Train from the checkpoint, if there is one; report, and keep checkpoints on the way."""
-    torch.set_num_threads(run.threads or setup.threads)
+def built(run: Run, dataset: Dataset) -> torch.nn.Module:
+    """A new network as it is to be trained."""
     torch.manual_seed(run.seed)
-    classes = len(dataset.classes)
-    model = models.build(run.network, dataset.channels, dataset.size, classes)
+    model = models.build(run.network, dataset.channels, dataset.size, len(dataset.classes))
     if not run.plain:
         model = folding.training_form(model)
     model.to(dataset.train.labels.device)
+    if not own.made(models.NETWORKS[run.network]):  # code of others' may depend on the order
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def measure(run: Run, dataset: Dataset, setup: Setup) -> Ended:
+    """How fast the run's steps are."""
+    torch.set_num_threads(run.threads or setup.threads)
+    how: dict[str, Any] = {"bfloat16": run.bfloat16, "micro_batch": run.micro_batch}
+    speed = training.speed(built(run, dataset), dataset, **run.params, **how)
+    return Ended(images_per_s=speed)
+
+
+def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
+    """Train from the checkpoint, if there is one; report, and keep checkpoints on the way."""
+    torch.set_num_threads(run.threads or setup.threads)
+    model = built(run, dataset)
     split = dataset.train + dataset.validation if run.final else dataset.train
     progresses = training.fit(
         model,

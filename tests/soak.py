@@ -279,6 +279,7 @@ def check(storage: str, folder: Path, trials: int, stalled: int = 0) -> int:
     with opened(storage) as study:
         states = [trial.state for trial in study.trials]
         samples = study.user_attrs["plan"]["trial_samples"]
+        assert not study.user_attrs["plan"]["bfloat16"]  # as replay() trains
     failed, waiting = states.count(TrialState.FAIL), states.count(TrialState.WAITING)
     assert len(states) - failed - waiting == len(finished(storage)) == trials, states
     assert waiting <= stalled, states

@@ -365,3 +365,37 @@ def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
     classifier = inference.load(tmp_path / "saved_models", name)
     assert classifier.engine == "torch"
     assert classifier.passed_over["onnx"] == "of one's own"
+
+
+def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path) -> None:
+    """Its int8 is another network than its weights, each with what was calibrated for it."""
+    dataset = data.load("digits")
+    model, other = (trained(dataset, seed=seed, samples=4_000) for seed in (0, 1))
+    full, low = export.export(model, dataset), export.export(other, dataset)
+    calibration = low.calibration | {"full": full.calibration}
+    calibration["temperature"] = 2.0
+    files = {key: full.files[key] for key in ("onnx", "golden")}
+    files |= {"onnx_int8": low.files["onnx_int8"], "likeness": low.files["likeness"]}
+    files["full_likeness"] = (".full_likeness.npz", full.files["likeness"][1])
+    images = dataset.calibration.images.numpy()[:8]
+    in_torch = inference.Classifier(
+        "torch",
+        inference.by_torch(model, dataset.mean, dataset.std),
+        temperature=full.calibration["temperature"],
+    )
+    int8 = inference.Classifier(
+        "onnx_int8", inference.by_onnx(low.files["onnx_int8"][1]), temperature=2.0
+    )
+    given = {"torch": in_torch(images), "onnx": in_torch(images), "onnx_int8": int8(images)}
+    golden, state = io.BytesIO(), io.BytesIO()
+    np.savez(golden, images=images, **given)
+    torch.save(model.state_dict(), state)
+    files |= {"golden": (".golden.npz", golden.getvalue()), "weights": (".pth", state.getvalue())}
+    record = entry(dataset=dataset.record(0), model={"name": "linear"}, calibration=calibration)
+    name = registry.save(tmp_path, files, record, "always")
+    assert inference.load(tmp_path, name).engine == "onnx_int8"
+    for engine, probabilities in given.items():
+        classify = inference.load(tmp_path, name, engine=engine)
+        assert classify(images) == pytest.approx(probabilities, abs=inference.TOLERANCE[engine])
+        about = calibration if engine == "onnx_int8" else full.calibration
+        assert classify.uncertain_below == about["uncertain_below"]

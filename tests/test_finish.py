@@ -21,6 +21,9 @@ def test_the_time_left_has_what_comes_after_a_training(
         plan = budget.Plan(1, 1.0, 1.0, 1.0)
         display.Display(1, plan, [], 0.0).training("final", half, 100.0, after)
         assert left in capsys.readouterr().err
+    whole: Any = types.SimpleNamespace(samples=100, total=100, loss=0.5)  # after its checkpoint
+    display.Display(1, plan, [], 0.0).training("final", whole, 100.0, 30.0)
+    assert "about 30 s left" in capsys.readouterr().err
 
 
 GREEDY = """

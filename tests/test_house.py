@@ -88,6 +88,7 @@ ALLOWED = {  # who may import what of the project
         "mnist.budget",
         "mnist.data",
         "mnist.display",
+        "mnist.folding",
         "mnist.job",
         "mnist.members",
         "mnist.models",

@@ -160,7 +160,7 @@ def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_tried_again(
 
 
 def test_the_speed_of_a_worker_is_measured_and_a_network_that_fails_says_why(pool: Pool) -> None:
-    run = Run("linear", {"batch_size": 8, "optimizer": "Adam", "lr": 1e-8}, 8 * 400, 0, final=True)
+    run = Run("linear", {"batch_size": 8, "optimizer": "Adam", "lr": 1e-8}, 0, 0, measure=True)
     assert 1_000 < search.speed(pool, run) < 10_000_000
     with pytest.raises(search.RunFailed, match="unknown network 'nothing'"):
         search.speed(pool, replace(run, network="nothing"))

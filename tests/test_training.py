@@ -102,16 +102,16 @@ def test_batch_norms_get_no_batch_of_one_image(digits: Dataset) -> None:
         fit(form, digits, samples=10, batch_size=1)
 
 
-def test_bfloat16_rounds_and_learns_the_same(digits: Dataset) -> None:
+def test_bfloat16_rounds_and_learns_with_weights_in_float32(digits: Dataset) -> None:
     ends = []
     for bfloat16 in (False, True):
         model = folding.training_form(build(digits, "parallel"))
-        last = fit(model, digits, samples=3_000, lr=0.002, bfloat16=bfloat16)[-1]
-        assert last.errors is not None
-        ends.append((last.errors, model.state_dict()["output.weight"]))
-    assert not torch.equal(ends[0][1], ends[1][1])
-    assert ends[1][1].dtype == torch.float32
-    assert abs(ends[0][0] - ends[1][0]) <= 8
+        run = fit(model, digits, samples=320, batch_size=32, lr=0.002, bfloat16=bfloat16)
+        ends.append(model.state_dict()["output.weight"])
+        assert run[-1].loss < 2.2  # 2.3 is chance
+    assert not torch.equal(*ends)
+    assert torch.allclose(*ends, atol=0.05)
+    assert ends[1].dtype == torch.float32
 
 
 def test_every_sample_is_seen_once_in_a_pass() -> None:

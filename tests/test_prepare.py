@@ -1,0 +1,61 @@
+"""mnist.prepare: what is measured before a study begins."""
+
+from typing import Any
+
+import click
+import pytest
+import torch
+
+from mnist import folding, models, prepare, search
+from mnist.options import Options
+from mnist.workers import Run
+
+
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
+    """By (batch size, bfloat16), images a second of a worker; what is not there fails."""
+    known: dict[Any, float] = {}
+
+    def speed(_: Any, run: Run) -> float:
+        if (key := (run.params["batch_size"], run.bfloat16)) not in known:
+            raise search.RunFailed("RuntimeError: made up")
+        return known[key]
+
+    monkeypatch.setattr(prepare.search, "speed", speed)
+    return known
+
+
+@pytest.mark.parametrize(
+    ("known", "may_round", "expected"),
+    [
+        ({(64, False): 100, (64, True): 150}, True, (150, True)),
+        ({(64, False): 100, (64, True): 110}, True, (100, False)),  # not worth it
+        ({(64, False): 100, (64, True): 150}, False, (100, False)),
+        ({(64, False): 100}, True, (100, False)),  # an operation that has no bfloat16
+        ({(8, False): 50, (8, True): 90}, True, (90, True)),  # too little memory for 64
+    ],
+)
+def test_the_faster_precision_is_taken_where_it_is_worth_it(
+    speeds: dict[Any, float], known: Any, may_round: bool, expected: tuple[float, bool]
+) -> None:
+    speeds.update(known)
+    assert prepare.measured(Options(), None, may_round) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("speeds")
+def test_a_network_that_cannot_be_trained_is_named() -> None:
+    with pytest.raises(click.UsageError, match="network 'parallel' cannot be used: RuntimeError"):
+        prepare.measured(Options(), None, True)  # type: ignore[arg-type]
+
+
+def test_bfloat16_is_for_training_forms_of_studies_that_no_other_machine_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    form = folding.training_form(models.build("parallel", 1, 28, 10))
+    plain, cpu = models.build("linear", 1, 28, 10), torch.device("cpu")
+    shared = Options(storage="postgresql://host/studies")
+    for has, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert prepare.may_be_bfloat16(Options(), cpu, form) == expected
+        assert not prepare.may_be_bfloat16(Options(), cpu, plain)
+        assert not prepare.may_be_bfloat16(shared, cpu, form)
