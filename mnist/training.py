@@ -89,9 +89,20 @@ def keep_freed_memory() -> None:
     By default it returns large blocks to the kernel, which then clears each of their pages anew: a
     step of batch 33 took 1.4 times as long (two cores of Zen 5, 2026-11-29).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = _of_glibc("mallopt")
     if mallopt and mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):  # else it would map them one by one
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Have glibc return that memory all the same: between runs, whose batches differ in size."""
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def standardise(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:

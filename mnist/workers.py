@@ -270,6 +270,7 @@ def _serve(pipe: Any, setup: Setup) -> None:
                 pipe.send(Ended(failure="error", reason=_line(error)))
             else:
                 pipe.send(attempt(run, dataset, setup, pipe))
+                training.return_freed_memory()
 
 
 def _end_with_parent() -> None:

@@ -465,12 +465,18 @@ def test_a_key_is_asked_for_where_one_is_needed_and_errors_come_in_words(
         page.goto(f"http://127.0.0.1:{server.port}/")
         page.wait_for_selector("#state[data-state=ready]")
         assert page.is_hidden("#key-field")
-        page.evaluate(SLOW)  # a request without the key is still under way when it is given
-        draw(page)
+        page.evaluate(SLOW)
+        draw(page, SEVEN[:3])
+        page.wait_for_function("answers > 0")
+        page.evaluate("late = false")
         page.wait_for_selector("#key-field", state="visible")
         assert "wants an API key" in page.inner_text("#words")
+        page.evaluate("late = true; answers = 0")
+        draw(page, SEVEN[2:])
+        page.wait_for_function("answers > 0")  # a request without the key is still under way
         page.fill("#key", "k1 \u2713")  # what no header can hold is left out
         page.press("#key", "Enter")
+        page.evaluate("late = false")
         page.wait_for_function(ANSWERED)
         assert page.inner_text("#words").startswith("Not sure; most like ")
         assert page.is_hidden("#key-field")
