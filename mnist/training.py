@@ -319,8 +319,8 @@ def renormalise(model: nn.Module, dataset: Dataset, train: Split) -> None:
     """Give the model's batch norms the statistics of NORM_IMAGES training images as they are.
 
     Those kept in training are of augmented images, and some steps late: with them the same weights
-    made 251 errors on 5,000 validation images after 8,000 training images, with these 127
-    (`parallel`, Adam, batch 64, lr 0.003; 32 and 31 after 200,000).
+    made 251 errors on 5,000 validation images after 8,000 training images, with those of 2,000
+    images as they are 127 (`parallel`, Adam, batch 64, lr 0.003; docs/lab-log.md has more).
     """
     layers = norms(model)
     if not layers:
