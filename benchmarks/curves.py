@@ -206,14 +206,14 @@ def recorded(study: optuna.Study) -> dict[tuple[int, int], FrozenTrial]:
 
 def opened(storage: str, name: str, settings: Settings, dataset: Dataset) -> dict[str, Any]:
     """The three studies by their parts. Raises StudyError where they are of another table."""
-    found = {part: studies.open_study(storage, f"{name}-{part}") for part in SPACES}
-    for part, study in found.items():
+    opened_studies = {part: studies.open_study(storage, f"{name}-{part}") for part in SPACES}
+    for part, study in opened_studies.items():
         fidelities = [settings.final_samples] if part == "finals" else list(settings.fidelities)
         wanted = studies.fingerprint(dataset, settings.network, fidelities[-1], SPACES[part])
         ranks = [folding.CONV_RANK, folding.LINEAR_RANK]
         wanted |= {"fidelities": fidelities, "ranks": ranks}
         studies.agree(study, wanted | {"dtype": settings.dtype, "seed": settings.seed})
-    return found
+    return opened_studies
 
 
 def processor(device: torch.device) -> str:
@@ -315,12 +315,12 @@ def write(content: dict[str, Any], path: Path) -> None:
 
 def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
     try:
-        found = tuple(int(part) for part in text.split(","))
+        fidelities = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not numbers with commas between") from error
-    if not all(a < b for a, b in zip((0, *found), found, strict=False)):
+    if not all(a < b for a, b in zip((0, *fidelities), fidelities, strict=False)):
         raise click.BadParameter(f"{text!r} does not ascend from above 0")
-    return found
+    return fidelities
 
 
 @click.command()

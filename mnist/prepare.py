@@ -26,7 +26,7 @@ BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float
 TRIALS, QUICK_TRIALS = 32, 3
 CONFIRM, QUICK_CONFIRM = 2, 0
 BFLOAT16_GAIN = 1.2  # least ratio of speeds for which rounding to 8 bits is worth it
-SPEED_BATCHES = (64, 8)  # with which the machine is measured at the start: the first that it can
+SPEED_BATCHES = (64, 8)  # with which the machine is measured: the second where the first fails
 
 
 def prepare(
