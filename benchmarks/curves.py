@@ -1,6 +1,8 @@
 """A table of learning curves: validation errors and log-loss of many configurations at fidelities.
 
 python -m benchmarks.curves                    # hours; goes on where it was stopped
+python -m benchmarks.curves --share 1/2 --threads 1 & python -m benchmarks.curves --share 2/2 --threads 1
+                                               # on two cores 1.5 times as fast
 python -m benchmarks.curves --export           # benchmarks/curves.json of the runs so far
 
 `benchmarks.search` replays searches on it. A fidelity is a number of training images at which a
@@ -14,6 +16,7 @@ default space as a final model is: in one cycle, on more images, with several se
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -51,7 +54,7 @@ class Settings:
     finals: int = 32
     final_seeds: int = 3
     fidelities: tuple[int, ...] = FIDELITIES
-    final_samples: int = 300_000
+    final_samples: int = 150_000
     seed: int = 0
     bfloat16: bool = False
 
@@ -241,11 +244,15 @@ def made_by(settings: Settings, device: torch.device) -> dict[str, Any]:
 
 
 def work(
-    found: dict[str, Any], settings: Settings, dataset: Dataset
+    found: dict[str, Any], settings: Settings, dataset: Dataset, share: tuple[int, int] = (1, 1)
 ) -> Iterator[tuple[Run, dict[str, Any], float, float]]:
-    """Carry out and record the runs that lack; yields each with seconds it took and are left."""
+    """Carry out and record the runs that lack; yields each with seconds it took and are left.
+
+    Share (i, n): each n-th run from the i-th on.
+    """
     done = {part: recorded(study) for part, study in found.items()}
-    todo = [run for run in runs(settings) if run.key not in done[run.part]]
+    own = runs(settings)[share[0] - 1 :: share[1]]
+    todo = [run for run in own if run.key not in done[run.part]]
     left, images, took_s = sum(run.fidelities[-1] for run in todo), 0, 0.0
     for run in todo:
         start = time.perf_counter()
@@ -323,6 +330,14 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
     return fidelities
 
 
+def _share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    i, n = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise click.BadParameter(f"{text!r} is not a share such as 1/2")
+    return i, n
+
+
 @click.command()
 @click.option("--storage", default="sqlite:///curves.sqlite3", show_default=True)
 @click.option(
@@ -352,6 +367,9 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
 @click.option("--bfloat16/--no-bfloat16", default=Settings.bfloat16, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="By default all cores.")
+@click.option(
+    "--share", default="1/1", callback=_share, help="I/N: the I-th of N commands that share the runs."
+)
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
 def main(
     storage: str,
@@ -360,6 +378,7 @@ def main(
     export: bool,
     device: str,
     threads: int | None,
+    share: tuple[int, int],
     data_dir: Path | None,
     **options: Any,
 ) -> None:
@@ -374,7 +393,7 @@ def main(
             found = opened(storage, study, settings, dataset)
             found["default"].set_user_attr("made", made_by(settings, place))
             training.keep_freed_memory()
-            for run, result, *times in work(found, settings, dataset):
+            for run, result, *times in work(found, settings, dataset, share):
                 click.echo(line(run, result, len(dataset.validation), *times))
         content = table(storage, study, settings)
     except (studies.StudyError, data.DataError, ValueError) as error:

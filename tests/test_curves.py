@@ -146,6 +146,14 @@ def test_a_kill_loses_at_most_the_run_in_progress(whole: Path, tmp_path: Path) -
     assert table(tmp_path)["rows"] == table(whole)["rows"]
 
 
+def test_commands_share_the_runs(whole: Path, tmp_path: Path) -> None:
+    assert made(tmp_path, "--share", "2/2").exit_code == 0
+    assert runs(tmp_path) == sorted(KEYS[1::2], key=lambda key: [*curves.SPACES].index(key[0]))
+    assert made(tmp_path, "--share", "1/2").exit_code == 0
+    assert table(tmp_path)["rows"] == table(whole)["rows"]
+    assert "'3/2' is not a share" in made(tmp_path, "--share", "3/2").output
+
+
 def test_a_table_of_other_settings_is_not_continued(whole: Path) -> None:
     done = made(whole, "--bfloat16")
     assert done.exit_code == 1
