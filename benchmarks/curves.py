@@ -1,16 +1,16 @@
 """A table of learning curves: validation errors and log-loss of many configurations at fidelities.
 
 python -m benchmarks.curves                    # hours; goes on where it was stopped
-python -m benchmarks.curves --share 1/2 --threads 1 & python -m benchmarks.curves --share 2/2 --threads 1
-                                               # on two cores 1.5 times as fast
 python -m benchmarks.curves --export           # benchmarks/curves.json of the runs so far
 
-`benchmarks.search` replays searches on it. A fidelity is a number of training images at which a
-cycle of the learning rate ends, so its value is that of an annealed model. One run goes through all
-fidelities: the value at one has more, and shorter, cycles behind it than that of a trial with a
-single rung. The runs are three studies: `curves-default` (space.DEFAULT, the published best first),
-`curves-wide` (space.WIDE), and `curves-finals`, which trains the first configurations of the
-default space as a final model is: in one cycle, on more images, with several seeds.
+On two cores two commands, with `--threads 1` and `--share 1/2` or `2/2`, do 1.5 times as much.
+
+`benchmarks.search` replays searches on the table. A fidelity is a number of training images at
+which a cycle of the learning rate ends, so its value is that of an annealed model. One run goes
+through all fidelities: the value at one has more, and shorter, cycles behind it than that of a
+trial with a single rung. The runs are three studies: `curves-default` (space.DEFAULT, the published
+best first), `curves-wide` (space.WIDE), and `curves-finals`, which trains the first configurations
+of the default space as a final model is: in one cycle, on more images, with several seeds.
 """
 
 import json
@@ -367,9 +367,7 @@ def _share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
 @click.option("--bfloat16/--no-bfloat16", default=Settings.bfloat16, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="By default all cores.")
-@click.option(
-    "--share", default="1/1", callback=_share, help="I/N: the I-th of N commands that share the runs."
-)
+@click.option("--share", default="1/1", callback=_share, help="I/N: do the I-th of N shares.")
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
 def main(
     storage: str,

@@ -8,10 +8,12 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import optuna
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mnist import budget, data, folding, models, own, search, training
 from mnist import space as spaces
@@ -137,9 +139,18 @@ def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torc
     return model.train()
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out `normal_`: on the device "meta" torch imports its compiler for it, 64 MB."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
+
+
 def weights(options: Options, dataset: data.Dataset) -> int:
     """How many the network has, before it is built; 0 where it cannot tell."""
-    with contextlib.suppress(Exception), torch.device("meta"):
+    with contextlib.suppress(Exception), torch.device("meta"), _Uninitialised():
         return models.parameters(network(options, dataset, torch.device("meta")))
     return 0
 

@@ -1,14 +1,17 @@
 """mnist.prepare: what is measured before a study begins."""
 
+import subprocess
+import sys
 from typing import Any
 
 import click
 import pytest
 import torch
 
-from mnist import folding, models, prepare, search
+from mnist import data, folding, models, prepare, search
 from mnist.options import Options
 from mnist.workers import Run
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -59,3 +62,16 @@ def test_bfloat16_is_for_training_forms_of_studies_that_no_other_machine_shares(
         assert prepare.may_be_bfloat16(Options(), cpu, form) == expected
         assert not prepare.may_be_bfloat16(Options(), cpu, plain)
         assert not prepare.may_be_bfloat16(shared, cpu, form)
+
+
+def test_weights_are_counted_without_the_compiler(digits: data.Dataset) -> None:
+    program = (
+        "import sys; from mnist import data, prepare; from mnist.options import Options;"
+        "print(prepare.weights(Options(model='parallel'), data.load('digits')));"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    form = folding.training_form(models.build("parallel", 1, digits.size, 10))
+    assert done.stdout.split() == [str(models.parameters(form)), "False"]
