@@ -60,8 +60,8 @@ def test_a_network_of_other_layers_has_no_features() -> None:
     assert len(models.WithFeatures(torch.nn.Flatten())(torch.rand(2, 1, 8, 8))) == 1
 
 
-def test_readme_lists_every_network() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_docs_list_every_network() -> None:
+    text = (ROOT / "docs/search.md").read_text()
     for name in models.NETWORKS:
         assert f"`{name}`" in text
 

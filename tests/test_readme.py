@@ -1,4 +1,4 @@
-"""The README's commands, code and answer are what there is."""
+"""The commands, code and answers in README and docs are what there is."""
 
 import importlib.util
 import json
@@ -6,42 +6,51 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 
+from mnist import models
 from mnist.options import command
 from serve.app import app
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-MEASURED = (ROOT / "docs" / "measured.md").read_text()
+DOCS = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+DOCS.pop("lab-log.md")  # some of its commands are of other times
+ALL = "\n".join([README, (ROOT / "CONTRIBUTING.md").read_text(), *DOCS.values()])
 
 
 def test_run_s_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pets").mkdir()  # the folder of pictures
-    commands = re.findall(r"python (run\.py[^\n#`]*)", README)
-    assert len(commands) >= 3
+    network = re.search(r"    from torch import nn\n(    .*\n|\n)*", DOCS["your-data.md"])
+    assert network
+    (tmp_path / "mine.py").write_text(textwrap.dedent(network[0]))
+    monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))
+    commands = re.findall(r"python (run\.py[^\n#`]*)", ALL)
+    commands = [line for line in commands if "--help" not in line and "…" not in line]
+    assert len(commands) >= 6
     for line in commands:
         name, *options = shlex.split(line)
         command(lambda options: None).make_context(name, options)
 
 
 def test_modules_and_files_it_names_exist() -> None:
-    for module in re.findall(r"python\s-m\s([\w.]+)", README + MEASURED):
+    for module in re.findall(r"python\s-m\s([\w.]+)", ALL):
         assert importlib.util.find_spec(module), module
-    for name in re.findall(r"-r ([\w.-]+\.txt)", README):
+    for name in re.findall(r"-r ([\w.-]+\.txt)", ALL):
         assert (ROOT / name).exists(), name
-    tree = README.split("## What is where")[1].split("##")[0]
+    tree = DOCS["how-it-works.md"].split("## Map of the code")[1]
     for name in re.findall(r"^    (\S+)", tree, re.MULTILINE):
         assert (ROOT / name).exists(), name
 
 
-def test_its_five_lines_of_python_run(tmp_path: Path) -> None:
-    code = README.split("```python\n")[1].split("```")[0]
+def test_the_lines_of_python_run(tmp_path: Path) -> None:
+    code = DOCS["search.md"].split("```python\n")[1].split("```")[0]
     # scikit-learn's digits and the smallest network instead: seconds, and no files
     quick = code.replace('load("mnist")', 'load("digits")').replace('"parallel"', '"linear"')
     assert quick.count("digits") == quick.count("linear") == 1
