@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from mnist.budget import Plan, search_left_s, training_left_s
+from mnist.budget import Plan, left_s, search_left_s, training_left_s
 from mnist.search import Update
 from mnist.study import FINISHED, YARDSTICKS
 from mnist.training import Progress
@@ -95,9 +95,11 @@ class Display:
             self.rows = [*self.rows, row][-ROWS:]
             self._show(row, self._search_left_s(), ended=True)
 
-    def confirmation(self, done: int, total: int, left_s: float) -> None:
-        """Show how many runs on fresh seeds are done; `left_s` for them and the final model."""
-        self._show([*self._row("confirming"), f"{done} of {total}", ""], left_s)
+    def confirmation(self, done: int, total: int) -> None:
+        """Show how many runs on fresh seeds are done."""
+        passed_s = time.monotonic() - self.command_start
+        expected_s = left_s(self.plan, 0.0, self.plan.confirm_s * (1 - done / total), passed_s)
+        self._show([*self._row("confirming"), f"{done} of {total}", ""], expected_s)
 
     def waiting(self, text: str) -> None:
         """Say once what is being waited for."""
@@ -112,25 +114,26 @@ class Display:
         start, before = self.started.setdefault(what, (now, share))
         rest = 1 - before  # of the run, after the checkpoint with which it began here
         done = (share - before) / rest if rest else 1.0
-        left_s = training_left_s(expected_s * rest, done, now - start)
+        training_s = training_left_s(expected_s * rest, done, now - start)
         row = [*self._row(what), f"{share:.0%}", f"loss {progress.loss:.3f}"]
-        self._show(row, left_s + after_s)
+        self._show(row, training_s + after_s)
 
     def _row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
         return [str(first), *(_value((params or {}).get(name, "")) for name in self.names)]
 
     def _search_left_s(self) -> float:
-        todo, passed_s = self.trials - self.done, time.monotonic() - self.start
-        return search_left_s(self.plan, todo, self.timed, passed_s) + self.plan.after_search_s
+        now, todo = time.monotonic(), self.trials - self.done
+        search_s = search_left_s(self.plan, todo, self.timed, now - self.start)
+        return left_s(self.plan, search_s, self.plan.confirm_s, now - self.command_start)
 
-    def _show(self, row: list[str] | None, left_s: float, ended: bool = False) -> None:
+    def _show(self, row: list[str] | None, expected_s: float, ended: bool = False) -> None:
         passed_s = time.monotonic() - self.command_start
         if not self.forecasts or passed_s > self.forecasts[-1][0] + FORECAST_EVERY_S:
-            self.forecasts.append((round(passed_s, 1), round(left_s, 1)))
+            self.forecasts.append((round(passed_s, 1), round(expected_s, 1)))
         best = f"best {self.best[0]:.2%} (trial {-self.best[1]})" if self.best else "no best yet"
         summary = (
             f"{self.done} of {self.trials} trials, {self.pruned} pruned, {best}, "
-            f"about {duration(left_s)} left"
+            f"about {duration(expected_s)} left"
         )
         if self.live:
             names = [name.removesuffix("_size") for name in self.names]

@@ -53,8 +53,7 @@ def confirm(job: Job, pool: Pool, screen: Display) -> None:
         )
 
     for done, total in search.confirm(job.member, pool, run_of, job.confirmed):
-        left_s = job.plan.confirm_s * (1 - done / total) + final_s(job) + job.plan.release_s
-        screen.confirmation(done, total, left_s)
+        screen.confirmation(done, total)
         job.in_time("the best trials are not confirmed yet")
 
 
@@ -95,9 +94,10 @@ def set_aside(job: Job, number: int, reason: str) -> None:
 def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, float | None]:
     """Have one worker train the final model; also the seconds that all of it takes."""
     seen: list[tuple[int, float]] = []  # images, at what time; fewer of them after a restart
+    expected_s = final_s(job)
     for _, message in search.carry_out(pool, {"final": run}):
         if isinstance(message, Report):
-            screen.training("final", message.progress, job.plan.final_s, job.plan.release_s)
+            screen.training("final", message.progress, expected_s, job.plan.release_s)
             seen.append((message.progress.samples, time.monotonic()))
         elif message is not None:
             (m, start), (n, end) = (seen[0], seen[-1]) if seen else ((0, 0.0), (0, 0.0))
@@ -144,8 +144,7 @@ def final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:
     for path in job.folder.glob(f"final-{best.number}-*.pt"):
         return int(path.name.split("-")[2].split(".")[0])
     least = min(LEAST_FINAL, epoch)
-    most = min(final_s(job) * job.plan.images_per_s, job.work.most_final)
-    if most <= least:
+    if final_s(job) * job.plan.images_per_s <= least:
         return least
     run = replace(
         speed_run(job.options, best.params),
@@ -156,4 +155,4 @@ def final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:
         measured = search.speed(pool, run)
     except search.RunFailed:  # the final training will say why
         measured = job.plan.images_per_s
-    return max(least, round(min(final_s(job) * measured, most)))
+    return max(least, round(min(final_s(job) * measured, job.work.most_final)))

@@ -211,7 +211,7 @@ def fit_to_machine(
     plan = member.update(agree)
     if options.final_epochs:
         samples = options.final_epochs * (len(dataset.train) + len(dataset.validation))
-        plan = replace(plan, final_s=samples / plan.images_per_s)
+        plan = replace(plan, final_s=samples / plan.images_per_s, total_s=0.0)
     return plan
 
 

@@ -34,7 +34,7 @@ LEAST_PROBABILITY = 1e-12  # in a log-loss, which would be infinite of a 0
 # Weights of a training form shrink by this share with each image, by the learning rate's schedule:
 # 27 errors of 5,000 validation images instead of 29 after 400,000, log-loss 0.0160 for 0.0179.
 DECAY = 2.5e-6
-SPEED_S, SPEED_STEPS = 1.5, 4  # for which a machine's speed is measured, the longer of the two
+SPEED_S, SPEED_STEPS = 2.5, 4  # for which a machine's speed is measured, the longer of the two
 ROTATION, SCALE, SHIFT = (
     math.radians(8),
     0.08,
