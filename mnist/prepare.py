@@ -205,7 +205,7 @@ def fit_to_machine(
         parts = (models.NETWORKS[options.model], data.reader(options.dataset))
         model = options.model + (own.digest(options.import_) if any(map(own.made, parts)) else "")
         wanted = studies.fingerprint(dataset, model, chosen.trial_samples, space, options.plain)
-        studies.agree(study, wanted)
+        studies.agree(study, wanted, studies.finished(study) >= work.trials)
         return chosen
 
     plan = member.update(agree)

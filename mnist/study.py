@@ -116,8 +116,12 @@ def fingerprint(
     }
 
 
-def agree(study: optuna.Study, wanted: dict[str, Any]) -> None:
-    """Keep the fingerprint of a new study; raise StudyError if an old one's differs."""
+def agree(study: optuna.Study, wanted: dict[str, Any], finished: bool = False) -> None:
+    """Keep the fingerprint of a new study; raise StudyError if an existing study's differs.
+
+    A `finished` study trains nothing more, so one without "layers" is accepted: it was made before
+    training forms existed.
+    """
     kept = study.user_attrs.get("fingerprint")
     if kept is None:
         if study.get_trials(deepcopy=False):
@@ -126,6 +130,7 @@ def agree(study: optuna.Study, wanted: dict[str, Any]) -> None:
             )
         study.set_user_attr("fingerprint", wanted)
         return
+    kept = {"layers": wanted["layers"] if finished else "plain"} | kept
     different = [
         _differing(key, value, kept.get(key))
         for key, value in wanted.items()
@@ -139,8 +144,6 @@ def agree(study: optuna.Study, wanted: dict[str, Any]) -> None:
 
 
 def _differing(key: str, value: Any, there: Any) -> str:
-    if key == "layers":
-        there = there or "plain"  # in studies of before there were training forms
     if key == "data":
         return "it has other images: of another folder, --image-size, --color or --train-samples"
     if isinstance(value, dict):  # the space

@@ -76,6 +76,17 @@ def test_trials_that_cannot_be_compared_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_finished_study_from_before_training_forms_is_accepted(
+    study: optuna.Study, digits: Dataset
+) -> None:
+    wanted = studies.fingerprint(digits, "parallel", 600)
+    study.set_user_attr("fingerprint", {k: v for k, v in wanted.items() if k != "layers"})
+    studies.agree(study, wanted, finished=True)
+    studies.agree(study, wanted | {"layers": "plain"})
+    with pytest.raises(studies.StudyError, match="layers is in their training form, there plain"):
+        studies.agree(study, wanted)
+
+
 @pytest.mark.parametrize(
     "storage",
     ["nonsense", "sqlite:////nowhere/at/all/db.sqlite3", "postgresql://127.0.0.1:9/x", "x://y"],
