@@ -33,17 +33,19 @@ class Server:
 
 @contextmanager
 def server(
-    folder: Path, first: bytes, command: Sequence[str] = OURS, port: int = 0, **settings: str
+    folder: Path | None, first: bytes, command: Sequence[str] = OURS, port: int = 0, **settings: str
 ) -> Iterator[Server]:
     """One that answers the request `first` with 200, for models in `folder`.
 
-    It is started as python COMMAND --port PORT, a free one by default, with the settings in its
-    environment.
+    Without a folder it uses its default registry. It is started as python COMMAND --port PORT, a
+    free one by default, with the settings in its environment.
     """
     with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
     # A server's second start finds its modules compiled, unless the machine forbids to keep that.
-    own = {"MODELS": str(folder.resolve()), "PYTHONDONTWRITEBYTECODE": ""}
+    own = {"PYTHONDONTWRITEBYTECODE": ""}
+    if folder is not None:
+        own["MODELS"] = str(folder.resolve())
     environment: Mapping[str, str] = os.environ | own | settings
     start = time.perf_counter()
     process = subprocess.Popen(

@@ -142,10 +142,8 @@ def plot(found: Sequence[Answer], file: Path) -> None:
 @click.option(
     "--models",
     type=click.Path(path_type=Path),
-    default="saved_models",
     envvar="MODELS",
-    show_default=True,
-    help="The registry.",
+    help="The registry. [default: saved_models, or a sample while it has no model]",
 )
 @click.option("--model", help="One of its models. [default: the current one]")
 @click.option("--show", "shown", is_flag=True, help="Each picture in the terminal, as it is read.")
@@ -153,7 +151,7 @@ def plot(found: Sequence[Answer], file: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The answers as JSON.")
 def main(
     files: tuple[Path, ...],
-    models: Path,
+    models: Path | None,
     model: str | None,
     shown: bool,
     file: Path | None,
@@ -169,7 +167,7 @@ def main(
     if file and not file.parent.is_dir():
         raise click.BadParameter(f"there is no folder {file.parent}", param_hint="--plot")
     everything: list[Answer | Unreadable] = []
-    for found in answers(files, models, model):
+    for found in answers(files, models or default_registry(), model):
         everything.append(found)
         if isinstance(found, Unreadable):
             complain(f"{found.file}: {found.reason}")
@@ -186,6 +184,14 @@ def main(
     if file and len(read) > MOST_PLOTTED:
         complain(f"{file}: only the first {MOST_PLOTTED} pictures are in it")
     return int(len(read) < len(everything))
+
+
+def default_registry() -> Path:
+    """The registry that is used where none is named; says so if it is the sample."""
+    folder = registry.default_folder()
+    if folder == registry.SAMPLE:
+        complain(registry.SAMPLE_NOTE)
+    return folder
 
 
 def complain(message: str) -> None:

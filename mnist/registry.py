@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 INFO = "model_info.json"
+FOLDER = Path("saved_models")
+SAMPLE = Path(__file__).parent.parent / "serve" / "sample_model"  # a registry of one small model
+SAMPLE_NOTE = "this is a sample model; `python run.py` makes your own"
 NAME = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
 Record = dict[str, Any]
@@ -61,6 +64,11 @@ def read(folder: Path) -> dict[str, Any]:
     if info.get("current", "") not in (None, *info["models"]):
         raise RegistryError(f"{folder / INFO}: `current` names none of its models; correct it")
     return info
+
+
+def default_folder() -> Path:
+    """FOLDER, or SAMPLE as long as FOLDER has no model. Raises RegistryError as read() does."""
+    return FOLDER if read(FOLDER)["models"] else SAMPLE
 
 
 def record(folder: Path, name: str | None = None) -> tuple[str, Record]:

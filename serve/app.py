@@ -87,6 +87,8 @@ async def ready(request: Request) -> JSONResponse:
         extra["canary"] = engine.canary.name
     if engine.settings.feedback_dir:
         extra["feedback"] = True
+    if engine.current.sample:
+        extra["sample"] = registry.SAMPLE_NOTE
     answer = {"status": "ready", "model": engine.current.name, "engine": run.engine}
     return JSONResponse(answer | extra)
 
@@ -94,7 +96,7 @@ async def ready(request: Request) -> JSONResponse:
 @app.get("/models", response_model=schemas.Models, responses=schemas.problems(503))
 def models(request: Request) -> JSONResponse:
     """Every saved model in brief."""
-    info = registry.read(_engine(request).settings.models)
+    info = registry.read(_engine(request).folder)
     brief = [
         {
             "name": name,
@@ -111,7 +113,7 @@ def models(request: Request) -> JSONResponse:
 @app.get("/models/{name}", openapi_extra=schemas.BY_NAME, responses=schemas.problems(404, 503))
 def model(request: Request) -> dict[str, Any]:
     """All that is recorded of one model."""
-    return registry.record(_engine(request).settings.models, request.path_params["name"])[1]
+    return registry.record(_engine(request).folder, request.path_params["name"])[1]
 
 
 @app.get("/metrics", response_class=Response, responses=schemas.problems(401))

@@ -40,6 +40,7 @@ class Model:
     record: registry.Record
     run: inference.Classifier
     max_pixels: int
+    sample: bool = False  # it came with the repository
 
     def is_small(self, data: bytes) -> bool:
         return images.is_small(data)
@@ -98,7 +99,8 @@ class Engine:
         self._failed: dict[str, registry.RegistryError] = {}  # by name, until it is tried again
         self._one = asyncio.Lock()  # loading what was asked for by name
         self._waiting = 0  # requests that wait for that
-        self._paths = [settings.models / registry.INFO]
+        self.folder = settings.models or registry.FOLDER  # the registry in use
+        self._paths = [self.folder / registry.INFO]
         self._seen: list[tuple[int, ...] | None] = []
         self._again = math.inf  # when to look, even where nothing has changed
         self._bodies = 0
@@ -202,7 +204,7 @@ class Engine:
         return answer | ({"view": _png(picture)} if view else {})
 
     async def _named(self, name: str) -> Model:
-        await _in(self._loader, registry.record, self.settings.models, name)  # it is still there
+        await _in(self._loader, registry.record, self.folder, name)  # it is still there
         for live in (self.current, self.canary):
             if live is not None and live.name == name:
                 return live
@@ -254,9 +256,10 @@ class Engine:
         """Whether the registry's record did, or the files of who is to answer."""
         if registry.versions(self._paths) == self._seen and time.monotonic() < self._again:
             return False
-        folder = self.settings.models
-        self._paths = [folder / registry.INFO]
+        self.folder = self.settings.models or registry.FOLDER
+        self._paths = [self.folder / registry.INFO]
         with suppress(registry.RegistryError):
+            folder = self.folder = self.settings.models or registry.default_folder()
             info = registry.read(folder)
             named = [info["models"][name] for name in {info["current"], canary} & {*info["models"]}]
             files = [file["file"] for each in named for file in each["files"].values()]
@@ -267,7 +270,7 @@ class Engine:
     async def _renew(self, role: str, name: str | None, old: Model | None) -> Model | None:
         """The model that is to have this role, or the old one where it cannot be had."""
         try:
-            name = (await _in(self._loader, registry.record, self.settings.models, name))[0]
+            name = (await _in(self._loader, registry.record, self.folder, name))[0]
             if old is None or old.name != name:
                 new = self._loaded.pop(name, None) or await self._load(self._loader, name)
             else:
@@ -311,8 +314,8 @@ class Engine:
         return model
 
     async def _load(self, loader: ThreadPoolExecutor, name: str) -> Model:
-        settings = self.settings
-        folder, threads = settings.models, settings.threads
+        settings, folder = self.settings, self.folder
+        threads = settings.threads
         engine: str = settings.engine
         passed_over = None
         tried = self.current is not None
@@ -322,7 +325,7 @@ class Engine:
         if passed_over is not None:
             run = replace(run, passed_over=passed_over)
         record = (await _in(loader, registry.record, folder, name))[1]
-        return Model(name, record, run, settings.max_pixels)
+        return Model(name, record, run, settings.max_pixels, folder == registry.SAMPLE)
 
 
 async def _in(loader: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:

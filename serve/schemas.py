@@ -62,6 +62,7 @@ class Ready(BaseModel):
     )
     canary: str | None = Field(None, description="the model that answers CANARY's share")
     refused: dict[str, str] = Field({}, description="models that could not take over, and why")
+    sample: str | None = Field(None, description="a note, while the sample model is in use")
     feedback: bool = Field(False, description="whether POST /feedback keeps corrections")
 
 

@@ -18,7 +18,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    models: Path = Field(Path("saved_models"), description="registry folder")
+    models: Path | None = Field(
+        None, description="registry folder; by default saved_models, or a sample while it is empty"
+    )
     engine: Literal["auto", "onnx_int8", "onnx", "torch"] = Field(
         "auto", description="what runs a model; auto: the first of the others that can"
     )

@@ -250,6 +250,7 @@ let looks = 0;
 let current = "";
 let canary = "";
 let correcting = false; // whether the server keeps corrections
+let sample = ""; // a note, while the current model is the sample
 let listed = "";
 
 function state(kind) {
@@ -270,6 +271,7 @@ async function look() {
     current = found.model ?? "";
     canary = found.canary;
     correcting = Boolean(found.feedback);
+    sample = found.sample ?? "";
     if (kind === "ready") await list();
     else {
       described = "";
@@ -312,7 +314,7 @@ async function describe() {
   if (name !== ($("model").value || current)) return; // yet another one was chosen meanwhile
   described = name;
   ({ classes } = record.dataset);
-  about(summary(record));
+  about(sample && name === current ? `${summary(record)}. Note: ${sample}.` : summary(record));
   const digits = classes.every((each) => /^\d$/.test(each));
   const drawn = record.dataset.recipe === "digit";
   $("draw-title").textContent = digits ? "Draw a digit" : drawn ? "Draw a letter" : "Choose a picture";
