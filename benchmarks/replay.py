@@ -154,7 +154,6 @@ class Limits:
 
     trial: int
     images: int
-    first: bool = False  # whether Optuna's searches begin with the published best
     close: float = CLOSE
 
 
@@ -176,11 +175,12 @@ class Trials:
     reduction: int = budget.REDUCTION
     metric: str = "errors"
     hyperband: bool = False
+    first: bool = False  # begin with the published best, as run.py does
 
     def __call__(self, table: Table, limits: Limits, seed: int) -> Iterator[Step]:
         """The trials that are completed within the limits."""
         fidelities = self.fidelities(table, limits)
-        nearest = Nearest(table, limits.first)
+        nearest = Nearest(table, self.first)
         study = optuna.create_study(
             study_name=str(seed),  # by which Hyperband chooses a trial's bracket
             sampler=nearest,
@@ -242,6 +242,7 @@ class Rounds:
     n: int
     rung: float  # share of a trial
     metric: str = "errors"
+    first: bool = False  # have the published best in the first round
 
     def __call__(self, table: Table, limits: Limits, seed: int) -> Iterator[Step]:
         """The trials that are completed within the limits."""
@@ -250,6 +251,9 @@ class Rounds:
         n = self.n or (limits.images - KEPT * rest) // little
         values = table.values[self.metric]
         order = np.random.default_rng(seed).permutation(len(table.params))
+        if self.first:
+            published = table.params.index(studies.FIRST)
+            order = np.array([published, *order[order != published]])
         seen = 0
         for start in range(0, len(order), n):
             batch = order[start : start + n]

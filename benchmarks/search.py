@@ -59,26 +59,29 @@ def _shares(rungs: Sequence[float]) -> str:
 
 
 TPE, RANDOM = studies.SAMPLERS["tpe"], studies.SAMPLERS["random"]
-CURRENT = f"TPE, halving at {_shares(budget.RUNGS)}"
+HALVING = f"TPE, halving at {_shares(budget.RUNGS)}"
+CURRENT = f"{HALVING}, published best first"
 FORMER = (1 / 6, 1 / 2)  # rungs of before
-LAYOUTS = (FORMER, (1 / 12,), (1 / 24,), (1 / 24, 1 / 6, 1 / 2))
+LAYOUTS = (FORMER, (1 / 4,), (1 / 6,), (1 / 12,), (1 / 12, 1 / 3))
 SEARCHES: dict[str, Search] = {
-    CURRENT: Trials(TPE, budget.RUNGS),
+    CURRENT: Trials(TPE, budget.RUNGS, first=True),
+    HALVING: Trials(TPE, budget.RUNGS),
     "random": Trials(RANDOM),
     "TPE": Trials(TPE),
     "GP": Trials(_gp),
     f"random, halving at {_shares(budget.RUNGS)}": Trials(RANDOM, budget.RUNGS),
     f"GP, halving at {_shares(budget.RUNGS)}": Trials(_gp, budget.RUNGS),
     **{f"TPE, halving at {_shares(rungs)}": Trials(TPE, rungs) for rungs in LAYOUTS},
-    f"{CURRENT}, by log-loss": Trials(TPE, budget.RUNGS, metric="log_loss"),
+    f"{HALVING}, by log-loss": Trials(TPE, budget.RUNGS, metric="log_loss"),
     "TPE, halving at 1/12, by log-loss": Trials(TPE, (1 / 12,), metric="log_loss"),
-    "TPE, Hyperband from 1/24": Trials(TPE, hyperband=True),
+    "TPE, Hyperband": Trials(TPE, hyperband=True),
     **{
         f"{n or 'all'} to {_shares([rung])}, best {KEPT} on": Rounds(n, rung)
         for n in (32, 0)
-        for rung in (1 / 24, 1 / 12, 1 / 6, 1 / 4)
+        for rung in (1 / 12, 1 / 6, 1 / 3)
     },
-    f"32 to 1/24, best {KEPT} on, by log-loss": Rounds(32, 1 / 24, "log_loss"),
+    f"32 to 1/12, best {KEPT} on, by log-loss": Rounds(32, 1 / 12, "log_loss"),
+    f"32 to 1/12, best {KEPT} on, published best among": Rounds(32, 1 / 12, first=True),
 }
 
 
@@ -165,7 +168,7 @@ def quartiles(numbers: Sequence[float], limit: float, scale: float = 1) -> str:
 
 def print_searches(found: dict[str, list[Outcome]], limits: Limits) -> None:
     reference = [each.needed for each in found[CURRENT]]
-    columns = "{:42} {:>5} {:>8} {:>22} {:>6} {:>16} {:>8}"
+    columns = "{:48} {:>5} {:>8} {:>22} {:>6} {:>16} {:>8}"
     heads = ("seeds", "complete", "1,000 images needed", "good", "regret", "p")
     click.echo(columns.format("search", *heads))
     for name, outcomes in found.items():
@@ -207,8 +210,7 @@ def print_tau(table: Table, name: str, chosen: np.ndarray, final: np.ndarray) ->
 @click.option("--seeds", default=100, show_default=True)
 @click.option("--gp-seeds", default=GP_SEEDS, show_default=True, help="Of the Gaussian process.")
 @click.option("--trials", default=32, show_default=True, help="Whole ones, that a search may cost.")
-@click.option("--trial", default=budget.MOST_TRIAL, show_default=True, help="Images of a trial.")
-@click.option("--first", is_flag=True, help="Begin with the published best, as run.py does.")
+@click.option("--trial", default=budget.LEAST_TRIAL, show_default=True, help="Images of a trial.")
 @click.option("--close", default=CLOSE, show_default=True, help="Times the least errors: good.")
 @click.option("--processes", type=int, help="By default one a core.")
 def main(
@@ -217,7 +219,6 @@ def main(
     gp_seeds: int,
     trials: int,
     trial: int,
-    first: bool,
     close: float,
     processes: int | None,
 ) -> None:
@@ -225,14 +226,13 @@ def main(
     start = time.perf_counter()
     table = read(path)
     trial = table.fidelities[table.at(trial)]
-    limits = Limits(trial, trials * trial, first, close)
+    limits = Limits(trial, trials * trial, close)
     least = table.final.min()
     click.echo(
         f"{path.name}: {len(table.params)} configurations of the default space; final: "
         f"{table.final_name} (of {table.n:,}), at best {least:g}; good: at most {close * least:g}, "
         f"as {(table.final <= close * least).sum()} are.\n"
-        f"Trials of {trial:,} images, at most {limits.images:,} in a search, "
-        f"{'with' if first else 'without'} the published best as its first. "
+        f"Trials of {trial:,} images, at most {limits.images:,} in a search. "
         f"Median (quartiles); p: fewer images than {CURRENT}.\n"
     )
     gp_seeds = min(seeds, gp_seeds)
