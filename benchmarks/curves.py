@@ -1,6 +1,6 @@
 """A table of learning curves: validation errors and log-loss of many configurations at fidelities.
 
-python -m benchmarks.curves                    # hours; goes on where it was stopped
+python -m benchmarks.curves                    # hours; resumes, also from the rows of the table
 python -m benchmarks.curves --export           # benchmarks/curves.json of the runs so far
 
 On two cores two commands, with `--threads 1` and `--share 1/2` or `2/2`, do 1.5 times as much.
@@ -219,6 +219,30 @@ def opened(storage: str, name: str, settings: Settings, dataset: Dataset) -> dic
     return opened_studies
 
 
+def restore(found: dict[str, optuna.Study], path: Path, settings: Settings) -> None:
+    """Record the runs of a table of the same settings that the studies lack."""
+    if not path.exists():
+        return
+    content = json.loads(path.read_text())
+    header = content["header"]
+    same = {"fidelities": list(settings.fidelities), "final_samples": settings.final_samples}
+    same |= {"network": settings.network, "dtype": settings.dtype, "seed": settings.seed}
+    if any(header[key] != value for key, value in same.items()):
+        return
+    results = {}
+    for row in content["rows"]:
+        result = {key: row[key] for key in ("errors", "log_loss", "diverged")}
+        results[row["space"], row["number"], settings.seed] = result
+        for final in row.get("finals", ()):
+            result = {"errors": [final["errors"]], "log_loss": [final["log_loss"]]}
+            results["finals", row["number"], final["seed"]] = result | {"diverged": False}
+    done = {part: recorded(study) for part, study in found.items()}
+    for run in runs(settings):
+        key = (run.part, *run.key)
+        if key in results and run.key not in done[run.part]:
+            record(found[run.part], run, results[key], header["n"])
+
+
 def processor(device: torch.device) -> str:
     """The name of what trains."""
     if device.type == "cuda":
@@ -389,6 +413,7 @@ def main(
             place = training.device(device)
             dataset = data.load(settings.dataset, data_dir).to(place)
             found = opened(storage, study, settings, dataset)
+            restore(found, path, settings)
             found["default"].set_user_attr("made", made_by(settings, place))
             training.keep_freed_memory()
             for run, result, *times in work(found, settings, dataset, share):

@@ -146,6 +146,25 @@ def test_a_kill_loses_at_most_the_run_in_progress(whole: Path, tmp_path: Path) -
     assert table(tmp_path)["rows"] == table(whole)["rows"]
 
 
+def test_a_table_without_its_studies_goes_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = table(whole)
+    content["rows"].pop()
+    del content["rows"][0]["finals"][1]
+    curves.write(content, tmp_path / "curves.json")
+    started, fit = [], training.fit
+
+    def counted(*arguments: Any, **keywords: Any) -> Iterator[training.Progress]:
+        started.append(keywords["samples"])
+        return fit(*arguments, **keywords)
+
+    monkeypatch.setattr(training, "fit", counted)
+    assert made(tmp_path).exit_code == 0
+    assert started == [400, 300]
+    assert table(tmp_path)["rows"] == table(whole)["rows"]
+
+
 def test_commands_share_the_runs(whole: Path, tmp_path: Path) -> None:
     assert made(tmp_path, "--share", "2/2").exit_code == 0
     assert runs(tmp_path) == sorted(KEYS[1::2], key=lambda key: [*curves.SPACES].index(key[0]))
