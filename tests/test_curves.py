@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from benchmarks import curves
+from benchmarks import curve_runs, curves
 from mnist import data, training
 from mnist.space import DEFAULT, SPACES, WIDE, inside
 from mnist.study import FIRST
@@ -50,7 +50,7 @@ def table(folder: Path) -> dict[str, Any]:
 def runs(folder: Path) -> list[tuple[str, int, int]]:
     """Parts, numbers and seeds of all runs, in the order of each study."""
     found = []
-    for part in curves.SPACES:
+    for part in curve_runs.SPACES:
         name, storage = f"curves-{part}", f"sqlite:///{folder}/curves.sqlite3"
         for trial in optuna.load_study(study_name=name, storage=storage).trials:
             found.append((part, trial.user_attrs["number"], trial.user_attrs["seed"]))
@@ -79,7 +79,7 @@ def test_the_table_has_a_row_for_each_configuration(whole: Path) -> None:
     assert {"date", "dtype", "n", "processor", "ranks", "torch"} <= {*header}
     for row in rows:
         assert len(row["errors"]) == len(row["log_loss"]) == 3
-        assert inside(curves.SPACES[row["space"]], row["params"]) == row["params"]
+        assert inside(curve_runs.SPACES[row["space"]], row["params"]) == row["params"]
         finals = [final["seed"] for final in row.get("finals", [])]
         assert finals == ([1, 2] if row["space"] == "default" and row["number"] < 2 else [])
     assert rows[0]["params"] == FIRST
@@ -90,11 +90,11 @@ def test_the_values_are_those_of_training_on_all_validation_images(
     whole: Path, digits: data.Dataset
 ) -> None:
     row = table(whole)["rows"][1]
-    run = curves.Run("default", 1, row["params"], 0, (100, 200, 400))
-    settings = curves.Settings(network="linear")
-    assert curves.carry_out(run, settings, digits)["errors"] == row["errors"]
+    run = curve_runs.Run("default", 1, row["params"], 0, (100, 200, 400))
+    settings = curve_runs.Settings(network="linear")
+    assert curve_runs.carry_out(run, settings, digits)["errors"] == row["errors"]
     torch.manual_seed(0)
-    model = curves.models.build("linear", 1, digits.size, 10)
+    model = curve_runs.models.build("linear", 1, digits.size, 10)
     more = {"samples": 400, "validate_at": [100, 200], "subset": 10**9}
     progresses = training.fit(
         model, digits, digits.train, digits.validation, **row["params"], **more
@@ -167,7 +167,7 @@ def test_a_table_without_its_studies_goes_on(
 
 def test_commands_share_the_runs(whole: Path, tmp_path: Path) -> None:
     assert made(tmp_path, "--share", "2/2").exit_code == 0
-    assert runs(tmp_path) == sorted(KEYS[1::2], key=lambda key: [*curves.SPACES].index(key[0]))
+    assert runs(tmp_path) == sorted(KEYS[1::2], key=lambda key: [*curve_runs.SPACES].index(key[0]))
     assert made(tmp_path, "--share", "1/2").exit_code == 0
     assert table(tmp_path)["rows"] == table(whole)["rows"]
     assert "'3/2' is not a share" in made(tmp_path, "--share", "3/2").output
@@ -188,8 +188,8 @@ def test_a_run_that_diverges_has_the_errors_of_a_guess(
         raise training.Diverged("the loss is nan")
 
     monkeypatch.setattr(training, "fit", diverges)
-    run = curves.Run("default", 0, FIRST, 0, (100, 200, 400))
-    result = curves.carry_out(run, curves.Settings(network="linear"), digits)
+    run = curve_runs.Run("default", 0, FIRST, 0, (100, 200, 400))
+    result = curve_runs.carry_out(run, curve_runs.Settings(network="linear"), digits)
     guess = round(len(digits.validation) * 0.9)
     assert result == {"errors": [12, guess, guess], "log_loss": [0.5, None, None], "diverged": True}
 
@@ -197,15 +197,15 @@ def test_a_run_that_diverges_has_the_errors_of_a_guess(
 @pytest.mark.parametrize("name", SPACES)
 def test_configurations_are_the_same_however_many_and_cover_the_space(name: str) -> None:
     space = SPACES[name]
-    many = curves.configurations(space, 128, 0)
-    assert many[:5] == curves.configurations(space, 5, 0)
+    many = curve_runs.configurations(space, 128, 0)
+    assert many[:5] == curve_runs.configurations(space, 5, 0)
     assert (many[0] == FIRST) == (space == DEFAULT)
     assert all(inside(space, params) == params and params.keys() == space.keys() for params in many)
     shares = [np.log10(params["lr"] / 1e-5) / 4 for params in many]
     assert np.histogram(shares, 8, (0, 1))[0].min() >= 14  # 16 on average
     kinds = {params["optimizer"] for params in many}
     assert kinds == {*space["optimizer"].choices}
-    assert curves.configurations(WIDE, 3, 0) != curves.configurations(WIDE, 3, 1)
+    assert curve_runs.configurations(WIDE, 3, 0) != curve_runs.configurations(WIDE, 3, 1)
 
 
 def test_the_fidelities_ascend(tmp_path: Path) -> None:

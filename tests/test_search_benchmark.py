@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from optuna.samplers._tpe import _truncnorm
 from scipy.special import log_ndtr
 
-from benchmarks import curves, replay, search
+from benchmarks import curve_runs, curves, replay, search
 from mnist import budget, space
 
-FIDELITIES = list(curves.FIDELITIES)
+FIDELITIES = list(curve_runs.FIDELITIES)
 N = 64
 LIMITS = replay.Limits(24_000, 32 * 24_000)
 
@@ -28,7 +28,7 @@ def written(folder: Path, informative: bool, finals: int = 0) -> Path:
     random = np.random.default_rng(0)
     final = 20 + 5 * random.permutation(N)
     rows = []
-    for i, params in enumerate(curves.configurations(space.DEFAULT, N, 0)):
+    for i, params in enumerate(curve_runs.configurations(space.DEFAULT, N, 0)):
         guesses = random.integers(100, 1_000, len(FIDELITIES))
         errors = [
             int(final[i] + 1_000 - 10 * k if informative or k > 4 else guesses[k])
