@@ -16,11 +16,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from mnist import images, registry
-from serve import feedback, front, schemas, uploads
+from serve import feedback, middleware, schemas, uploads
 from serve.batches import Busy
 from serve.engine import Engine
-from serve.front import Front, problem
 from serve.metrics import Metrics
+from serve.middleware import RequestMiddleware, problem
 from serve.settings import Settings
 from serve.uploads import Refused
 
@@ -35,7 +35,7 @@ ANSWERS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    front.log_as_json()
+    middleware.log_as_json()
     metrics = Metrics()
     app.state.engine = Engine(Settings(), metrics)
     await app.state.engine.start()
@@ -47,7 +47,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 class App(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         """Added as others are, it would be inside some that who is turned away need not pass."""
-        return Front(super().build_middleware_stack())
+        return RequestMiddleware(super().build_middleware_stack())
 
 
 app = App(
@@ -238,7 +238,7 @@ async def _no_picture(request: Request, error: images.ImageError) -> JSONRespons
 
 @app.exception_handler(Busy)
 async def _busy(request: Request, error: Busy) -> JSONResponse:
-    return front.busy(request.scope, error)
+    return middleware.busy(request.scope, error)
 
 
 @app.exception_handler(registry.RegistryError)

@@ -1,4 +1,4 @@
-"""serve/front.py and serve/settings.py: ids, keys, origins, admission, the log, bad settings."""
+"""serve/middleware.py and serve/settings.py: ids, keys, origins, admission, log, bad settings."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serve import batches, engine, front
+from serve import batches, engine, middleware
 from serve.app import app
 from serve.batches import Batches, Busy
 from serve.engine import Model
@@ -136,7 +136,7 @@ def test_each_request_that_is_let_in_is_a_json_line_in_the_log_and_one_in_the_co
 ) -> None:
     stream = io.StringIO()
     with TestClient(app) as client:
-        monkeypatch.setattr(front.log.handlers[0], "stream", stream)
+        monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
         client.post("/predict?model=none", headers={"X-Request-ID": "mine"})
         client.get("/nothing/here")
         metrics = client.get("/metrics").text
@@ -166,7 +166,7 @@ def test_one_line_counts_those_turned_away(
     monkeypatch.setattr(engine, "TELL_S", every_s)
     with TestClient(app) as client:
         monkeypatch.setattr(Batches, "admit", full)
-        monkeypatch.setattr(front.log.handlers[0], "stream", stream)
+        monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
         for _ in range(3):
             refused(client.post("/predict", content=b"x"), 429, "busy")
         if every_s > 1:

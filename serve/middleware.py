@@ -29,7 +29,7 @@ HEADERS = [
 log = logging.getLogger("serve")
 
 
-class Front:
+class RequestMiddleware:
     """ASGI middleware around all else; what it refuses is refused before the body is read."""
 
     def __init__(self, app: ASGIApp) -> None:
