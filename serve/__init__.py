@@ -5,7 +5,7 @@ import os
 import sys
 
 # What the imports make stays: to look through it for garbage took a tenth of the start. serve.app
-# and serve.trial turn it on again.
+# and serve.preflight_worker turn it on again.
 gc.disable()
 
 # NumPy reads this when it is first imported. Its products here are small: a second thread that

@@ -20,8 +20,8 @@ from PIL import Image
 from mnist import images, inference, registry
 from serve.batches import Batches, Busy
 from serve.metrics import Metrics
+from serve.preflight import Preflight
 from serve.settings import Settings
-from serve.trials import Trials
 
 LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in int8, 113 in torch
 WATCH_S = 0.5  # between two looks at the registry, on average: workers seldom load at once
@@ -106,7 +106,7 @@ class Engine:
         self._bodies = 0
         self._loader = ThreadPoolExecutor(1, "loader")
         self._named_loader = ThreadPoolExecutor(1, "named")  # a swap waits for no other model
-        self._trials = Trials(metrics.shared)
+        self._preflight = Preflight(metrics.shared)
         self._batches = Batches(settings, metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -122,7 +122,7 @@ class Engine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._trials.stop()
+        self._preflight.stop()
         self._tell_turned_away()
         self._loader.shutdown()
         self._named_loader.shutdown()
@@ -320,7 +320,7 @@ class Engine:
         passed_over = None
         tried = self.current is not None
         if tried:  # what answers is not to wait for what takes long or fails
-            engine, passed_over = await self._trials.which_engine(folder, name, threads, engine)
+            engine, passed_over = await self._preflight.check(folder, name, threads, engine)
         run = await _in(loader, inference.load, folder, name, threads, engine, tried)
         if passed_over is not None:
             run = replace(run, passed_over=passed_over)

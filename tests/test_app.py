@@ -455,7 +455,7 @@ def test_settings_come_from_the_environment_in_either_case(monkeypatch: pytest.M
             "serve.app",
             ("torch", "torchvision", "optuna", "sklearn", "pydantic.v1.main", "filelock"),
         ),
-        ("serve.trial", ("torch", "asyncio", "filelock")),
+        ("serve.preflight_worker", ("torch", "asyncio", "filelock")),
     ],
 )
 def test_importing_the_server_imports_nothing_that_it_seldom_needs(

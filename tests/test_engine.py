@@ -1,16 +1,12 @@
 """serve/engine.py: new models take over without a pause, bad ones never."""
 
-import asyncio
-import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from mnist import inference, registry
-from serve import engine, trials
+from serve import engine, preflight
 from serve.app import app
-from tests.conftest import ROOT
 from tests.test_app import png
 from tests.test_inference import change, other_golden
 
@@ -79,16 +74,16 @@ def test_a_new_current_model_takes_over_by_itself(client: TestClient, folder: Pa
     assert "model_swaps_total 2.0" in metrics
 
 
-def test_all_golden_inputs_are_checked_at_the_start_and_by_the_trial_one_after_it(
+def test_all_golden_inputs_are_checked_at_the_start_and_only_one_after_a_preflight_check(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def found(*_: Any) -> tuple[str, dict[str, str]]:
+    async def passed(*_: Any) -> tuple[str, dict[str, str]]:
         return "onnx_int8", {}
 
     other_golden(folder, "onnx_int8", first=1)
     with TestClient(app) as client:
         assert client.get("/ready").json()["engine"] == "onnx"
-        monkeypatch.setattr(trials.Trials, "which_engine", found)
+        monkeypatch.setattr(preflight.Preflight, "check", passed)
         new = another(folder)
         assert until(client, lambda ready: ready["model"] == new)["engine"] == "onnx_int8"
 
@@ -143,132 +138,33 @@ def test_a_bad_new_model_is_refused_and_the_old_one_answers_on(
         until(client, lambda ready: ready["model"] == new)
 
 
-def test_a_model_that_ends_whatever_process_loads_it_does_not_end_the_server(
+def test_a_model_that_ends_the_process_that_loads_it_does_not_end_the_server(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "COMMAND", (sys.executable, "-c", "import os; os.abort()"))
+    monkeypatch.setattr(preflight, "COMMAND", (sys.executable, "-c", "import os; os.abort()"))
     old = client.get("/ready").json()["model"]
     another(folder)
-    ready = until(client, lambda ready: "ended a process (-6)" in str(ready.get("refused")))
+    ready = until(client, lambda ready: "ended its process (-6)" in str(ready.get("refused")))
     assert ready["model"] == old
 
 
 def test_a_model_that_takes_too_long_to_load_is_refused(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "COMMAND", (sys.executable, "-c", "import time; time.sleep(30)"))
-    monkeypatch.setattr(trials, "LONGEST_S", 0.1)
+    monkeypatch.setattr(preflight, "COMMAND", (sys.executable, "-c", "import time; time.sleep(30)"))
+    monkeypatch.setattr(preflight, "TIMEOUT_S", 0.1)
     another(folder)
     until(client, lambda ready: "took over 0.1 s" in str(ready.get("refused")))
 
 
-def tell(monkeypatch: pytest.MonkeyPatch, log: Path, answer: str) -> None:
-    """Have models tried by a process that gives this answer, and notes each in the log."""
-    code = "import sys\nfor line in sys.stdin:\n"
-    code += f"    open({str(log)!r}, 'a').write('.'); print({answer!r}, flush=True)"
-    monkeypatch.setattr(trials, "COMMAND", (sys.executable, "-c", code))
-    log.write_text("")
-
-
-GOOD = '{"engine": "onnx", "passed_over": {}, "torch": false}'
-BAD = '{"refused": "no", "torch": false}'
-
-
-def test_of_several_workers_one_tries_a_model_for_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = tmp_path / "log"
-    (tmp_path / registry.INFO).touch()
-    monkeypatch.setattr(trials, "RECENT_S", 3600)
-
-    def tried(answer: str, name: str) -> tuple[list[str], int]:
-        """What three workers find for the model, which has this answer, and how often they ask."""
-        tell(monkeypatch, log, answer)
-
-        async def together() -> list[Any]:
-            workers = [trials.Trials(tmp_path) for _ in range(3)]
-            asked = (worker.which_engine(tmp_path, name, 1, "auto") for worker in workers)
-            found = await asyncio.gather(*asked, return_exceptions=True)
-            for worker in workers:
-                worker.stop()
-            return found
-
-        return [str(each) for each in asyncio.run(together())], len(log.read_text())
-
-    assert tried(BAD, "bad") == (["no"] * 3, 1)
-    assert tried(GOOD, "new") == (["('onnx', {})"] * 3, 1)
-    assert tried(GOOD, "new")[1] == 0
-    (tmp_path / "new.onnx").touch()  # the model is another one
-    assert tried(GOOD, "new")[1] == 1
-    for path in tmp_path.glob("trial-*.json"):
-        path.write_text("[")  # by one that was killed
-    assert tried(GOOD, "new")[1] == 1
-    monkeypatch.setattr(trials, "RECENT_S", 0)
-    assert tried(GOOD, "new")[1] == 3
-
-
-def test_a_process_that_tried_a_model_stays_for_the_next_for_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log, pids = tmp_path / "log", []
-
-    async def twice(answer: str) -> None:
-        tell(monkeypatch, log, answer)
-        worker = trials.Trials(None)
-        for idle_s in (3600, 0.1):
-            monkeypatch.setattr(trials, "IDLE_S", idle_s)
-            with pytest.raises(registry.RegistryError) if "refused" in answer else nullcontext():
-                await worker.which_engine(tmp_path, "new", 1, "auto")
-            pids.append([process.pid for process in worker._idle])
-        async with asyncio.timeout(60):
-            while worker._idle:
-                await asyncio.sleep(0.01)
-
-    for answer in (GOOD, BAD):
-        asyncio.run(twice(answer))
-        first, second = pids[-2:]
-        assert first == second
-        assert len(first) == 1
-        with pytest.raises(ProcessLookupError):
-            os.kill(first[0], 0)
-        asyncio.run(twice(answer.replace("false", "true")))
-        assert pids[-2:] == [[], []]
-
-
-def test_the_process_that_tries_models_says_whether_torch_came_into_memory(folder: Path) -> None:
-    name = registry.record(folder)[0]
-    asked = [[str(folder), name, 1, engine] for engine in ("onnx", "torch", "onnx")]
-    lines = "".join(json.dumps(each) + "\n" for each in asked)
-    done = subprocess.run(trials.COMMAND, input=lines, capture_output=True, text=True, cwd=ROOT)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line]
-    assert [each["engine"] for each in found] == ["onnx", "torch", "onnx"]
-    assert [each["torch"] for each in found] == [False, True, True]
-
-
-def test_a_process_that_ends_at_once_is_a_model_that_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trials, "COMMAND", ("false",))
-    for _ in range(5):  # it may end before or after it is asked
-        with pytest.raises(registry.RegistryError, match=r"ended a process \(1\)"):
-            asyncio.run(trials.Trials(None).which_engine(tmp_path, "new", 1, "auto"))
-
-
-def test_what_libraries_print_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tell(monkeypatch, tmp_path / "log", "{'a': 1}\n{}\n[1]\n" + GOOD)
-    worker = trials.Trials(None)
-    assert asyncio.run(worker.which_engine(tmp_path, "new", 1, "auto")) == ("onnx", {})
-    worker.stop()
-
-
-def test_a_worker_leaves_what_it_found_to_the_others(
+def test_a_worker_shares_the_result_of_a_preflight_check(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "shared"))
     with TestClient(app) as client:
         new = another(folder)
         until(client, lambda ready: ready["model"] == new)
-    assert len([*(tmp_path / "shared").glob("trial-*.json")]) == 1
+    assert len([*(tmp_path / "shared").glob("preflight-*.json")]) == 1
 
 
 def test_after_a_swap_the_server_says_which_better_engine_cannot_run_the_model(
@@ -324,21 +220,21 @@ def test_a_model_that_is_asked_for_by_name_is_kept_only_while_it_is_not_live(
 def test_many_that_ask_for_a_model_by_name_have_it_loaded_once(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = []
-    which_engine = trials.Trials.which_engine
+    checks = []
+    check = preflight.Preflight.check
 
     async def counted(*args: Any) -> Any:
-        tried.append(args)
-        return await which_engine(*args)
+        checks.append(args)
+        return await check(*args)
 
-    monkeypatch.setattr(trials.Trials, "which_engine", counted)
+    monkeypatch.setattr(preflight.Preflight, "check", counted)
     new = another(folder, "never")
     with ThreadPoolExecutor(8) as threads:
         asked = [
             threads.submit(client.post, f"/predict?model={new}", content=b"x") for _ in range(16)
         ]
     assert {each.result().status_code for each in asked} == {415}
-    assert len(tried) == 1
+    assert len(checks) == 1
 
 
 def test_a_model_that_cannot_be_loaded_is_not_loaded_for_each_who_asks(
@@ -359,16 +255,17 @@ def test_a_model_that_cannot_be_loaded_is_not_loaded_for_each_who_asks(
         assert time.monotonic() < end
 
 
-def test_a_server_that_is_stopped_ends_the_process_that_tries_a_model(
+def test_a_server_that_is_stopped_ends_the_process_of_a_preflight_check(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    pid = tmp_path / "pid"
     with TestClient(app) as client:
-        monkeypatch.setattr(trials, "COMMAND", (sys.executable, "-c", code, str(tmp_path / "pid")))
+        monkeypatch.setattr(preflight, "COMMAND", (sys.executable, "-c", code, str(pid)))
         another(folder)
-        until(client, lambda _: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        until(client, lambda _: pid.exists() and pid.read_text())
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_a_canary_answers_its_share_and_is_counted(
