@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from mnist import images, registry
 from serve import feedback, middleware, schemas, uploads
-from serve.batches import Busy
+from serve.batching import Busy
 from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.middleware import RequestMiddleware, problem

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mnist import images, inference, registry
-from serve.batches import Batches, Busy
+from serve.batching import Batcher, Busy
 from serve.metrics import Metrics
 from serve.preflight import Preflight
 from serve.settings import Settings
@@ -107,7 +107,7 @@ class Engine:
         self._loader = ThreadPoolExecutor(1, "loader")
         self._named_loader = ThreadPoolExecutor(1, "named")  # a swap waits for no other model
         self._preflight = Preflight(metrics.shared)
-        self._batches = Batches(settings, metrics)
+        self._batcher = Batcher(settings, metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -126,7 +126,7 @@ class Engine:
         self._tell_turned_away()
         self._loader.shutdown()
         self._named_loader.shutdown()
-        self._batches.stop()
+        self._batcher.stop()
 
     async def _keep_telling(self) -> None:
         while True:
@@ -149,22 +149,22 @@ class Engine:
     @property
     def threads(self) -> int:
         """So many pictures are worked on at a time."""
-        return self._batches.threads
+        return self._batcher.threads
 
     def admit(self) -> None:
         """One more request is under way, until leave().
 
-        Raises batches.Busy where it cannot be answered in time.
+        Raises batching.Busy where it cannot be answered in time.
         """
-        self._batches.admit()
+        self._batcher.admit()
 
     def leave(self) -> None:
-        self._batches.leave()
+        self._batcher.release()
 
     def hold(self, state: dict[str, Any], size: int) -> None:
         """So many more bytes of the body of the request with this state are in memory.
 
-        Raises batches.Busy where all bodies would be over BODIES_BYTES.
+        Raises batching.Busy where all bodies would be over BODIES_BYTES.
         """
         if self._bodies + size > BODIES_BYTES:
             raise Busy("memory", "the server is busy: large uploads; try again in 1 s", 1)
@@ -179,7 +179,7 @@ class Engine:
         """The named model; without a name the current one, or for its share of requests the canary.
 
         Raises registry.UnknownModel where `name` names none, another registry.RegistryError where
-        there is no model, or the model cannot be loaded; batches.Busy where too many wait for that.
+        there is no model, or the model cannot be loaded; batching.Busy if too many wait for that.
         """
         if name is not None:
             return await self._named(name)
@@ -194,9 +194,9 @@ class Engine:
     ) -> dict[str, Any]:
         """CONTRACT's answer for one picture's bytes.
 
-        Raises images.ImageError for the picture, batches.Busy where it would take too long.
+        Raises images.ImageError for the picture, batching.Busy where it would take too long.
         """
-        picture, (shares, uncertain) = await self._batches.classify(data, model)
+        picture, (shares, uncertain) = await self._batcher.classify(data, model)
         answer = {"filename": filename, **model.answer(shares, uncertain, top)}
         labels = model.name, answer["prediction"], str(answer["uncertain"]).lower()
         self.metrics.predictions.labels(*labels).inc()

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.batches import Busy
+from serve.batching import Busy
 from serve.settings import Settings, problems
 
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client; anything else gets one of ours

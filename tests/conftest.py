@@ -66,7 +66,7 @@ def run(
 
 
 class Clock:
-    """In place of a module's `time`: stands still unless it is told to go on."""
+    """In place of a module's `time`: stands still until `now_s` is changed."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -77,12 +77,12 @@ class Clock:
 
 @pytest.fixture
 def queue_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """That of serve.batches: by it only what a test says takes time, on whatever machine."""
-    from serve import batches
+    """The clock of serve.batching, which only a test advances."""
+    from serve import batching
 
-    clock, job = Clock(), batches.Job
-    monkeypatch.setattr(batches, "time", clock)
-    monkeypatch.setattr(batches, "Job", lambda *args: job(*args, since=clock.now_s))
+    clock, job = Clock(), batching.Job
+    monkeypatch.setattr(batching, "time", clock)
+    monkeypatch.setattr(batching, "Job", lambda *args: job(*args, queued_at=clock.now_s))
     return clock
 
 

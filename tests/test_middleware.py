@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serve import batches, engine, middleware
+from serve import batching, engine, middleware
 from serve.app import app
-from serve.batches import Batches, Busy
+from serve.batching import Batcher, Busy
 from serve.engine import Model
 from serve.settings import Settings
 from tests.conftest import ROOT, Clock
@@ -82,7 +82,7 @@ def test_other_origins_may_ask_only_where_they_are_named(
 def test_a_busy_server_refuses_before_it_reads_the_body(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: Batches) -> None:
+    def full(_: Batcher) -> None:
         raise Busy("queue", "the server is busy", 7)
 
     def body() -> Iterator[bytes]:
@@ -90,7 +90,7 @@ def test_a_busy_server_refuses_before_it_reads_the_body(
         yield b""
 
     with TestClient(app) as client:
-        monkeypatch.setattr(Batches, "admit", full)
+        monkeypatch.setattr(Batcher, "admit", full)
         answer = client.post("/predict", headers={"content-length": "10", "x-request-id": '"\\'})
         assert "busy" in refused(answer, 429, "busy")
         assert answer.headers["retry-after"] == "7"
@@ -153,7 +153,7 @@ def test_each_request_that_is_let_in_is_a_json_line_in_the_log_and_one_in_the_co
 def test_one_line_counts_those_turned_away(
     models: Path, monkeypatch: pytest.MonkeyPatch, every_s: float
 ) -> None:
-    def full(_: Batches) -> None:
+    def full(_: Batcher) -> None:
         raise Busy("queue", "the server is busy", 7)
 
     def told() -> list[tuple[str, int]]:
@@ -165,7 +165,7 @@ def test_one_line_counts_those_turned_away(
     stream = io.StringIO()
     monkeypatch.setattr(engine, "TELL_S", every_s)
     with TestClient(app) as client:
-        monkeypatch.setattr(Batches, "admit", full)
+        monkeypatch.setattr(Batcher, "admit", full)
         monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
         for _ in range(3):
             refused(client.post("/predict", content=b"x"), 429, "busy")
@@ -272,7 +272,7 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
     files = [("files", (f"{i}.png", picture)) for i in range(20)]
     monkeypatch.setenv("DEADLINE_MS", "100")
     monkeypatch.setenv("THREADS", "1")
-    monkeypatch.setattr(batches, "MARGIN", 100)  # all are let in
+    monkeypatch.setattr(batching, "MAX_WAIT_SHARE", 100)  # all are let in
     before = Model.normalise
     gathered = threading.Event()
 
@@ -294,8 +294,8 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
         assert busy() == 0
         gathered.clear()
         asked = [clients.submit(busy) for _ in range(6)]
-        queue = app.state.engine._batches
-        until(lambda: queue._asked == 12, "each has two pictures in the queue", 60)
+        queue = app.state.engine._batcher
+        until(lambda: queue._pictures == 12, "each has two pictures in the queue", 60)
         gathered.set()
         together = sum(each.result() for each in asked)
         assert 0 < together < 120

@@ -1,0 +1,233 @@
+"""serve/batching.py: waiting pictures share a batch, late ones are rejected."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve import batching
+from serve.batching import Batcher, Busy
+from serve.metrics import Metrics
+from serve.settings import Settings
+from tests.conftest import Clock
+
+
+@pytest.fixture(autouse=True)
+def clock(queue_clock: Clock) -> Clock:
+    return queue_clock
+
+
+class Sums:
+    """A model that answers with the sum of a picture's bytes, once `gate` is set."""
+
+    def __init__(self) -> None:
+        self.batch_sizes: list[int] = []
+        self.batches_started = 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def is_small(self, data: bytes) -> bool:
+        return data != b"large"
+
+    def normalise(self, data: bytes) -> np.ndarray:
+        if data == b"bad":
+            raise ValueError("bad")
+        return np.frombuffer(data, np.uint8)
+
+    def classify(self, pictures: np.ndarray) -> list[int]:
+        self.batches_started += 1
+        self.gate.wait(60)
+        self.batch_sizes.append(len(pictures))
+        return [int(row.sum()) for row in pictures]
+
+
+def run(scenario: Any, **settings: Any) -> Any:
+    """The result of scenario(queue, model) with these settings."""
+
+    async def start_and_stop() -> Any:
+        model, queue = Sums(), Batcher(Settings(**settings), Metrics())
+        try:
+            return await scenario(queue, model)
+        finally:
+            model.gate.set()
+            queue.stop()
+
+    return asyncio.run(start_and_stop())
+
+
+async def send(queue: Batcher, model: Sums, n: int) -> list[asyncio.Task[Any]]:
+    """Send n pictures one after the other: each thread starts with one, the others wait."""
+    tasks = []
+    for i in range(n):
+        tasks.append(asyncio.create_task(queue.classify(b"\1", model)))
+        await asyncio.sleep(0)
+        while model.batches_started < min(i + 1, queue.threads):
+            await asyncio.sleep(0.001)
+    return tasks
+
+
+async def results_of(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_each_picture_gets_its_own_answer_and_waiting_pictures_share_a_batch() -> None:
+    async def scenario(queue: Batcher, model: Sums) -> list[int]:
+        model.gate.clear()
+        pictures = [bytes([i, 1]) for i in range(30)]
+        answers = [asyncio.create_task(queue.classify(each, model)) for each in pictures]
+        await asyncio.sleep(0)
+        model.gate.set()
+        results = await asyncio.gather(*answers)
+        assert [row for _, row in results] == [i + 1 for i in range(30)]
+        assert results[3][0].tolist() == [3, 1]
+        return model.batch_sizes
+
+    sizes = run(scenario)
+    assert sum(sizes) == 30
+    assert max(sizes) == batching.MAX_BATCH
+    assert len(sizes) < 10
+
+
+def test_a_bad_picture_fails_no_other_picture() -> None:
+    async def scenario(queue: Batcher, model: Sums) -> list[Any]:
+        return await results_of(*(queue.classify(each, model) for each in (b"bad", b"\1", b"bad")))
+
+    first, second, third = run(scenario)
+    assert (str(first), str(third)) == ("bad", "bad")
+    assert second[1] == 1
+
+
+def test_an_error_of_a_model_reaches_all_its_pictures_and_the_next_is_answered() -> None:
+    async def scenario(queue: Batcher, model: Sums) -> list[Any]:
+        broken = Sums()
+        broken.classify = lambda _: [][1]  # type: ignore[method-assign]
+        return await results_of(queue.classify(b"\1", broken), queue.classify(b"\2", model))
+
+    failed, answered = run(scenario)
+    assert isinstance(failed, IndexError)
+    assert answered[1] == 2
+
+
+def test_a_full_queue_rejects_requests_until_one_ends() -> None:
+    async def scenario(queue: Batcher, model: Sums) -> None:
+        for _ in range(3):  # none of these requests has sent its picture yet
+            queue.admit()
+        with pytest.raises(Busy, match="MAX_QUEUE") as busy:
+            queue.admit()
+        assert busy.value.retry_after_s >= 1
+        queue.release()
+        queue.admit()
+
+    run(scenario, max_queue=3)
+
+
+def test_a_lone_small_picture_is_answered_without_a_thread() -> None:
+    async def scenario(queue: Batcher, model: Sums) -> list[str]:
+        threads: list[str] = []
+        classify = model.classify
+
+        def noting_thread(rows: np.ndarray) -> list[int]:
+            threads.append(threading.current_thread().name.rpartition("_")[0])
+            return classify(rows)
+
+        model.classify = noting_thread  # type: ignore[method-assign]
+
+        async def request(data: bytes) -> Any:
+            queue.admit()
+            try:
+                return await queue.classify(data, model)
+            finally:
+                queue.release()
+
+        assert (await request(b"\2"))[1] == 2
+        await request(b"large")
+        with pytest.raises(ValueError, match="bad"):
+            await request(b"bad")
+        await asyncio.gather(request(b"\1"), request(b"\1"))  # not alone
+        queue.admit()  # one request with two pictures
+        await asyncio.gather(*(queue.classify(b"\1", model) for _ in range(2)))
+        queue.release()
+        for pace_s in (0.5, 0.0001):
+            while queue._busy_threads:  # a thread has yet to see that the queue is empty
+                await asyncio.sleep(0.001)
+            queue._recent_s, queue._recent_pictures = pace_s, 1.0
+            await request(b"\1")
+        return threads
+
+    alone, *queued, quick = run(scenario, threads=1)
+    assert alone == quick == ""
+    assert set(queued) == {"inference"}
+
+
+def test_as_many_batches_run_at_a_time_as_there_are_threads() -> None:
+    async def scenario(queue: Batcher, model: Sums) -> list[int]:
+        model.gate.clear()
+        answers = await send(queue, model, 4)
+        model.gate.set()
+        await asyncio.gather(*answers)
+        return model.batch_sizes
+
+    assert sorted(run(scenario, threads=1)) == [1, 3]
+    assert sorted(run(scenario, threads=8)) == [1, 1, 2]
+
+
+def test_a_picture_that_waited_past_the_deadline_is_rejected(clock: Clock) -> None:
+    async def scenario(queue: Batcher, model: Sums) -> list[Any]:
+        model.gate.clear()
+        answers = await send(queue, model, batching.MAX_THREADS + 2)
+        clock.now_s += 0.2
+        model.gate.set()
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    *first, late, last = run(scenario, deadline_ms=100, threads=2)
+    assert all(answer[1] == 1 for answer in first)  # they started in time
+    assert isinstance(late, Busy)
+    assert isinstance(last, Busy)
+
+
+def test_a_request_that_cannot_meet_the_deadline_is_rejected_at_once(clock: Clock) -> None:
+    async def scenario(queue: Batcher, model: Sums) -> None:
+        def slow(rows: np.ndarray) -> list[int]:
+            clock.now_s += 0.1
+            model.gate.wait(60)
+            return [0] * len(rows)
+
+        model.classify = slow  # type: ignore[method-assign]
+        for _ in range(30):  # the pace is measured
+            await queue.classify(b"\1", model)
+        model.gate.clear()
+        waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(30)]
+        await asyncio.sleep(0)
+        with pytest.raises(Busy, match="DEADLINE_MS"):
+            queue.admit()
+        model.gate.set()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    run(scenario, deadline_ms=500, threads=1)
+
+
+def test_one_slow_picture_rejects_no_other(clock: Clock) -> None:
+    def classify_slowly(_: np.ndarray) -> list[int]:
+        clock.now_s += 0.3
+        return [0]
+
+    async def scenario(queue: Batcher, model: Sums) -> None:
+        model.gate.clear()  # so that all are queued together
+        quick = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(64)]
+        await asyncio.sleep(0)
+        model.gate.set()
+        await asyncio.gather(*quick)
+        slow = Sums()
+        slow.classify = classify_slowly  # type: ignore[method-assign]
+        await queue.classify(b"\1", slow)
+        model.gate.clear()
+        waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(40)]
+        await asyncio.sleep(0)
+        queue.admit()
+        model.gate.set()
+        await asyncio.gather(*waiting)
+
+    run(scenario)
