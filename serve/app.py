@@ -16,11 +16,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from mnist import images, registry
-from serve import feedback, middleware, schemas, uploads
+from serve import feedback, schemas, uploads
 from serve.batching import Busy
 from serve.engine import Engine
 from serve.metrics import Metrics
-from serve.middleware import RequestMiddleware, problem
+from serve.middleware import RequestMiddleware, busy_response, error_response, log_as_json
 from serve.settings import Settings
 from serve.uploads import Refused
 
@@ -35,7 +35,7 @@ ANSWERS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    middleware.log_as_json()
+    log_as_json()
     metrics = Metrics()
     app.state.engine = Engine(Settings(), metrics)
     await app.state.engine.start()
@@ -46,7 +46,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 class App(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
-        """Added as others are, it would be inside some that who is turned away need not pass."""
+        """Outermost, so that rejected requests bypass the other middleware."""
         return RequestMiddleware(super().build_middleware_stack())
 
 
@@ -179,7 +179,7 @@ async def predict_batch(
         except (Refused, Busy, images.ImageError) as error:
             code = "busy" if isinstance(error, Busy) else error.code
             if isinstance(error, Busy):
-                engine.metrics.turned_away.labels(error.why).inc()
+                engine.metrics.rejected.labels(error.why).inc()
             about = {"code": code, "message": str(error), "request_id": request.state.request_id}
             return {"filename": filename, "error": about}
 
@@ -228,53 +228,53 @@ app.mount("/static", StaticFiles(directory=STATIC), "static")
 
 @app.exception_handler(Refused)
 async def _refused(request: Request, error: Refused) -> JSONResponse:
-    return problem(request.scope, error.status, error.code, str(error))
+    return error_response(request.scope, error.status, error.code, str(error))
 
 
 @app.exception_handler(images.ImageError)
 async def _no_picture(request: Request, error: images.ImageError) -> JSONResponse:
-    return problem(request.scope, IMAGE_STATUS[error.code], error.code, str(error))
+    return error_response(request.scope, IMAGE_STATUS[error.code], error.code, str(error))
 
 
 @app.exception_handler(Busy)
 async def _busy(request: Request, error: Busy) -> JSONResponse:
-    return middleware.busy(request.scope, error)
+    return busy_response(request.scope, error)
 
 
 @app.exception_handler(registry.RegistryError)
 async def _no_model(request: Request, error: registry.RegistryError) -> JSONResponse:
-    return problem(request.scope, 503, "no_model", str(error))
+    return error_response(request.scope, 503, "no_model", str(error))
 
 
 @app.exception_handler(registry.UnknownModel)
 async def _unknown_model(request: Request, error: registry.UnknownModel) -> JSONResponse:
-    return problem(request.scope, 404, "unknown_model", str(error))
+    return error_response(request.scope, 404, "unknown_model", str(error))
 
 
 @app.exception_handler(ClientDisconnect)
 async def _gone(request: Request, error: ClientDisconnect) -> JSONResponse:
     message = "the client left before the end of the upload"
-    return problem(request.scope, 400, "bad_request", message)
+    return error_response(request.scope, 400, "bad_request", message)
 
 
 @app.exception_handler(Exception)
 async def _internal(request: Request, error: Exception) -> JSONResponse:
     """Starlette raises the error again after this answer, so that the server logs its traceback."""
     error.add_note(f"request_id {request.state.request_id}")
-    return problem(request.scope, 500, "internal", "the server failed; its log says why")
+    return error_response(request.scope, 500, "internal", "the server failed; its log says why")
 
 
 @app.exception_handler(RequestValidationError)
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first.get('input')!r}"
-    return problem(request.scope, 400, "bad_request", message)
+    return error_response(request.scope, 400, "bad_request", message)
 
 
 @app.exception_handler(HTTPException)
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
     code = "not_found" if error.status_code == 404 else "bad_request"
-    return problem(request.scope, error.status_code, code, str(error.detail), error.headers)
+    return error_response(request.scope, error.status_code, code, str(error.detail), error.headers)
 
 
 # --- after all imports (serve/__init__.py) ------------------------------------------------------

@@ -25,7 +25,7 @@ from serve.settings import Settings
 
 LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in int8, 113 in torch
 WATCH_S = 0.5  # between two looks at the registry, on average: workers seldom load at once
-TELL_S = 1.0  # how often the log tells how many requests were turned away
+REPORT_S = 1.0  # between two log lines that count rejected requests
 AGAIN_S = 60.0  # until a model that was refused is tried again: a disk may have been away
 BODIES_BYTES = 500_000_000  # most that the bodies of all requests may take at a time
 
@@ -83,8 +83,8 @@ class Engine:
 
     It watches the registry: a new current model is loaded and tried while the old one answers, and
     takes over only then. `refused` says which one could not, and why; `reason`, why there is no
-    model where there is none. `turned_away` has, for each reason, how many requests the log and the
-    metrics have not told of yet.
+    model where there is none. `rejected` counts, for each reason, the rejected requests that
+    are not logged yet.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -93,7 +93,7 @@ class Engine:
         self.canary: Model | None = None
         self.reason = "starting"
         self.refused: dict[str, str] = {}
-        self.turned_away: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
         self._loaded: dict[str, Model] = {}  # by name, the last one used at the end
         self._loading: dict[str, asyncio.Task[Model]] = {}  # by name, for all that wait for it
         self._failed: dict[str, registry.RegistryError] = {}  # by name, until it is tried again
@@ -114,7 +114,7 @@ class Engine:
         """Load the current model, and from then on each new one."""
         await self._look()
         self._tasks = [
-            asyncio.create_task(each()) for each in (self._keep_looking, self._keep_telling)
+            asyncio.create_task(each()) for each in (self._keep_looking, self._keep_reporting)
         ]
 
     async def stop(self) -> None:
@@ -123,28 +123,28 @@ class Engine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._preflight.stop()
-        self._tell_turned_away()
+        self._report_rejections()
         self._loader.shutdown()
         self._named_loader.shutdown()
         self._batcher.stop()
 
-    async def _keep_telling(self) -> None:
+    async def _keep_reporting(self) -> None:
         while True:
-            await asyncio.sleep(TELL_S)
+            await asyncio.sleep(REPORT_S)
             try:
-                self._tell_turned_away()
+                self._report_rejections()
             except Exception:  # no room for a metric, say
-                log.exception("unforeseen")
+                log.exception("unexpected error")
 
-    def _tell_turned_away(self) -> None:
-        total = self.turned_away.total()
+    def _report_rejections(self) -> None:
+        total = self.rejected.total()
         if not total:
             return
-        log.warning("turned away", extra={"status": 429, "requests": total})
+        log.warning("rejected", extra={"status": 429, "requests": total})
         self.metrics.requests.labels("POST", "other", 429).inc(total)
-        for why, n in self.turned_away.items():
-            self.metrics.turned_away.labels(why).inc(n)
-        self.turned_away.clear()
+        for why, n in self.rejected.items():
+            self.metrics.rejected.labels(why).inc(n)
+        self.rejected.clear()
 
     @property
     def threads(self) -> int:
@@ -152,16 +152,17 @@ class Engine:
         return self._batcher.threads
 
     def admit(self) -> None:
-        """One more request is under way, until leave().
+        """Count one more request in progress, until release().
 
         Raises batching.Busy where it cannot be answered in time.
         """
         self._batcher.admit()
 
-    def leave(self) -> None:
+    def release(self) -> None:
+        """The request has ended."""
         self._batcher.release()
 
-    def hold(self, state: dict[str, Any], size: int) -> None:
+    def add_body_bytes(self, state: dict[str, Any], size: int) -> None:
         """So many more bytes of the body of the request with this state are in memory.
 
         Raises batching.Busy where all bodies would be over BODIES_BYTES.
@@ -171,7 +172,7 @@ class Engine:
         self._bodies += size
         state["held"] = state.get("held", 0) + size
 
-    def release(self, state: dict[str, Any]) -> None:
+    def release_body(self, state: dict[str, Any]) -> None:
         """The request was answered."""
         self._bodies -= state.pop("held", 0)
 
@@ -238,7 +239,7 @@ class Engine:
             try:
                 await self._look()
             except Exception:  # nothing that is wrong with a registry ends the looking
-                log.exception("unforeseen")
+                log.exception("unexpected error")
 
     async def _look(self) -> None:
         """Where the registry changed, load what is to answer; whatever fails, go on as before."""
@@ -279,7 +280,7 @@ class Engine:
             known = isinstance(error, registry.RegistryError)
             reason = str(error) if known else f"the model cannot be used: {error!r}"
             if not known:
-                log.exception("unforeseen")
+                log.exception("unexpected error")
             self.refused[role] = f"{name}: {reason}" if name and name not in reason else reason
             if role == "current":
                 self.reason = reason

@@ -45,8 +45,8 @@ class Metrics:
             "request_seconds", "From the request's head to its answer", ["route"],
             buckets=TIMES_S, registry=registry,
         )  # fmt: skip
-        self.turned_away = Counter(
-            "turned_away", "Requests refused with 429", ["why"], registry=registry
+        self.rejected = Counter(
+            "turned_away", "Requests rejected with 429", ["why"], registry=registry
         )
         self.waiting = Gauge(
             "queue_pictures", "Pictures that wait for the model",

@@ -1,4 +1,4 @@
-"""What every request passes: its id, key, admission, log line and count."""
+"""The middleware of every request: its id, key, admission, log line and metrics."""
 
 import hmac
 import json
@@ -16,31 +16,31 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.batching import Busy
-from serve.settings import Settings, problems
+from serve.settings import Settings, describe
 
-REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client; anything else gets one of ours
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # a client's id; anything else is replaced
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-cache"),  # the page's parts belong together
+    (b"cache-control", b"no-cache"),  # all files of the page must be of one version
 ]
 
 log = logging.getLogger("serve")
 
 
 class RequestMiddleware:
-    """ASGI middleware around all else; what it refuses is refused before the body is read."""
+    """The outermost ASGI middleware; it rejects a request before the body is read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._cors: dict[tuple[str, ...], ASGIApp] = {(): self._admitted}
+        self._cors: dict[tuple[str, ...], ASGIApp] = {(): self._check}  # by allowed origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._start(scope, receive, send)
         elif scope["type"] == "http":
-            await self._answer(scope, receive, send)
+            await self._handle(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -49,21 +49,19 @@ class RequestMiddleware:
             Settings()
         except ValidationError as error:
             await receive()
-            await send({"type": "lifespan.startup.failed", "message": problems(error)})
+            await send({"type": "lifespan.startup.failed", "message": describe(error)})
             return
         await self._app(scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start, state = time.perf_counter(), scope["app"].state
-        if scope["method"] == "HEAD":  # uvicorn leaves the body out
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start, engine = time.perf_counter(), scope["app"].state.engine
+        if scope["method"] == "HEAD":  # uvicorn omits the body
             scope = {**scope, "method": "GET"}
-        headers = dict(scope["headers"])
-        sent = headers.get(b"x-request-id", b"")
-        request_id = sent if REQUEST_ID.fullmatch(sent) else b"%032x" % random.getrandbits(128)
+        request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = 500
 
-        async def answer(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -71,22 +69,17 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._inside(state.engine.settings.cors_origins)(scope, receive, answer)
+            app = self._with_cors(engine.settings.cors_origins)
+            await app(scope, receive, send_with_headers)
         finally:
-            if not scope["state"].get("turned_away"):
-                state.engine.release(scope["state"])
-                seconds = time.perf_counter() - start
-                method, route = scope["method"], getattr(scope.get("route"), "path", "other")
-                state.engine.metrics.requests.labels(method, route, status).inc()
-                state.engine.metrics.seconds.labels(route).observe(seconds)
-                about = {"request_id": request_id.decode(), "method": method, "path": scope["path"]}
-                about |= {"status": status, "ms": round(seconds * 1000, 2)}
-                log.info("request", extra=about | scope["state"].get("about", {}))
+            if not scope["state"].get("rejected"):
+                engine.release_body(scope["state"])
+                _log(scope, status, time.perf_counter() - start)
 
-    def _inside(self, origins: tuple[str, ...]) -> ASGIApp:
+    def _with_cors(self, origins: tuple[str, ...]) -> ASGIApp:
         if origins not in self._cors:
             self._cors[origins] = CORSMiddleware(
-                self._admitted,
+                self._check,
                 origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
@@ -94,61 +87,82 @@ class RequestMiddleware:
             )
         return self._cors[origins]
 
-    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request that has no key, or comes when the server is busy."""
+    async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Reject a request without a key, or while the server is busy."""
         engine, post = scope["app"].state.engine, scope["method"] == "POST"
         path, root = scope["path"], scope.get("root_path", "")
-        if root and path.startswith(f"{root}/"):  # as the routes see it
+        if root and path.startswith(f"{root}/"):  # the routes see the path without it
             path = path.removeprefix(root)
         if (post or path == "/metrics") and not _has_key(scope, engine.settings.api_keys):
-            refusal = problem(scope, 401, "unauthorised", "send one of the keys as X-API-Key")
-            await refusal(scope, receive, send)
+            response = error_response(
+                scope, 401, "unauthorised", "send one of the keys as X-API-Key"
+            )
+            await response(scope, receive, send)
         elif post and path.startswith(("/predict", "/feedback")):
             try:
                 engine.admit()
             except Busy as error:
-                await _turn_away(scope, error, send)
+                await _reject(scope, error, send)
                 return
             try:
                 await self._app(scope, receive, send)
             finally:
-                engine.leave()
+                engine.release()
         else:
             await self._app(scope, receive, send)
 
 
+def _request_id(scope: Scope) -> bytes:
+    """The client's, or a new one."""
+    sent = dict(scope["headers"]).get(b"x-request-id", b"")
+    return sent if REQUEST_ID.fullmatch(sent) else b"%032x" % random.getrandbits(128)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """Count the request in the metrics and write its log line."""
+    metrics, state = scope["app"].state.engine.metrics, scope["state"]
+    method, route = scope["method"], getattr(scope.get("route"), "path", "other")
+    metrics.requests.labels(method, route, status).inc()
+    metrics.seconds.labels(route).observe(seconds)
+    fields = {"request_id": state["request_id"], "method": method, "path": scope["path"]}
+    fields |= {"status": status, "ms": round(seconds * 1000, 2)}
+    log.info("request", extra=fields | state.get("log_fields", {}))
+
+
 def _has_key(scope: Scope, keys: tuple[str, ...]) -> bool:
-    """Whether the request has one of the keys; it needs none where there are none."""
-    key = dict(scope["headers"]).get(b"x-api-key", b"")
-    known = [hmac.compare_digest(key, each.encode()) for each in keys]
-    return not keys or any(known)  # all were compared: the time tells nothing
+    """Whether the request has one of the keys; without keys, every request may pass."""
+    sent = dict(scope["headers"]).get(b"x-api-key", b"")
+    matches = [hmac.compare_digest(sent, key.encode()) for key in keys]
+    return not keys or any(matches)  # all keys are compared, so the time reveals nothing
 
 
-def problem(
+def error_response(
     scope: Scope, status: int, code: str, message: str, headers: Any = None
 ) -> JSONResponse:
-    """The one error body."""
+    """The response of every error: {"error": {"code", "message", "request_id"}}."""
     request_id = scope["state"]["request_id"]
-    scope["state"]["about"] = {"code": code}
+    scope["state"]["log_fields"] = {"code": code}
     body = {"error": {"code": code, "message": message, "request_id": request_id}}
     return JSONResponse(body, status, headers)
 
 
-def busy(scope: Scope, error: Busy) -> JSONResponse:
-    """The answer to one that is turned away after it was let in."""
-    scope["app"].state.engine.metrics.turned_away.labels(error.why).inc()
-    return problem(scope, 429, "busy", str(error), {"Retry-After": str(error.retry_after_s)})
+def busy_response(scope: Scope, error: Busy) -> JSONResponse:
+    """The response to a request that is rejected after its admission."""
+    scope["app"].state.engine.metrics.rejected.labels(error.why).inc()
+    headers = {"Retry-After": str(error.retry_after_s)}
+    return error_response(scope, 429, "busy", str(error), headers)
 
 
-async def _turn_away(scope: Scope, error: Busy, send: Send) -> None:
-    """The same at once, to thousands a second: without a Response, and counted by the engine, it
-    costs a third.
+async def _reject(scope: Scope, error: Busy, send: Send) -> None:
+    """Send what busy_response returns, for thousands of requests a second.
+
+    It takes a third of the time: without a Response, and counted by the engine.
     """
     state = scope["state"]
-    scope["app"].state.engine.turned_away[error.why] += 1
-    state["turned_away"] = True
-    about = {"code": "busy", "message": str(error), "request_id": state["request_id"]}
-    body = json.dumps({"error": about}).encode()
+    scope["app"].state.engine.rejected[error.why] += 1
+    state["rejected"] = True
+    content = {"code": "busy", "message": str(error), "request_id": state["request_id"]}
+    body = json.dumps({"error": content}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
@@ -159,7 +173,7 @@ async def _turn_away(scope: Scope, error: Busy, send: Send) -> None:
 
 
 def log_as_json() -> None:
-    """One JSON object a line on standard error, in place of uvicorn's line for each request."""
+    """Log a JSON object a line to standard error, and none of uvicorn's access lines."""
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(

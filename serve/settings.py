@@ -76,9 +76,9 @@ class Settings(BaseModel):
         raise ValueError("it must be a model's name, a colon and a share from 0 to 1")
 
 
-def problems(error: ValidationError) -> str:
-    """Which settings are wrong and why, in one line."""
+def describe(error: ValidationError) -> str:
+    """One line that names each wrong setting, its value and the reason."""
     return "; ".join(
-        f"{'_'.join(map(str, each['loc'])).upper()}={each['input']}: {each['msg']}"
-        for each in error.errors()
+        f"{'_'.join(map(str, detail['loc'])).upper()}={detail['input']}: {detail['msg']}"
+        for detail in error.errors()
     )

@@ -151,7 +151,7 @@ async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes]:
         size += len(chunk)
         if size > limit:
             raise _too_large(request, limit)
-        _engine(request).hold(request.scope["state"], len(chunk))
+        _engine(request).add_body_bytes(request.scope["state"], len(chunk))
         yield chunk
 
 

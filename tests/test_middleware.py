@@ -150,34 +150,34 @@ def test_each_request_that_is_let_in_is_a_json_line_in_the_log_and_one_in_the_co
 
 
 @pytest.mark.parametrize("every_s", [0.1, 60])  # or when the server ends
-def test_one_line_counts_those_turned_away(
+def test_one_log_line_counts_rejected_requests(
     models: Path, monkeypatch: pytest.MonkeyPatch, every_s: float
 ) -> None:
     def full(_: Batcher) -> None:
         raise Busy("queue", "the server is busy", 7)
 
-    def told() -> list[tuple[str, int]]:
+    def logged() -> list[tuple[str, int]]:
         lines = [json.loads(line) for line in stream.getvalue().splitlines()]
         return [
             (line["event"], line["requests"]) for line in lines if line.get("path") != "/metrics"
         ]
 
     stream = io.StringIO()
-    monkeypatch.setattr(engine, "TELL_S", every_s)
+    monkeypatch.setattr(engine, "REPORT_S", every_s)
     with TestClient(app) as client:
         monkeypatch.setattr(Batcher, "admit", full)
         monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
         for _ in range(3):
             refused(client.post("/predict", content=b"x"), 429, "busy")
         if every_s > 1:
-            assert not told()
+            assert not logged()
         else:
-            until(lambda: sum(n for _, n in told()) == 3, "all three are told of", 60)
+            until(lambda: sum(n for _, n in logged()) == 3, "all three are logged", 60)
             metrics = client.get("/metrics").text
             assert 'requests_total{method="POST",route="other",status="429"} 3.0' in metrics
             assert 'turned_away_total{why="queue"} 3.0' in metrics
-    assert {event for event, _ in told()} == {"turned away"}
-    assert sum(n for _, n in told()) == 3
+    assert {event for event, _ in logged()} == {"rejected"}
+    assert sum(n for _, n in logged()) == 3
 
 
 @pytest.mark.parametrize(
@@ -299,5 +299,5 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
         gathered.set()
         together = sum(each.result() for each in asked)
         assert 0 < together < 120
-        told = f'turned_away_total{{why="deadline"}} {together}.0'
-        assert told in client.get("/metrics").text
+        count = f'turned_away_total{{why="deadline"}} {together}.0'
+        assert count in client.get("/metrics").text
