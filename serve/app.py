@@ -1,4 +1,4 @@
-"""The routes. `uvicorn serve.app:app`"""
+"""The routes of the server. `uvicorn serve.app:app`"""
 
 import asyncio
 import gc
@@ -22,15 +22,15 @@ from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.middleware import RequestMiddleware, busy_response, error_response, log_as_json
 from serve.settings import Settings
-from serve.uploads import Refused
+from serve.uploads import ApiError
 
 IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
 STATIC = Path(__file__).parent / "static"
-POLICY = (  # of the page: nothing from elsewhere, nothing inline
+PAGE_POLICY = (  # nothing from other origins, nothing inline
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-ANSWERS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
+ERRORS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
 
 
 @asynccontextmanager
@@ -53,51 +53,51 @@ class App(FastAPI):
 app = App(
     title="Small-image classifier",
     lifespan=lifespan,
-    # It would look for another library's settings with each request; serve.metrics has its own.
+    # FastAPI would read OpenTelemetry's settings in each request; serve.metrics is used instead.
     telemetry={"tracing": False, "metrics": False, "logs": False},
 )
 
 
-def _engine(request: Request) -> Engine:  # as a dependency of FastAPI's it would take 0.06 ms
+def _engine(request: Request) -> Engine:  # not by Depends, which takes 0.06 ms
     return request.app.state.engine
 
 
 Name = Annotated[str | None, Query(description="a saved model; by default the current one")]
-Top = Annotated[int, Query(ge=1, description="how many of the likeliest classes to list")]
-View = Annotated[bool, Query(description="whether to return what the model saw")]
+Top = Annotated[int, Query(ge=1, description="number of most likely classes to list")]
+View = Annotated[bool, Query(description="whether to return the model's input")]
 
 
 @app.get("/health")
 async def health() -> dict[str, str]:
-    """The process lives."""
+    """Whether the process is alive."""
     return {"status": "ok"}
 
 
 @app.get("/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Unavailable}})
 async def ready(request: Request) -> JSONResponse:
-    """A model is loaded and has answered."""
+    """Whether a model is loaded and has answered."""
     engine = _engine(request)
     extra: dict[str, Any] = {"refused": engine.refused} if engine.refused else {}
     if engine.current is None:
         return JSONResponse({"status": "unavailable", "reason": engine.reason} | extra, 503)
-    run = engine.current.run
-    if run.passed_over:
-        extra["passed_over"] = dict(run.passed_over)
+    classifier = engine.current.classifier
+    if classifier.passed_over:
+        extra["passed_over"] = dict(classifier.passed_over)
     if engine.canary:
         extra["canary"] = engine.canary.name
     if engine.settings.feedback_dir:
         extra["feedback"] = True
-    if engine.current.sample:
+    if engine.current.is_sample:
         extra["sample"] = registry.SAMPLE_NOTE
-    answer = {"status": "ready", "model": engine.current.name, "engine": run.engine}
+    answer = {"status": "ready", "model": engine.current.name, "engine": classifier.engine}
     return JSONResponse(answer | extra)
 
 
 @app.get("/models", response_model=schemas.Models, responses=schemas.problems(503))
 def models(request: Request) -> JSONResponse:
-    """Every saved model in brief."""
+    """A summary of every saved model."""
     info = registry.read(_engine(request).folder)
-    brief = [
+    summaries = [
         {
             "name": name,
             "dataset": record["dataset"]["name"],
@@ -107,18 +107,18 @@ def models(request: Request) -> JSONResponse:
         }
         for name, record in info["models"].items()
     ]
-    return JSONResponse({"current": info["current"], "models": brief})
+    return JSONResponse({"current": info["current"], "models": summaries})
 
 
 @app.get("/models/{name}", openapi_extra=schemas.BY_NAME, responses=schemas.problems(404, 503))
 def model(request: Request) -> dict[str, Any]:
-    """All that is recorded of one model."""
+    """The whole record of one model."""
     return registry.record(_engine(request).folder, request.path_params["name"])[1]
 
 
 @app.get("/metrics", response_class=Response, responses=schemas.problems(401))
 def metrics(request: Request) -> Response:
-    """Requests, latencies, batches, models and predictions, as Prometheus reads them."""
+    """Requests, latencies, batches, models and predictions, in the text format of Prometheus."""
     return Response(_engine(request).metrics.text(), media_type="text/plain; version=0.0.4")
 
 
@@ -126,32 +126,32 @@ def metrics(request: Request) -> Response:
     "/predict",
     openapi_extra=schemas.ONE,
     response_model=schemas.Answer,
-    responses=ANSWERS,
+    responses=ERRORS,
 )
 async def predict(
     request: Request, model: Name = None, top: Top = 3, view: View = False
 ) -> JSONResponse:
-    """Classify a raw picture, sent as the multipart field `file` or as the body itself."""
+    """Classify a raw picture, sent as the multipart field `file` or as the body."""
     engine = _engine(request)
-    live = await engine.model(model)
-    data, filename = await uploads.picture(request)
-    return JSONResponse(await engine.answer(live, data, filename, top, view))
+    loaded = await engine.choose_model(model)
+    data, filename = await uploads.read_picture(request)
+    return JSONResponse(await engine.answer(loaded, data, filename, top, view))
 
 
 @app.post(
     "/predict/base64",
     openapi_extra=schemas.body("application/json", schemas.Base64.model_json_schema()),
     response_model=schemas.Answer,
-    responses=ANSWERS,
+    responses=ERRORS,
 )
 async def predict_base64(
     request: Request, model: Name = None, top: Top = 3, view: View = False
 ) -> JSONResponse:
     """Classify a raw picture, sent in base64."""
     engine = _engine(request)
-    live = await engine.model(model)
-    data = await uploads.in_base64(request)
-    return JSONResponse(await engine.answer(live, data, None, top, view))
+    loaded = await engine.choose_model(model)
+    data = await uploads.read_base64(request)
+    return JSONResponse(await engine.answer(loaded, data, None, top, view))
 
 
 @app.post(
@@ -165,23 +165,23 @@ async def predict_batch(
 ) -> JSONResponse:
     """Classify several raw pictures, each sent as the multipart field `files`."""
     engine = _engine(request)
-    live = await engine.model(model)
-    files = await uploads.pictures(request)
-    # At most so many wait, or the last would be late for its own neighbours; one does, so that no
-    # thread is idle.
-    turns = asyncio.Semaphore(engine.threads + 1)
+    loaded = await engine.choose_model(model)
+    files = await uploads.read_pictures(request)
+    # Fair queueing: besides the pictures in work, one waits, so that no thread is idle. If all
+    # waited, the last ones would miss the deadline because of the others of this request.
+    slots = asyncio.Semaphore(engine.threads + 1)
 
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
         try:
-            picture = uploads.checked(request, data)
-            async with turns:
-                return await engine.answer(live, picture, filename, top, view)
-        except (Refused, Busy, images.ImageError) as error:
+            picture = uploads.check(request, data)
+            async with slots:
+                return await engine.answer(loaded, picture, filename, top, view)
+        except (ApiError, Busy, images.ImageError) as error:
             code = "busy" if isinstance(error, Busy) else error.code
             if isinstance(error, Busy):
                 engine.metrics.rejected.labels(error.why).inc()
-            about = {"code": code, "message": str(error), "request_id": request.state.request_id}
-            return {"filename": filename, "error": about}
+            content = {"code": code, "message": str(error), "request_id": request.state.request_id}
+            return {"filename": filename, "error": content}
 
     return JSONResponse({"results": await asyncio.gather(*(answer(*file) for file in files))})
 
@@ -191,24 +191,26 @@ async def predict_batch(
     status_code=201,
     openapi_extra=schemas.CORRECTION,
     response_model=schemas.Kept,
-    responses=ANSWERS,
+    responses=ERRORS,
 )
 async def put_right(request: Request, model: Name = None) -> JSONResponse:
     """Keep a picture with its true class, one of the model's, if FEEDBACK_DIR is set."""
     engine = _engine(request)
     settings = engine.settings
     if settings.feedback_dir is None:
-        raise Refused(404, "not_found", "corrections are not kept here (FEEDBACK_DIR)")
-    live = await engine.model(model)
-    picture, label = await uploads.correction(request)
-    if label not in live.record["dataset"]["classes"]:
-        said = f"label {label[:40]!r}" if label else "no label was sent"
-        raise Refused(400, "bad_request", f"{said}; it must be a class of {live.name}")
-    where, most = settings.feedback_dir, settings.feedback_max_bytes
+        raise ApiError(404, "not_found", "corrections are not kept here (FEEDBACK_DIR)")
+    loaded = await engine.choose_model(model)
+    picture, label = await uploads.read_correction(request)
+    if label not in loaded.record["dataset"]["classes"]:
+        problem = f"label {label[:40]!r}" if label else "no label was sent"
+        raise ApiError(400, "bad_request", f"{problem}; it must be a class of {loaded.name}")
+    folder, max_bytes = settings.feedback_dir, settings.feedback_max_bytes
     try:
-        await asyncio.to_thread(feedback.keep, where, most, picture, label, settings.max_pixels)
+        await asyncio.to_thread(
+            feedback.keep, folder, max_bytes, picture, label, settings.max_pixels
+        )
     except feedback.Full as error:
-        raise Refused(413, "full", str(error)) from error
+        raise ApiError(413, "full", str(error)) from error
     return JSONResponse({"label": label}, 201)
 
 
@@ -217,7 +219,7 @@ async def put_right(request: Request, model: Name = None) -> JSONResponse:
 
 @app.get("/", include_in_schema=False)
 async def page() -> FileResponse:
-    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": POLICY})
+    return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 app.mount("/static", StaticFiles(directory=STATIC), "static")
@@ -226,13 +228,13 @@ app.mount("/static", StaticFiles(directory=STATIC), "static")
 # --- errors --------------------------------------------------------------------------------------
 
 
-@app.exception_handler(Refused)
-async def _refused(request: Request, error: Refused) -> JSONResponse:
+@app.exception_handler(ApiError)
+async def _api_error(request: Request, error: ApiError) -> JSONResponse:
     return error_response(request.scope, error.status, error.code, str(error))
 
 
 @app.exception_handler(images.ImageError)
-async def _no_picture(request: Request, error: images.ImageError) -> JSONResponse:
+async def _image_error(request: Request, error: images.ImageError) -> JSONResponse:
     return error_response(request.scope, IMAGE_STATUS[error.code], error.code, str(error))
 
 
@@ -242,7 +244,7 @@ async def _busy(request: Request, error: Busy) -> JSONResponse:
 
 
 @app.exception_handler(registry.RegistryError)
-async def _no_model(request: Request, error: registry.RegistryError) -> JSONResponse:
+async def _registry_error(request: Request, error: registry.RegistryError) -> JSONResponse:
     return error_response(request.scope, 503, "no_model", str(error))
 
 
@@ -252,32 +254,32 @@ async def _unknown_model(request: Request, error: registry.UnknownModel) -> JSON
 
 
 @app.exception_handler(ClientDisconnect)
-async def _gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+async def _client_disconnected(request: Request, error: ClientDisconnect) -> JSONResponse:
     message = "the client left before the end of the upload"
     return error_response(request.scope, 400, "bad_request", message)
 
 
 @app.exception_handler(Exception)
-async def _internal(request: Request, error: Exception) -> JSONResponse:
-    """Starlette raises the error again after this answer, so that the server logs its traceback."""
+async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    """Starlette raises the error again after this response, so that uvicorn logs its traceback."""
     error.add_note(f"request_id {request.state.request_id}")
     return error_response(request.scope, 500, "internal", "the server failed; its log says why")
 
 
 @app.exception_handler(RequestValidationError)
-async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first.get('input')!r}"
+async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+    detail = error.errors()[0]
+    message = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {detail.get('input')!r}"
     return error_response(request.scope, 400, "bad_request", message)
 
 
 @app.exception_handler(HTTPException)
-async def _http(request: Request, error: HTTPException) -> JSONResponse:
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     code = "not_found" if error.status_code == 404 else "bad_request"
     return error_response(request.scope, error.status_code, code, str(error.detail), error.headers)
 
 
 # --- after all imports (serve/__init__.py) ------------------------------------------------------
 
-gc.freeze()  # never to be looked through
+gc.freeze()  # the collector never visits the objects of the imports
 gc.enable()

@@ -1,4 +1,4 @@
-"""The live models: loaded beside what answers, swapped without a pause, kept where that fails."""
+"""The live models: loaded while the old ones answer, swapped without a pause, kept on errors."""
 
 import asyncio
 import base64
@@ -23,53 +23,53 @@ from serve.metrics import Metrics
 from serve.preflight import Preflight
 from serve.settings import Settings
 
-LOADED = 3  # models asked for by name that are kept; `parallel` takes 30 MB in int8, 113 in torch
-WATCH_S = 0.5  # between two looks at the registry, on average: workers seldom load at once
+NAMED_MODELS = 3  # kept in memory; `parallel` takes 30 MB in int8, 113 in torch
+POLL_S = 0.5  # between two checks of the registry, on average: workers seldom load at once
 REPORT_S = 1.0  # between two log lines that count rejected requests
-AGAIN_S = 60.0  # until a model that was refused is tried again: a disk may have been away
-BODIES_BYTES = 500_000_000  # most that the bodies of all requests may take at a time
+RETRY_S = 60.0  # until a model that failed to load is loaded again: a disk may have been offline
+BODIES_BYTES = 500_000_000  # limit of the bodies of all requests in memory
 
 log = logging.getLogger("serve")
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """A model that can answer."""
+class LoadedModel:
+    """A model that can answer; any thread may call it."""
 
     name: str
     record: registry.Record
-    run: inference.Classifier
+    classifier: inference.Classifier
     max_pixels: int
-    sample: bool = False  # it came with the repository
+    is_sample: bool = False  # the sample model of the repository
 
     def is_small(self, data: bytes) -> bool:
         return images.is_small(data)
 
     def normalise(self, data: bytes) -> np.ndarray:
         """A raw picture -> uint8 (channels, size, size); raises images.ImageError."""
-        about = self.record["dataset"]
+        dataset = self.record["dataset"]
         return images.normalise(
             data,
-            size=about["size"],
-            channels=about["channels"],
-            recipe=about["recipe"],
+            size=dataset["size"],
+            channels=dataset["channels"],
+            recipe=dataset["recipe"],
             max_pixels=self.max_pixels,
         )
 
     def classify(self, pictures: np.ndarray) -> list[tuple[list[float], bool]]:
-        """For each picture its probabilities, and whether it is uncertain."""
-        probabilities, uncertain = self.run.read(pictures)
+        """The probabilities of each picture, and whether it is uncertain."""
+        probabilities, uncertain = self.classifier.read(pictures)
         return list(zip(probabilities.tolist(), uncertain.tolist(), strict=True))
 
-    def answer(self, shares: list[float], uncertain: bool, top: int) -> dict[str, Any]:
-        """CONTRACT's answer, but for the picture's own fields."""
+    def answer(self, probabilities: list[float], uncertain: bool, top: int) -> dict[str, Any]:
+        """schemas.Answer without `filename` and `view`."""
         classes, study = self.record["dataset"]["classes"], self.record["study"]
-        ranked = sorted(zip(classes, shares, strict=True), key=lambda pair: -pair[1])
+        ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
         prediction, probability = ranked[0]
         return {
             "prediction": prediction,
             "probability": probability,
-            "probabilities": dict(zip(classes, shares, strict=True)),
+            "probabilities": dict(zip(classes, probabilities, strict=True)),
             "top": ranked[:top],
             "uncertain": uncertain,
             "model": self.name,
@@ -79,43 +79,45 @@ class Model:
 
 
 class Engine:
-    """Answers for pictures with the registry's current model, or another one by name.
+    """Answers with the current model of the registry, or with a model that a request names.
 
-    It watches the registry: a new current model is loaded and tried while the old one answers, and
-    takes over only then. `refused` says which one could not, and why; `reason`, why there is no
-    model where there is none. `rejected` counts, for each reason, the rejected requests that
-    are not logged yet.
+    It polls the registry: a new current model is loaded and checked while the old one answers, and
+    only then replaces it. `refused` has, by role, the model that failed to, with the reason;
+    `reason` says why there is no current model. `rejected` counts, by reason, the rejected requests
+    that are not logged yet.
+
+    Attributes belong to the event loop, unless a comment names another thread.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
-        self.current: Model | None = None
-        self.canary: Model | None = None
+        self.current: LoadedModel | None = None
+        self.canary: LoadedModel | None = None
         self.reason = "starting"
         self.refused: dict[str, str] = {}
         self.rejected: Counter[str] = Counter()
-        self._loaded: dict[str, Model] = {}  # by name, the last one used at the end
-        self._loading: dict[str, asyncio.Task[Model]] = {}  # by name, for all that wait for it
-        self._failed: dict[str, registry.RegistryError] = {}  # by name, until it is tried again
-        self._one = asyncio.Lock()  # loading what was asked for by name
-        self._waiting = 0  # requests that wait for that
-        self.folder = settings.models or registry.FOLDER  # the registry in use
-        self._paths = [self.folder / registry.INFO]
-        self._seen: list[tuple[int, ...] | None] = []
-        self._again = math.inf  # when to look, even where nothing has changed
-        self._bodies = 0
+        self._named: dict[str, LoadedModel] = {}  # by name, least recently used first
+        self._loading: dict[str, asyncio.Task[LoadedModel]] = {}  # by name, for all that await it
+        self._load_errors: dict[str, registry.RegistryError] = {}  # by name, until the next retry
+        self._load_lock = asyncio.Lock()  # one named model at a time
+        self._awaiting_load = 0  # requests
+        # The loader thread writes these three; any thread reads `folder`, the registry in use.
+        self.folder = settings.models or registry.FOLDER
+        self._watched = [self.folder / registry.INFO]
+        self._versions: list[tuple[int, ...] | None] = []
+        self._retry_at = math.inf  # of time.monotonic(); the loader thread reads it
+        self._body_bytes = 0  # of all requests
         self._loader = ThreadPoolExecutor(1, "loader")
-        self._named_loader = ThreadPoolExecutor(1, "named")  # a swap waits for no other model
+        self._named_loader = ThreadPoolExecutor(1, "named")  # a swap waits for no named model
         self._preflight = Preflight(metrics.shared)
         self._batcher = Batcher(settings, metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Load the current model, and from then on each new one."""
-        await self._look()
-        self._tasks = [
-            asyncio.create_task(each()) for each in (self._keep_looking, self._keep_reporting)
-        ]
+        """Load the current model, then poll the registry."""
+        await self._check_registry()
+        loops = (self._poll_registry, self._keep_reporting)
+        self._tasks = [asyncio.create_task(loop()) for loop in loops]
 
     async def stop(self) -> None:
         tasks = [*self._loading.values(), *self._tasks]
@@ -123,7 +125,7 @@ class Engine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._preflight.stop()
-        self._report_rejections()
+        self._report_rejected()
         self._loader.shutdown()
         self._named_loader.shutdown()
         self._batcher.stop()
@@ -132,11 +134,12 @@ class Engine:
         while True:
             await asyncio.sleep(REPORT_S)
             try:
-                self._report_rejections()
-            except Exception:  # no room for a metric, say
+                self._report_rejected()
+            except Exception:  # such as a full disk, for a metric
                 log.exception("unexpected error")
 
-    def _report_rejections(self) -> None:
+    def _report_rejected(self) -> None:
+        """Log rejected requests and count them in the metrics."""
         total = self.rejected.total()
         if not total:
             return
@@ -148,13 +151,13 @@ class Engine:
 
     @property
     def threads(self) -> int:
-        """So many pictures are worked on at a time."""
+        """Number of pictures in work at a time."""
         return self._batcher.threads
 
     def admit(self) -> None:
         """Count one more request in progress, until release().
 
-        Raises batching.Busy where it cannot be answered in time.
+        Raises batching.Busy if it cannot be answered in time.
         """
         self._batcher.admit()
 
@@ -163,27 +166,28 @@ class Engine:
         self._batcher.release()
 
     def add_body_bytes(self, state: dict[str, Any], size: int) -> None:
-        """So many more bytes of the body of the request with this state are in memory.
+        """Count bytes of the body of the request with this state, until release_body().
 
-        Raises batching.Busy where all bodies would be over BODIES_BYTES.
+        Raises batching.Busy if all bodies would exceed BODIES_BYTES.
         """
-        if self._bodies + size > BODIES_BYTES:
+        if self._body_bytes + size > BODIES_BYTES:
             raise Busy("memory", "the server is busy: large uploads; try again in 1 s", 1)
-        self._bodies += size
-        state["held"] = state.get("held", 0) + size
+        self._body_bytes += size
+        state["body_bytes"] = state.get("body_bytes", 0) + size
 
     def release_body(self, state: dict[str, Any]) -> None:
-        """The request was answered."""
-        self._bodies -= state.pop("held", 0)
+        """The request has ended."""
+        self._body_bytes -= state.pop("body_bytes", 0)
 
-    async def model(self, name: str | None) -> Model:
-        """The named model; without a name the current one, or for its share of requests the canary.
+    async def choose_model(self, name: str | None) -> LoadedModel:
+        """The named model; without a name the current one or, for its share, the canary.
 
-        Raises registry.UnknownModel where `name` names none, another registry.RegistryError where
-        there is no model, or the model cannot be loaded; batching.Busy if too many wait for that.
+        Raises registry.UnknownModel if the registry has no such model, another
+        registry.RegistryError if there is no current model or the named one cannot be loaded,
+        batching.Busy if too many requests wait for models to load.
         """
         if name is not None:
-            return await self._named(name)
+            return await self._named_model(name)
         if self.canary and self.settings.canary and random.random() < self.settings.canary[1]:
             return self.canary
         if self.current is None:
@@ -191,95 +195,105 @@ class Engine:
         return self.current
 
     async def answer(
-        self, model: Model, data: bytes, filename: str | None, top: int = 3, view: bool = False
+        self,
+        model: LoadedModel,
+        data: bytes,
+        filename: str | None,
+        top: int = 3,
+        view: bool = False,
     ) -> dict[str, Any]:
-        """CONTRACT's answer for one picture's bytes.
+        """schemas.Answer for the bytes of one picture.
 
-        Raises images.ImageError for the picture, batching.Busy where it would take too long.
+        Raises images.ImageError for the picture, batching.Busy if it waits past the deadline.
         """
-        picture, (shares, uncertain) = await self._batcher.classify(data, model)
-        answer = {"filename": filename, **model.answer(shares, uncertain, top)}
+        picture, (probabilities, uncertain) = await self._batcher.classify(data, model)
+        answer = {"filename": filename, **model.answer(probabilities, uncertain, top)}
         labels = model.name, answer["prediction"], str(answer["uncertain"]).lower()
         self.metrics.predictions.labels(*labels).inc()
         self.metrics.confidence.labels(model.name).observe(answer["probability"])
-        return answer | ({"view": _png(picture)} if view else {})
+        return answer | ({"view": _png_url(picture)} if view else {})
 
-    async def _named(self, name: str) -> Model:
-        await _in(self._loader, registry.record, self.folder, name)  # it is still there
-        for live in (self.current, self.canary):
-            if live is not None and live.name == name:
-                return live
-        if name in self._loaded:
-            self._loaded[name] = self._loaded.pop(name)
-            return self._loaded[name]
-        if name in self._failed:
-            raise registry.RegistryError(str(self._failed[name]))
-        if self._waiting > self.settings.max_queue / 2:
+    async def _named_model(self, name: str) -> LoadedModel:
+        # A model that was removed is unknown, even if it is still loaded.
+        await _run_in(self._loader, registry.record, self.folder, name)
+        for model in (self.current, self.canary):
+            if model is not None and model.name == name:
+                return model
+        if name in self._named:
+            self._named[name] = self._named.pop(name)
+            return self._named[name]
+        if name in self._load_errors:
+            raise registry.RegistryError(str(self._load_errors[name]))
+        if self._awaiting_load > self.settings.max_queue / 2:
             raise Busy("loading", f"the server is busy: it loads {name}; try again in 1 s", 1)
         task = self._loading.get(name)
         if task is None:
             self._loading[name] = task = asyncio.create_task(self._load_named(name))
-            task.add_done_callback(lambda done: self._loaded_one(name, done))
-        self._waiting += 1
+            task.add_done_callback(lambda task: self._end_loading(name, task))
+        self._awaiting_load += 1
         try:
             return await asyncio.shield(task)
         finally:
-            self._waiting -= 1
+            self._awaiting_load -= 1
 
-    def _loaded_one(self, name: str, done: asyncio.Task[Model]) -> None:
+    def _end_loading(self, name: str, task: asyncio.Task[LoadedModel]) -> None:
         del self._loading[name]
-        if not done.cancelled():
-            done.exception()  # seen, even where nobody waits for it any more
+        if not task.cancelled():
+            task.exception()  # marks it as retrieved, even if no request awaits the task any more
 
     # --- loading ---
 
-    async def _keep_looking(self) -> None:
+    async def _poll_registry(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_S * random.uniform(0.5, 1.5))
+            await asyncio.sleep(POLL_S * random.uniform(0.5, 1.5))
             try:
-                await self._look()
-            except Exception:  # nothing that is wrong with a registry ends the looking
+                await self._check_registry()
+            except Exception:  # no fault of a registry ends the polling
                 log.exception("unexpected error")
 
-    async def _look(self) -> None:
-        """Where the registry changed, load what is to answer; whatever fails, go on as before."""
+    async def _check_registry(self) -> None:
+        """Load the current model and the canary if the registry has changed."""
         canary = self.settings.canary[0] if self.settings.canary else None
-        if not await _in(self._loader, self._changed, canary):
+        if not await _run_in(self._loader, self._registry_changed, canary):
             return
-        self._failed, self._again = {}, math.inf
-        self.current = await self._renew("current", None, self.current)
+        self._load_errors, self._retry_at = {}, math.inf
+        self.current = await self._update("current", None, self.current)
         if canary is not None:
-            self.canary = await self._renew("canary", canary, self.canary)
+            self.canary = await self._update("canary", canary, self.canary)
         if self.refused:
-            self._again = time.monotonic() + AGAIN_S
+            self._retry_at = time.monotonic() + RETRY_S
 
-    def _changed(self, canary: str | None) -> bool:
-        """Whether the registry's record did, or the files of who is to answer."""
-        if registry.versions(self._paths) == self._seen and time.monotonic() < self._again:
+    def _registry_changed(self, canary: str | None) -> bool:
+        """Whether its record or a file of the current model or the canary changed, or a retry is
+        due. Runs in the loader thread.
+        """
+        if registry.versions(self._watched) == self._versions and time.monotonic() < self._retry_at:
             return False
         self.folder = self.settings.models or registry.FOLDER
-        self._paths = [self.folder / registry.INFO]
+        self._watched = [self.folder / registry.INFO]
         with suppress(registry.RegistryError):
             folder = self.folder = self.settings.models or registry.default_folder()
             info = registry.read(folder)
-            named = [info["models"][name] for name in {info["current"], canary} & {*info["models"]}]
-            files = [file["file"] for each in named for file in each["files"].values()]
-            self._paths += [folder / file for file in files]
-        self._seen = registry.versions(self._paths)
+            names = {info["current"], canary} & {*info["models"]}
+            files = [file for name in names for file in info["models"][name]["files"].values()]
+            self._watched += [folder / file["file"] for file in files]
+        self._versions = registry.versions(self._watched)
         return True
 
-    async def _renew(self, role: str, name: str | None, old: Model | None) -> Model | None:
-        """The model that is to have this role, or the old one where it cannot be had."""
+    async def _update(
+        self, role: str, name: str | None, old: LoadedModel | None
+    ) -> LoadedModel | None:
+        """The model that the registry gives this role, or the old one if that cannot be loaded."""
         try:
-            name = (await _in(self._loader, registry.record, self.folder, name))[0]
+            name = (await _run_in(self._loader, registry.record, self.folder, name))[0]
             if old is None or old.name != name:
-                new = self._loaded.pop(name, None) or await self._load(self._loader, name)
+                new = self._named.pop(name, None) or await self._load(self._loader, name)
             else:
                 new = old
-        except Exception as error:  # whatever it is, the server lives and says so
-            known = isinstance(error, registry.RegistryError)
-            reason = str(error) if known else f"the model cannot be used: {error!r}"
-            if not known:
+        except Exception as error:  # the server stays up and reports any error
+            expected = isinstance(error, registry.RegistryError)
+            reason = str(error) if expected else f"the model cannot be used: {error!r}"
+            if not expected:
                 log.exception("unexpected error")
             self.refused[role] = f"{name}: {reason}" if name and name not in reason else reason
             if role == "current":
@@ -287,54 +301,56 @@ class Engine:
             self.metrics.refused.labels(name or "").inc()
             log.error("refused", extra={"role": role, "model": name, "reason": reason})
             return old
-        self.refused.pop(role, None)  # only now: while it is tried again, what is known holds
+        self.refused.pop(role, None)  # only now: during a retry the reason stays
         if new is not old:
-            self._tell(role, old, new)
+            self._report_swap(role, old, new)
         return new
 
-    def _tell(self, role: str, old: Model | None, new: Model) -> None:
-        log.info("swapped", extra={"role": role, "model": new.name, "engine": new.run.engine})
+    def _report_swap(self, role: str, old: LoadedModel | None, new: LoadedModel) -> None:
+        fields = {"role": role, "model": new.name, "engine": new.classifier.engine}
+        log.info("swapped", extra=fields)
         for model, n in ((old, 0), (new, 1)):
             if model is not None:
-                self.metrics.models.labels(model.name, model.run.engine, role).set(n)
+                self.metrics.models.labels(model.name, model.classifier.engine, role).set(n)
         if old is not None and role == "current":
             self.metrics.swaps.inc()
 
-    async def _load_named(self, name: str) -> Model:
-        """One that is neither current nor canary; a failure is remembered for AGAIN_S."""
-        async with self._one:
+    async def _load_named(self, name: str) -> LoadedModel:
+        """Load a model that is not current nor canary; an error is kept until the next retry."""
+        async with self._load_lock:
             try:
                 model = await self._load(self._named_loader, name)
             except registry.RegistryError as error:
-                self._failed[name] = error
-                self._again = min(self._again, time.monotonic() + AGAIN_S)
+                self._load_errors[name] = error
+                self._retry_at = min(self._retry_at, time.monotonic() + RETRY_S)
                 raise
-        self._loaded[name] = model
-        while len(self._loaded) > LOADED:
-            self._loaded.pop(next(iter(self._loaded)))
+        self._named[name] = model
+        while len(self._named) > NAMED_MODELS:
+            self._named.pop(next(iter(self._named)))
         return model
 
-    async def _load(self, loader: ThreadPoolExecutor, name: str) -> Model:
+    async def _load(self, executor: ThreadPoolExecutor, name: str) -> LoadedModel:
         settings, folder = self.settings, self.folder
         threads = settings.threads
         engine: str = settings.engine
-        passed_over = None
-        tried = self.current is not None
-        if tried:  # what answers is not to wait for what takes long or fails
-            engine, passed_over = await self._preflight.check(folder, name, threads, engine)
-        run = await _in(loader, inference.load, folder, name, threads, engine, tried)
-        if passed_over is not None:
-            run = replace(run, passed_over=passed_over)
-        record = (await _in(loader, registry.record, folder, name))[1]
-        return Model(name, record, run, settings.max_pixels, folder == registry.SAMPLE)
+        skipped_engines = None
+        checked = self.current is not None
+        if checked:  # a slow or failing load must not affect the model that answers
+            engine, skipped_engines = await self._preflight.check(folder, name, threads, engine)
+        classifier = await _run_in(executor, inference.load, folder, name, threads, engine, checked)
+        if skipped_engines is not None:
+            classifier = replace(classifier, passed_over=skipped_engines)
+        record = (await _run_in(executor, registry.record, folder, name))[1]
+        is_sample = folder == registry.SAMPLE
+        return LoadedModel(name, record, classifier, settings.max_pixels, is_sample)
 
 
-async def _in(loader: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(loader, function, *args)
+async def _run_in(executor: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(executor, function, *args)
 
 
-def _png(picture: np.ndarray) -> str:
-    """uint8 (channels, H, W) as a data URL."""
+def _png_url(picture: np.ndarray) -> str:
+    """uint8 (channels, H, W) as a data: URL."""
     stream = io.BytesIO()
     Image.fromarray(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)).save(
         stream, "PNG"

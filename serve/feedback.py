@@ -1,4 +1,4 @@
-"""Pictures that people have put right, as a folder data set: one sub-folder for each class."""
+"""Corrected pictures, kept as a folder data set: one sub-folder for each class."""
 
 import hashlib
 import io
@@ -10,33 +10,33 @@ from mnist import images
 
 
 class Full(Exception):
-    """The folder holds as much as it may."""
+    """The folder is at its limit."""
 
 
-def keep(folder: Path, most_bytes: int, picture: bytes, label: str, max_pixels: int) -> Path:
+def keep(folder: Path, max_bytes: int, picture: bytes, label: str, max_pixels: int) -> Path:
     """Keep the picture's bytes under `label`, one of the model's classes; returns the path.
 
-    The same picture is kept once, under the label that came last. `run.py --dataset folder:FOLDER`
-    trains on what is there. Raises images.ImageError where it is no picture, Full where the folder
-    would exceed `most_bytes`.
+    The same picture is kept once, under the last label. `run.py --dataset folder:FOLDER` trains on
+    the folder. Raises images.ImageError if the bytes are no picture, Full if the folder would
+    exceed `max_bytes`.
     """
-    from filelock import FileLock  # most servers keep none, and start faster without
+    from filelock import FileLock  # most servers keep no corrections, and start faster without it
 
     images.normalise(picture, recipe="plain", max_pixels=max_pixels)
     with Image.open(io.BytesIO(picture), formats=images.FORMATS) as image:
-        ending = (image.format or "").lower()
-    name = f"{hashlib.sha256(picture).hexdigest()[:24]}.{ending}"
+        extension = (image.format or "").lower()
+    name = f"{hashlib.sha256(picture).hexdigest()[:24]}.{extension}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / label.replace("/", "-").lstrip(".") / name
-    with FileLock(folder / ".lock"):  # of all threads and processes
+    with FileLock(folder / ".lock"):  # for all threads and processes
         if path.exists():
             return path
         path.parent.mkdir(exist_ok=True)
         if former := next(folder.glob(f"*/{name}"), None):  # under another label
             return former.replace(path)
-        used = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
-        if used + len(picture) > most_bytes:
-            raise Full(f"{folder} would hold over {most_bytes} bytes (FEEDBACK_MAX_BYTES)")
+        used_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if used_bytes + len(picture) > max_bytes:
+            raise Full(f"{folder} would hold over {max_bytes} bytes (FEEDBACK_MAX_BYTES)")
         temporary = path.with_name(f".{name}")
         temporary.write_bytes(picture)
         temporary.replace(path)

@@ -1,4 +1,4 @@
-"""The shapes of requests and answers, for OpenAPI."""
+"""The schemas of requests and responses, for OpenAPI."""
 
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ NAME = "20261121-120301"
 
 
 class Answer(BaseModel):
-    """What the model says of one picture."""
+    """The model's answer for one picture."""
 
     filename: str | None = Field(examples=["3.png"])
     prediction: str = Field(examples=["3"])
@@ -21,7 +21,7 @@ class Answer(BaseModel):
     model: str = Field(examples=[NAME])
     study: str = Field(examples=["mnist-parallel"])
     trial: int = Field(examples=[17])
-    view: str | None = Field(None, description="with view=true: what the model saw, a data: URL")
+    view: str | None = Field(None, description="with view=true: the model's input, a data: URL")
 
 
 class Mistake(BaseModel):
@@ -37,7 +37,7 @@ class Problem(BaseModel):
 
 
 class Unread(BaseModel):
-    """In place of an answer, for a picture of a batch that got none."""
+    """The error of one picture of a batch, in place of its answer."""
 
     filename: str | None
     error: Mistake
@@ -48,7 +48,7 @@ class Batch(BaseModel):
 
 
 class Base64(BaseModel):
-    """A picture in base64, with or without `data:image/png;base64,` before it."""
+    """A picture in base64, with or without the prefix `data:image/png;base64,`."""
 
     image: str = Field(json_schema_extra={"format": "byte"})
 
@@ -60,7 +60,7 @@ class Ready(BaseModel):
     passed_over: dict[str, str] = Field(
         {}, description="better engines that cannot run it, and why"
     )
-    canary: str | None = Field(None, description="the model that answers CANARY's share")
+    canary: str | None = Field(None, description="the model that answers the share of CANARY")
     refused: dict[str, str] = Field({}, description="models that could not take over, and why")
     sample: str | None = Field(None, description="a note, while the sample model is in use")
     feedback: bool = Field(False, description="whether POST /feedback keeps corrections")
@@ -92,11 +92,11 @@ class Kept(BaseModel):
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`: these have a Problem as their body."""
-    return {status: {"model": Problem, "description": WHEN[status]} for status in statuses}
+    """The `responses` of a route for these statuses, each with a Problem as its body."""
+    return {status: {"model": Problem, "description": CODES[status]} for status in statuses}
 
 
-WHEN = {
+CODES = {
     400: "bad_request: a form, JSON or parameter that cannot be read",
     401: "unauthorised: keys are set, none or a wrong one in X-API-Key",
     404: "unknown_model: the name is no model's",
@@ -108,9 +108,10 @@ WHEN = {
 }
 
 
-def body(kind: str, schema: dict[str, Any], **others: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI's request body of one media type, or of `others` as well."""
-    content = {kind: {"schema": schema}} | {key: {"schema": each} for key, each in others.items()}
+def body(media_type: str, schema: dict[str, Any], **others: dict[str, Any]) -> dict[str, Any]:
+    """A request body of this media type, or of one of `others`, each with its schema."""
+    by_type = {media_type: schema} | others
+    content = {media_type: {"schema": schema} for media_type, schema in by_type.items()}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -130,6 +131,6 @@ SEVERAL = body(
 )
 CLASS = {"type": "string", "format": "class", "description": "one of the model's classes"}
 CORRECTION = body("multipart/form-data", form(file=PICTURE, label=CLASS))
-BY_NAME = {  # in place of FastAPI's own, which brings a 422 that no name can have
+BY_NAME = {  # FastAPI's own parameter would add a 422 that no name can cause
     "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
 }

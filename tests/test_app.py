@@ -347,7 +347,8 @@ def test_inference_never_holds_up_the_event_loop(
     async def scenario() -> None:
         engine = Engine(Settings(models=saved), Metrics())
         await engine.start()
-        answering = asyncio.create_task(engine.answer(await engine.model(None), picture, None))
+        model = await engine.choose_model(None)
+        answering = asyncio.create_task(engine.answer(model, picture, None))
         while not threads:
             await asyncio.sleep(0.001)
         for _ in range(10):
@@ -417,13 +418,13 @@ def test_an_unforeseen_error_is_told_to_the_log_and_not_to_the_client(
 def test_a_client_that_leaves_in_mid_upload_leaves_no_traceback(
     saved: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begun, real = threading.Event(), uploads.picture
+    begun, real = threading.Event(), uploads.read_picture
 
     async def noted(*args: Any) -> tuple[bytes, str | None]:
         begun.set()
         return await real(*args)
 
-    monkeypatch.setattr(uploads, "picture", noted)
+    monkeypatch.setattr(uploads, "read_picture", noted)
     lines = ("POST /predict HTTP/1.1", "Host: x", f"Content-Type: {kind}", "Content-Length: 1000")
     with serving(saved, monkeypatch) as address, socket.create_connection(address) as connection:
         connection.sendall("\r\n".join([*lines, "", "--x\r\n"]).encode())

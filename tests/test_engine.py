@@ -25,7 +25,7 @@ def folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """A registry of our own, which the server looks at all the time."""
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
     monkeypatch.setenv("MODELS", str(folder))
-    monkeypatch.setattr(engine, "WATCH_S", 0.02)
+    monkeypatch.setattr(engine, "POLL_S", 0.02)
     return folder
 
 
@@ -92,7 +92,7 @@ def test_a_server_without_a_model_takes_the_first_that_comes(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MODELS", str(tmp_path / "registry"))
-    monkeypatch.setattr(engine, "WATCH_S", 0.02)
+    monkeypatch.setattr(engine, "POLL_S", 0.02)
     with TestClient(app) as client:
         assert client.get("/ready").status_code == 503
         shutil.copytree(saved, tmp_path / "registry")
@@ -185,7 +185,7 @@ def test_a_refused_model_is_tried_again_after_a_while(
     def away(*_: Any) -> None:
         raise OSError("the disk is away")
 
-    monkeypatch.setattr(engine, "AGAIN_S", 0.1)
+    monkeypatch.setattr(engine, "RETRY_S", 0.1)
     load = inference.load
     monkeypatch.setattr(inference, "load", away)
     new = another(folder)
@@ -200,7 +200,7 @@ def test_a_refused_model_is_tried_again_after_a_while(
 
 
 def loaded(client: TestClient) -> list[str]:
-    return [*client.app.state.engine._loaded]  # type: ignore[attr-defined]
+    return [*client.app.state.engine._named]  # type: ignore[attr-defined]
 
 
 def test_a_model_that_is_asked_for_by_name_is_kept_only_while_it_is_not_live(

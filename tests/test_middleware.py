@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from serve import batching, engine, middleware
 from serve.app import app
 from serve.batching import Batcher, Busy
-from serve.engine import Model
+from serve.engine import LoadedModel
 from serve.settings import Settings
 from tests.conftest import ROOT, Clock
 from tests.gates import until
@@ -273,7 +273,7 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
     monkeypatch.setenv("DEADLINE_MS", "100")
     monkeypatch.setenv("THREADS", "1")
     monkeypatch.setattr(batching, "MAX_WAIT_SHARE", 100)  # all are let in
-    before = Model.normalise
+    before = LoadedModel.normalise
     gathered = threading.Event()
 
     def slow(*args: Any) -> Any:
@@ -281,7 +281,7 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
         assert gathered.wait(60)
         return before(*args)
 
-    monkeypatch.setattr(Model, "normalise", slow)
+    monkeypatch.setattr(LoadedModel, "normalise", slow)
 
     def busy() -> int:
         found = client.post("/predict/batch", files=files).json()["results"]

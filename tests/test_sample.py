@@ -27,7 +27,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, without saved_models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MODELS", raising=False)
-    monkeypatch.setattr(engine, "WATCH_S", 0.02)
+    monkeypatch.setattr(engine, "POLL_S", 0.02)
     return tmp_path
 
 
