@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from mnist import images, registry
 from serve import feedback, schemas, uploads
-from serve.batching import Busy
+from serve.admission import Busy
 from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.middleware import RequestMiddleware, busy_response, error_response, log_as_json
@@ -169,7 +169,7 @@ async def predict_batch(
     files = await uploads.read_pictures(request)
     # Fair queueing: besides the pictures in work, one waits, so that no thread is idle. If all
     # waited, the last ones would miss the deadline because of the others of this request.
-    slots = asyncio.Semaphore(engine.threads + 1)
+    slots = asyncio.Semaphore(engine.batcher.threads + 1)
 
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
         try:

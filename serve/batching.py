@@ -1,7 +1,6 @@
 """Dynamic batching: waiting pictures are classified together, late ones are rejected."""
 
 import asyncio
-import math
 import os
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from serve.admission import Admission, Busy
 from serve.metrics import Metrics
 from serve.settings import Settings
 
@@ -21,17 +21,8 @@ MAX_BATCH = 8  # pictures; larger batches are hardly faster, and all their answe
 # THREADS=1, for as many processes as cores, a second thread would only delay the other processes.
 MAX_THREADS = 2
 INLINE_PACE_S = 0.01  # a lone picture is answered on the event loop if the pace is below this
-MAX_WAIT_SHARE = 0.5  # of the deadline may pass in the queue; the rest is for the answer itself
 INITIAL_PACE_S = 0.002  # for a picture, until the first batch is measured
 DECAY = 0.95  # of earlier measurements, with each batch: about the last 20 batches count
-
-
-class Busy(Exception):
-    """The queue is full or the deadline cannot be met; retry after `retry_after_s` seconds."""
-
-    def __init__(self, why: str, message: str, retry_after_s: int) -> None:
-        super().__init__(message)
-        self.why, self.retry_after_s = why, retry_after_s
 
 
 class Model(Protocol):
@@ -55,7 +46,7 @@ class Job:
 
 
 class Batcher:
-    """The queue before the model, the threads that take batches from it, and admission to it.
+    """The queue before the model, and the threads that take batches from it.
 
     A picture that finds an idle thread starts at once; while all `threads` are busy, pictures
     gather. A lone small picture is answered on the event loop: waking a thread, and being woken by
@@ -64,12 +55,12 @@ class Batcher:
     Public methods run on the event loop.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(self, settings: Settings, metrics: Metrics, admission: Admission) -> None:
+        self._settings, self._metrics, self._admission = settings, metrics, admission
         self.threads = min(MAX_THREADS, settings.threads or os.cpu_count() or 1)
         self._executor = ThreadPoolExecutor(self.threads, "inference")
         self._loop = asyncio.get_running_loop()
-        self._requests = self._pictures = 0  # in progress; event loop only
+        self._pictures = 0  # in progress; event loop only
         # Written under the lock, by the event loop and the batch threads. Read without it where an
         # old value does no harm.
         self._lock = threading.Lock()
@@ -81,27 +72,13 @@ class Batcher:
     def stop(self) -> None:
         self._executor.shutdown()
 
-    def admit(self) -> None:
-        """Count one more request in progress, until release().
-
-        Called before the body is read, so that the memory of all bodies is bounded. Raises Busy if
-        the queue has no room for the request, or its answer would be late.
-        """
-        waiting, settings = len(self._queue), self._settings
-        if max(waiting, self._requests) >= settings.max_queue:
-            raise self._busy("queue", f"{settings.max_queue} requests are waiting (MAX_QUEUE)")
-        if waiting * self._pace_s > MAX_WAIT_SHARE * settings.deadline_ms / 1000:
-            raise self._busy(
-                "deadline", f"no answer within {settings.deadline_ms} ms (DEADLINE_MS)"
-            )
-        self._requests += 1
-
-    def release(self) -> None:
-        """The request has ended."""
-        self._requests -= 1
+    @property
+    def waiting(self) -> int:
+        """Number of pictures in the queue."""
+        return len(self._queue)
 
     @property
-    def _pace_s(self) -> float:
+    def pace_s(self) -> float:
         """Seconds for a picture, averaged over recent pictures, so that a slow one counts once."""
         return self._recent_s / self._recent_pictures
 
@@ -124,8 +101,8 @@ class Batcher:
             self._pictures -= 1
 
     def _can_run_inline(self) -> bool:
-        alone = self._requests == self._pictures == 1 and not self._busy_threads
-        return alone and self._pace_s < INLINE_PACE_S
+        alone = self._admission.requests == self._pictures == 1 and not self._busy_threads
+        return alone and self.pace_s < INLINE_PACE_S
 
     def _enqueue(self, job: Job) -> None:
         with self._lock:
@@ -135,10 +112,6 @@ class Batcher:
             self._busy_threads += idle
         if idle:
             self._executor.submit(self._run_batches)
-
-    def _busy(self, why: str, reason: str) -> Busy:
-        after_s = max(1, math.ceil(len(self._queue) * self._pace_s))
-        return Busy(why, f"the server is busy: {reason}; try again in {after_s} s", after_s)
 
     # --- batch threads; _process also on the event loop, for a lone picture ---
 
@@ -174,7 +147,7 @@ class Batcher:
         for job in jobs:
             try:
                 if time.monotonic() > job.queued_at + self._settings.deadline_ms / 1000:
-                    raise self._busy("deadline", "too slow")
+                    raise Busy("deadline", "too slow", self.waiting * self.pace_s)
                 picture = job.model.normalise(job.data)
                 batches.setdefault(job.model, []).append((job, picture))
             except Exception as error:  # noqa: BLE001 - raised where the future is awaited

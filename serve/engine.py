@@ -7,7 +7,6 @@ import logging
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,16 +17,15 @@ import numpy as np
 from PIL import Image
 
 from mnist import images, inference, registry
-from serve.batching import Batcher, Busy
+from serve.admission import Admission, Busy
+from serve.batching import Batcher
 from serve.metrics import Metrics
 from serve.preflight import Preflight
 from serve.settings import Settings
 
 NAMED_MODELS = 3  # kept in memory; `parallel` takes 30 MB in int8, 113 in torch
 POLL_S = 0.5  # between two checks of the registry, on average: workers seldom load at once
-REPORT_S = 1.0  # between two log lines that count rejected requests
 RETRY_S = 60.0  # until a model that failed to load is loaded again: a disk may have been offline
-BODIES_BYTES = 500_000_000  # limit of the bodies of all requests in memory
 
 log = logging.getLogger("serve")
 
@@ -83,8 +81,7 @@ class Engine:
 
     It polls the registry: a new current model is loaded and checked while the old one answers, and
     only then replaces it. `refused` has, by role, the model that failed to, with the reason;
-    `reason` says why there is no current model. `rejected` counts, by reason, the rejected requests
-    that are not logged yet.
+    `reason` says why there is no current model.
 
     Attributes belong to the event loop, unless a comment names another thread.
     """
@@ -95,7 +92,8 @@ class Engine:
         self.canary: LoadedModel | None = None
         self.reason = "starting"
         self.refused: dict[str, str] = {}
-        self.rejected: Counter[str] = Counter()
+        self.admission = Admission(settings, metrics)
+        self.batcher = Batcher(settings, metrics, self.admission)
         self._named: dict[str, LoadedModel] = {}  # by name, least recently used first
         self._loading: dict[str, asyncio.Task[LoadedModel]] = {}  # by name, for all that await it
         self._load_errors: dict[str, registry.RegistryError] = {}  # by name, until the next retry
@@ -106,17 +104,15 @@ class Engine:
         self._watched = [self.folder / registry.INFO]
         self._versions: list[tuple[int, ...] | None] = []
         self._retry_at = math.inf  # of time.monotonic(); the loader thread reads it
-        self._body_bytes = 0  # of all requests
         self._loader = ThreadPoolExecutor(1, "loader")
         self._named_loader = ThreadPoolExecutor(1, "named")  # a swap waits for no named model
         self._preflight = Preflight(metrics.shared)
-        self._batcher = Batcher(settings, metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Load the current model, then poll the registry."""
         await self._check_registry()
-        loops = (self._poll_registry, self._keep_reporting)
+        loops = (self._poll_registry, self.admission.keep_reporting)
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
 
     async def stop(self) -> None:
@@ -125,66 +121,17 @@ class Engine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._preflight.stop()
-        self._report_rejected()
+        self.admission.report_rejected()
         self._loader.shutdown()
         self._named_loader.shutdown()
-        self._batcher.stop()
-
-    async def _keep_reporting(self) -> None:
-        while True:
-            await asyncio.sleep(REPORT_S)
-            try:
-                self._report_rejected()
-            except Exception:  # such as a full disk, for a metric
-                log.exception("unexpected error")
-
-    def _report_rejected(self) -> None:
-        """Log rejected requests and count them in the metrics."""
-        total = self.rejected.total()
-        if not total:
-            return
-        log.warning("rejected", extra={"status": 429, "requests": total})
-        self.metrics.requests.labels("POST", "other", 429).inc(total)
-        for why, n in self.rejected.items():
-            self.metrics.rejected.labels(why).inc(n)
-        self.rejected.clear()
-
-    @property
-    def threads(self) -> int:
-        """Number of pictures in work at a time."""
-        return self._batcher.threads
-
-    def admit(self) -> None:
-        """Count one more request in progress, until release().
-
-        Raises batching.Busy if it cannot be answered in time.
-        """
-        self._batcher.admit()
-
-    def release(self) -> None:
-        """The request has ended."""
-        self._batcher.release()
-
-    def add_body_bytes(self, state: dict[str, Any], size: int) -> None:
-        """Count bytes of the body of the request with this state, until release_body().
-
-        Raises batching.Busy if all bodies would exceed BODIES_BYTES.
-        """
-        if self._body_bytes + size > BODIES_BYTES:
-            raise Busy("memory", "the server is busy: large uploads; try again in 1 s", 1)
-        self._body_bytes += size
-        state["body_bytes"] = state.get("body_bytes", 0) + size
-
-    def release_body(self, state: dict[str, Any]) -> None:
-        """The request has ended."""
-        self._body_bytes -= state.pop("body_bytes", 0)
+        self.batcher.stop()
 
     async def choose_model(self, name: str | None) -> LoadedModel:
         """The named model; without a name the current one or, for its share, the canary.
 
         Raises registry.UnknownModel if the registry has no such model, another
         registry.RegistryError if there is no current model or the named one cannot be loaded,
-        batching.Busy if too many requests wait for models to load.
+        admission.Busy if too many requests wait for models to load.
         """
         if name is not None:
             return await self._named_model(name)
@@ -204,9 +151,9 @@ class Engine:
     ) -> dict[str, Any]:
         """schemas.Answer for the bytes of one picture.
 
-        Raises images.ImageError for the picture, batching.Busy if it waits past the deadline.
+        Raises images.ImageError for the picture, admission.Busy if it waits past the deadline.
         """
-        picture, (probabilities, uncertain) = await self._batcher.classify(data, model)
+        picture, (probabilities, uncertain) = await self.batcher.classify(data, model)
         answer = {"filename": filename, **model.answer(probabilities, uncertain, top)}
         labels = model.name, answer["prediction"], str(answer["uncertain"]).lower()
         self.metrics.predictions.labels(*labels).inc()
@@ -225,7 +172,7 @@ class Engine:
         if name in self._load_errors:
             raise registry.RegistryError(str(self._load_errors[name]))
         if self._awaiting_load > self.settings.max_queue / 2:
-            raise Busy("loading", f"the server is busy: it loads {name}; try again in 1 s", 1)
+            raise Busy("loading", f"it loads {name}")
         task = self._loading.get(name)
         if task is None:
             self._loading[name] = task = asyncio.create_task(self._load_named(name))

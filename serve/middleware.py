@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.batching import Busy
+from serve.admission import Busy
 from serve.settings import Settings, describe
 
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # a client's id; anything else is replaced
@@ -73,7 +73,7 @@ class RequestMiddleware:
             await app(scope, receive, send_with_headers)
         finally:
             if not scope["state"].get("rejected"):
-                engine.release_body(scope["state"])
+                engine.admission.release_body(scope["state"])
                 _log(scope, status, time.perf_counter() - start)
 
     def _with_cors(self, origins: tuple[str, ...]) -> ASGIApp:
@@ -100,14 +100,14 @@ class RequestMiddleware:
             await response(scope, receive, send)
         elif post and path.startswith(("/predict", "/feedback")):
             try:
-                engine.admit()
+                engine.admission.admit(engine.batcher)
             except Busy as error:
                 await _reject(scope, error, send)
                 return
             try:
                 await self._app(scope, receive, send)
             finally:
-                engine.release()
+                engine.admission.release()
         else:
             await self._app(scope, receive, send)
 
@@ -156,10 +156,10 @@ def busy_response(scope: Scope, error: Busy) -> JSONResponse:
 async def _reject(scope: Scope, error: Busy, send: Send) -> None:
     """Send what busy_response returns, for thousands of requests a second.
 
-    It takes a third of the time: without a Response, and counted by the engine.
+    It takes a third of the time: without a Response, and counted in memory.
     """
     state = scope["state"]
-    scope["app"].state.engine.rejected[error.why] += 1
+    scope["app"].state.engine.admission.count_rejected(error)
     state["rejected"] = True
     content = {"code": "busy", "message": str(error), "request_id": state["request_id"]}
     body = json.dumps({"error": content}).encode()

@@ -12,7 +12,8 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from serve import schemas
-from serve.engine import BODIES_BYTES, Engine
+from serve.admission import MAX_BODIES_BYTES
+from serve.engine import Engine
 
 FORM_BYTES = 10_000  # allowed for the parts of a form around each file
 MAX_FIELDS = 20  # of a form, besides its files
@@ -53,7 +54,7 @@ async def read_base64(request: Request) -> bytes:
 async def read_pictures(request: Request) -> list[tuple[bytes, str | None]]:
     """The bytes and names of the form's `files`, before check()."""
     max_files = _engine(request).settings.max_batch_files
-    limit = min(max_files * (_limit(request) + FORM_BYTES), BODIES_BYTES)
+    limit = min(max_files * (_limit(request) + FORM_BYTES), MAX_BODIES_BYTES)
     parts = await _read_form(request, limit, max_files)
     files = [(part.data, part.filename) for part in parts if part.is_file("files")]
     if not files:
@@ -153,7 +154,7 @@ async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes]:
         size += len(chunk)
         if size > limit:
             raise _too_large(request, limit)
-        _engine(request).add_body_bytes(request.scope["state"], len(chunk))
+        _engine(request).admission.add_body_bytes(request.scope["state"], len(chunk))
         yield chunk
 
 
@@ -185,6 +186,6 @@ def _too_many_files(max_files: int) -> ApiError:
 def _too_large(request: Request, limit: int = 0) -> ApiError:
     """`limit` is that of a whole body, which has more than a picture, or several pictures."""
     text = f"a picture may have {_limit(request)} bytes (MAX_UPLOAD_BYTES)"
-    if limit >= BODIES_BYTES:
+    if limit >= MAX_BODIES_BYTES:
         text = f"all pictures together may have {limit} bytes; send fewer at a time"
     return ApiError(413, "too_large", f"the upload is too large: {text}")

@@ -195,7 +195,7 @@ def test_what_cannot_be_answered_is_refused_with_its_own_status(
     refused(post(picture, "?model=../x"), 404, "unknown_model")
     assert "top" in refused(post(picture, "?top=0"), 400, "bad_request")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uploads, "BODIES_BYTES", 1_000)
+        patch.setattr(uploads, "MAX_BODIES_BYTES", 1_000)
         several = client.post("/predict/batch", files=[("files", ("x.png", large))])
         assert "together may have 1000 bytes; send fewer" in refused(several, 413, "too_large")
     assert set(app.openapi()["paths"]["/models/{name}"]["get"]["responses"]) == {

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from serve import batching
-from serve.batching import Batcher, Busy
+from serve.admission import Admission, Busy
+from serve.batching import Batcher
 from serve.metrics import Metrics
 from serve.settings import Settings
 from tests.conftest import Clock
@@ -48,7 +49,8 @@ def run(scenario: Any, **settings: Any) -> Any:
     """The result of scenario(queue, model) with these settings."""
 
     async def start_and_stop() -> Any:
-        model, queue = Sums(), Batcher(Settings(**settings), Metrics())
+        values, metrics = Settings(**settings), Metrics()
+        model, queue = Sums(), Batcher(values, metrics, Admission(values, metrics))
         try:
             return await scenario(queue, model)
         finally:
@@ -67,6 +69,10 @@ async def send(queue: Batcher, model: Sums, n: int) -> list[asyncio.Task[Any]]:
         while model.batches_started < min(i + 1, queue.threads):
             await asyncio.sleep(0.001)
     return tasks
+
+
+def admit(queue: Batcher) -> None:
+    queue._admission.admit(queue)
 
 
 async def results_of(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -111,19 +117,6 @@ def test_an_error_of_a_model_reaches_all_its_pictures_and_the_next_is_answered()
     assert answered[1] == 2
 
 
-def test_a_full_queue_rejects_requests_until_one_ends() -> None:
-    async def scenario(queue: Batcher, model: Sums) -> None:
-        for _ in range(3):  # none of these requests has sent its picture yet
-            queue.admit()
-        with pytest.raises(Busy, match="MAX_QUEUE") as busy:
-            queue.admit()
-        assert busy.value.retry_after_s >= 1
-        queue.release()
-        queue.admit()
-
-    run(scenario, max_queue=3)
-
-
 def test_a_lone_small_picture_is_answered_without_a_thread() -> None:
     async def scenario(queue: Batcher, model: Sums) -> list[str]:
         threads: list[str] = []
@@ -136,20 +129,20 @@ def test_a_lone_small_picture_is_answered_without_a_thread() -> None:
         model.classify = noting_thread  # type: ignore[method-assign]
 
         async def request(data: bytes) -> Any:
-            queue.admit()
+            admit(queue)
             try:
                 return await queue.classify(data, model)
             finally:
-                queue.release()
+                queue._admission.release()
 
         assert (await request(b"\2"))[1] == 2
         await request(b"large")
         with pytest.raises(ValueError, match="bad"):
             await request(b"bad")
         await asyncio.gather(request(b"\1"), request(b"\1"))  # not alone
-        queue.admit()  # one request with two pictures
+        admit(queue)  # one request with two pictures
         await asyncio.gather(*(queue.classify(b"\1", model) for _ in range(2)))
-        queue.release()
+        queue._admission.release()
         for pace_s in (0.5, 0.0001):
             while queue._busy_threads:  # a thread has yet to see that the queue is empty
                 await asyncio.sleep(0.001)
@@ -202,7 +195,7 @@ def test_a_request_that_cannot_meet_the_deadline_is_rejected_at_once(clock: Cloc
         waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(30)]
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="DEADLINE_MS"):
-            queue.admit()
+            admit(queue)
         model.gate.set()
         await asyncio.gather(*waiting, return_exceptions=True)
 
@@ -226,7 +219,7 @@ def test_one_slow_picture_rejects_no_other(clock: Clock) -> None:
         model.gate.clear()
         waiting = [asyncio.create_task(queue.classify(b"\1", model)) for _ in range(40)]
         await asyncio.sleep(0)
-        queue.admit()
+        admit(queue)
         model.gate.set()
         await asyncio.gather(*waiting)
 

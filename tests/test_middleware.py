@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serve import batching, engine, middleware
+from serve import admission, middleware
+from serve.admission import Admission, Busy
 from serve.app import app
-from serve.batching import Batcher, Busy
 from serve.engine import LoadedModel
 from serve.settings import Settings
 from tests.conftest import ROOT, Clock
@@ -82,15 +82,15 @@ def test_other_origins_may_ask_only_where_they_are_named(
 def test_a_busy_server_refuses_before_it_reads_the_body(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: Batcher) -> None:
-        raise Busy("queue", "the server is busy", 7)
+    def full(*_: Any) -> None:
+        raise Busy("queue", "it is full", 7)
 
     def body() -> Iterator[bytes]:
         raise AssertionError("the body was read")
         yield b""
 
     with TestClient(app) as client:
-        monkeypatch.setattr(Batcher, "admit", full)
+        monkeypatch.setattr(Admission, "admit", full)
         answer = client.post("/predict", headers={"content-length": "10", "x-request-id": '"\\'})
         assert "busy" in refused(answer, 429, "busy")
         assert answer.headers["retry-after"] == "7"
@@ -101,7 +101,7 @@ def test_all_places_are_free_again_after_whatever_came(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAX_QUEUE", "1")
-    monkeypatch.setattr(engine, "BODIES_BYTES", 1_000)
+    monkeypatch.setattr(admission, "MAX_BODIES_BYTES", 1_000)
     with TestClient(app) as client:
         for _ in range(3):
             refused(client.post("/predict"), 422, "missing_file")
@@ -153,8 +153,8 @@ def test_each_request_that_is_let_in_is_a_json_line_in_the_log_and_one_in_the_co
 def test_one_log_line_counts_rejected_requests(
     models: Path, monkeypatch: pytest.MonkeyPatch, every_s: float
 ) -> None:
-    def full(_: Batcher) -> None:
-        raise Busy("queue", "the server is busy", 7)
+    def full(*_: Any) -> None:
+        raise Busy("queue", "it is full", 7)
 
     def logged() -> list[tuple[str, int]]:
         lines = [json.loads(line) for line in stream.getvalue().splitlines()]
@@ -163,9 +163,9 @@ def test_one_log_line_counts_rejected_requests(
         ]
 
     stream = io.StringIO()
-    monkeypatch.setattr(engine, "REPORT_S", every_s)
+    monkeypatch.setattr(admission, "REPORT_S", every_s)
     with TestClient(app) as client:
-        monkeypatch.setattr(Batcher, "admit", full)
+        monkeypatch.setattr(Admission, "admit", full)
         monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
         for _ in range(3):
             refused(client.post("/predict", content=b"x"), 429, "busy")
@@ -272,7 +272,7 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
     files = [("files", (f"{i}.png", picture)) for i in range(20)]
     monkeypatch.setenv("DEADLINE_MS", "100")
     monkeypatch.setenv("THREADS", "1")
-    monkeypatch.setattr(batching, "MAX_WAIT_SHARE", 100)  # all are let in
+    monkeypatch.setattr(admission, "MAX_WAIT_SHARE", 100)  # all are admitted
     before = LoadedModel.normalise
     gathered = threading.Event()
 
@@ -294,7 +294,7 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
         assert busy() == 0
         gathered.clear()
         asked = [clients.submit(busy) for _ in range(6)]
-        queue = app.state.engine._batcher
+        queue = app.state.engine.batcher
         until(lambda: queue._pictures == 12, "each has two pictures in the queue", 60)
         gathered.set()
         together = sum(each.result() for each in asked)
