@@ -200,7 +200,7 @@ def test_a_refused_model_is_tried_again_after_a_while(
 
 
 def loaded(client: TestClient) -> list[str]:
-    return [*client.app.state.engine._named]  # type: ignore[attr-defined]
+    return [*client.app.state.engine._named._models]  # type: ignore[attr-defined]
 
 
 def test_a_model_that_is_asked_for_by_name_is_kept_only_while_it_is_not_live(

@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from serve import admission, middleware
 from serve.admission import Admission, Busy
 from serve.app import app
-from serve.engine import LoadedModel
+from serve.loading import LoadedModel
 from serve.settings import Settings
 from tests.conftest import ROOT, Clock
 from tests.gates import until
