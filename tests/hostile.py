@@ -1,8 +1,8 @@
-"""Damaged and hostile files for a running server: never a 5xx, never a hang, no memory kept.
+"""Damaged and hostile files for a running server: no 5xx, no hang, no memory leak.
 
 python -m tests.hostile --files 2000             # the current model of saved_models; a minute
 
-Exit status 1 means that one of these was not so.
+Exit status 1 means that one of these failed.
 """
 
 import contextlib
@@ -23,52 +23,52 @@ from benchmarks import load, servers
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16")
 ALLOWED = {200, 400, 413, 415, 422}
-PATIENCE_S = 10
-MOST_GROWTH_MB = 20  # over the second half
+TIMEOUT_S = 10  # for a response
+MAX_GROWTH_MB = 20  # over the second half of the files
 
 
 def pictures() -> list[bytes]:
-    """A drawn 7 in every format and mode that go together."""
+    """A drawn 7 in every mode of every format that supports it."""
     page = np.full((120, 100), 255, np.uint8)
     page[20:30, 20:80], page[30:100, 60:70] = 0, 0
-    found = []
+    files = []
     for mode in MODES:
         image = Image.fromarray(page).convert("L" if mode == "I;16" else mode)
         if mode == "I;16":
             image = Image.fromarray(page.astype(np.uint16) << 8)
-        for form in FORMATS:
+        for file_format in FORMATS:
             stream = io.BytesIO()
             with contextlib.suppress(OSError, KeyError, ValueError):
-                image.save(stream, form)
-                found.append(stream.getvalue())
-    return found
+                image.save(stream, file_format)
+                files.append(stream.getvalue())
+    return files
 
 
-def damage(good: bytes, chance: random.Random) -> bytes:
-    """The file with one thing wrong with it."""
-    data, at = bytearray(good), chance.randrange(len(good))
-    kind = chance.randrange(7)
+def damage(good: bytes, rng: random.Random) -> bytes:
+    """The file with one kind of damage."""
+    data, at = bytearray(good), rng.randrange(len(good))
+    kind = rng.randrange(7)
     if kind == 0:
         return bytes(data[:at])
     if kind == 1:
-        for _ in range(chance.randint(1, 20)):
-            data[chance.randrange(len(data))] = chance.randrange(256)
+        for _ in range(rng.randint(1, 20)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
     elif kind == 2:  # mostly the head: sizes, offsets, counts
-        for _ in range(chance.randint(1, 4)):
-            data[chance.randrange(min(64, len(data)))] = chance.choice((0, 1, 127, 128, 255))
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(min(64, len(data)))] = rng.choice((0, 1, 127, 128, 255))
     elif kind == 3:
         data[at : at + 4] = b"\xff\xff\xff\xff"
     elif kind == 4:
-        del data[at : at + chance.randint(1, 100)]
+        del data[at : at + rng.randint(1, 100)]
     elif kind == 5:
-        data[at:at] = chance.randbytes(chance.randint(1, 1000))
+        data[at:at] = rng.randbytes(rng.randint(1, 1000))
     else:
-        return bytes(data[:at]) + chance.randbytes(len(data) - at)
+        return bytes(data[:at]) + rng.randbytes(len(data) - at)
     return bytes(data)
 
 
 def png(width: int, height: int, rows: bytes) -> bytes:
-    """A grey PNG whose head may say what its rows do not hold."""
+    """A grey PNG whose header need not match its rows."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + content))
@@ -80,7 +80,7 @@ def png(width: int, height: int, rows: bytes) -> bytes:
 
 
 def hostile() -> list[bytes]:
-    """Files that are made to hurt."""
+    """Hostile files."""
     frames = [Image.new("P", (50, 50), i) for i in range(200)]
     animated = io.BytesIO()
     frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
@@ -108,41 +108,42 @@ def hostile() -> list[bytes]:
 @click.option("--files", default=2000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(folder: Path, files: int, seed: int) -> None:
-    """Send them all, one after the other; print what was answered."""
+    """Send all files, one after the other, and print the counts of statuses and the memory."""
     click.echo(attack(folder, files, seed))
 
 
 def attack(folder: Path, files: int, seed: int = 0) -> str:
-    """What was seen; raises AssertionError for what must not be."""
-    chance, good = random.Random(seed), pictures()
-    bodies = hostile() * 2 + [damage(chance.choice(good), chance) for _ in range(files)]
-    chance.shuffle(bodies)
-    # malloc may keep what a thread needed for its last large picture, which looks like a leak
-    # (57 MB); told a threshold, it gives large blocks back at once.
+    """A line of statuses and memory; raises AssertionError for a 5xx, a hang or a leak."""
+    rng, good = random.Random(seed), pictures()
+    bodies = hostile() * 2 + [damage(rng.choice(good), rng) for _ in range(files)]
+    rng.shuffle(bodies)
+    # malloc may keep the memory of a thread's last large picture, which looks like a leak (57 MB).
+    # With a threshold it returns large blocks at once.
     bodies = hostile() * 3 + bodies
     statuses: Counter[int] = Counter()
-    memory = []
+    memory_mb = []
     first = load.request("/predict", good[0])
     with servers.server(folder, first, MALLOC_MMAP_THRESHOLD_="1000000") as server:
-        for head, body in forms(good[0]):
-            status = send(server.port, body, head)
-            assert status in ALLOWED, f"{status} for a form: {head}"
+        for content_type, body in forms(good[0]):
+            status = send(server.port, body, content_type)
+            assert status in ALLOWED, f"{status} for a form: {content_type}"
             statuses[status] += 1
         for i, body in enumerate(bodies):
             if i in (len(bodies) // 2, len(bodies) - 1):
-                memory.append(server.memory_mb()[0])
+                memory_mb.append(server.memory_mb()[0])
             status = send(server.port, body)
             assert status in ALLOWED, f"{status} for {body[:60]!r}..., number {i} of seed {seed}"
             statuses[status] += 1
         assert servers.answers(server.port, first)
-    grown = memory[1] - memory[0]
-    assert grown < MOST_GROWTH_MB, f"{grown:.1f} MB more in the second half"
+    growth_mb = memory_mb[1] - memory_mb[0]
+    assert growth_mb < MAX_GROWTH_MB, f"{growth_mb:.1f} MB more in the second half"
     counts = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
-    return f"{len(bodies)} files: {counts}; {memory[1]:.0f} MB, {grown:+.1f} over the second half"
+    memory = f"{memory_mb[1]:.0f} MB, {growth_mb:+.1f} over the second half"
+    return f"{len(bodies)} files: {counts}; {memory}"
 
 
 def forms(picture: bytes) -> list[tuple[str, bytes]]:
-    """Content types, and bodies of forms that are made to hurt."""
+    """Content types and bodies of hostile forms."""
 
     def part(name: bytes, content: bytes) -> bytes:
         return b"--x\r\nContent-Disposition: form-data; " + name + b"\r\n\r\n" + content + b"\r\n"
@@ -161,10 +162,10 @@ def forms(picture: bytes) -> list[tuple[str, bytes]]:
     ]
 
 
-def send(port: int, body: bytes, kind: str = "application/octet-stream") -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+def send(port: int, body: bytes, content_type: str = "application/octet-stream") -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
-        connection.request("POST", "/predict", body, {"Content-Type": kind})
+        connection.request("POST", "/predict", body, {"Content-Type": content_type})
         return connection.getresponse().status
     finally:
         connection.close()

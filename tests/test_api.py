@@ -1,4 +1,4 @@
-"""The running server against its own OpenAPI page, and against what would harm it."""
+"""A running server against its OpenAPI schema, and against hostile files."""
 
 import base64
 import contextlib
@@ -23,36 +23,36 @@ pytestmark = pytest.mark.slow
 
 
 def _pictures() -> list[bytes]:
-    """Drawn bars, each of which can be answered."""
-    found = []
+    """Drawn bars, each of which gets an answer."""
+    pictures = []
     for form in ("PNG", "JPEG", "WEBP"):
         page = np.full((60, 50), 255, np.uint8)
         page[10:50, 22:28] = 0
         stream = io.BytesIO()
         Image.fromarray(page).save(stream, form)
-        found.append(stream.getvalue())
-    return found
+        pictures.append(stream.getvalue())
+    return pictures
 
 
 PICTURES = st.sampled_from(_pictures())
 for kind in ("image/*", "application/octet-stream"):
     schemathesis.openapi.media_type(kind, PICTURES)
 schemathesis.openapi.format("binary", PICTURES)
-schemathesis.openapi.format("byte", PICTURES.map(lambda each: base64.b64encode(each).decode()))
+schemathesis.openapi.format("byte", PICTURES.map(lambda data: base64.b64encode(data).decode()))
 schemathesis.openapi.format("class", st.sampled_from("0123456789"))
 
 
 @pytest.fixture(scope="module")
 def api(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     first = load.request("/predict", _pictures()[0])
-    kept = tmp_path_factory.mktemp("feedback")
-    with servers.server(saved, first, FEEDBACK_DIR=str(kept)) as server:
+    feedback = tmp_path_factory.mktemp("feedback")
+    with servers.server(saved, first, FEEDBACK_DIR=str(feedback)) as server:
         yield schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
 
 
-def test_every_answer_is_one_that_is_documented(api: Any) -> None:
-    """For each route, with data that follow its description and data that do not."""
-    operations = [each.ok() for each in api.get_all_operations()]
+def test_every_response_matches_the_schema(api: Any) -> None:
+    """For each route, with valid and with invalid data."""
+    operations = [operation.ok() for operation in api.get_all_operations()]
     assert len(operations) == 9
     for operation in operations:
         for mode in schemathesis.GenerationMode:
@@ -61,10 +61,10 @@ def test_every_answer_is_one_that_is_documented(api: Any) -> None:
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: Any) -> None:
                 label = case.body.get("label", "") if isinstance(case.body, dict) else ""
-                assume(isinstance(label, str))  # a form has text only: 0 is sent as the class "0"
+                assume(isinstance(label, str))  # a form would send the number 0 as the class "0"
                 case.call_and_validate()
 
-            with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with `GET /health`
+            with contextlib.suppress(Unsatisfiable):  # `GET /health` has no invalid data
                 check()
 
 

@@ -1,4 +1,4 @@
-"""serve/: the routes of the contract, their answers and their refusals."""
+"""serve/app.py and uploads.py: the routes, their answers and their errors."""
 
 import asyncio
 import base64
@@ -63,13 +63,13 @@ def refused(response: object, status: int, code: str) -> str:
     return error["message"]
 
 
-def test_the_server_lives_and_is_ready(client: TestClient, saved: Path) -> None:
+def test_the_server_is_alive_and_ready(client: TestClient, saved: Path) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     name, _ = registry.record(saved)
     assert client.get("/ready").json() == {"status": "ready", "model": name, "engine": "onnx_int8"}
 
 
-def test_ready_says_which_better_engine_was_passed_over_and_why(
+def test_ready_names_the_skipped_engine_and_the_reason(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
@@ -117,12 +117,12 @@ def test_real_images_posted_as_png_are_read_bit_for_bit_and_answered_as_in_pytho
     model = models.build("parallel", mnist.channels, mnist.size, len(mnist.classes))
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
-    about = {"dataset": mnist.record(10_000), "model": {"name": "parallel"}}
+    changes = {"dataset": mnist.record(10_000), "model": {"name": "parallel"}}
     files = {"weights": (".pth", weights.getvalue())}
-    registry.save(tmp_path, files, entry(**about), "always")
+    registry.save(tmp_path, files, entry(**changes), "always")
     pictures = mnist.validation.images[:20]
     expected = training.predict(model, mnist, pictures).numpy()
-    assert len(np.unique(expected.argmax(1))) > 1  # it tells pictures apart
+    assert len(np.unique(expected.argmax(1))) > 1  # not the same class for all
     monkeypatch.setenv("MODELS", str(tmp_path))
     with TestClient(app) as client:
         for image, shares in zip(pictures.numpy(), expected, strict=True):
@@ -161,24 +161,22 @@ def test_a_picture_below_the_threshold_is_uncertain(
         assert answer["uncertain"] is uncertain
 
 
-def test_body_top_view_and_model_do_what_they_say(
+def test_body_top_view_and_model_have_their_effects(
     client: TestClient, picture: bytes, saved: Path
 ) -> None:
     name, _ = registry.record(saved)
-    for kind in ("image/png", "application/octet-stream"):
+    for content_type in ("image/png", "application/octet-stream"):
         answer = client.post(
             f"/predict?top=1&view=true&model={name}",
             content=picture,
-            headers={"content-type": kind},
+            headers={"content-type": content_type},
         ).json()
         assert len(answer["top"]) == 1
         assert answer["filename"] is None
         assert np.array_equal(view(answer), images.normalise(picture)[0])
 
 
-def test_what_cannot_be_answered_is_refused_with_its_own_status(
-    client: TestClient, picture: bytes
-) -> None:
+def test_each_error_has_its_status_and_code(client: TestClient, picture: bytes) -> None:
     def post(body: bytes, query: str = "") -> object:
         return client.post(f"/predict{query}", files={"file": ("x.png", body)})
 
@@ -214,7 +212,7 @@ def test_what_cannot_be_answered_is_refused_with_its_own_status(
         assert "Content-Length" in message
 
 
-def test_a_form_s_type_is_read_in_any_case_and_what_is_no_form_is_refused(
+def test_a_form_s_type_is_read_in_any_case_and_a_broken_form_is_an_error(
     client: TestClient, picture: bytes
 ) -> None:
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="3.png"\r\n\r\n'
@@ -288,9 +286,9 @@ def test_a_removed_model_is_unknown_even_where_it_was_loaded(
 
 
 @pytest.mark.parametrize(
-    "harm", ["none", "altered", "missing", "shape", "network", "engine", "unforeseen"]
+    "harm", ["none", "altered", "missing", "shape", "network", "engine", "unexpected"]
 )
-def test_without_a_usable_model_the_server_lives_but_is_not_ready(
+def test_without_a_usable_model_the_server_is_alive_but_not_ready(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: bytes, harm: str
 ) -> None:
     folder = tmp_path / "registry"
@@ -310,7 +308,7 @@ def test_without_a_usable_model_the_server_lives_but_is_not_ready(
     elif harm == "engine":
         change(folder, lambda record: record["files"].pop("onnx"))
         monkeypatch.setenv("ENGINE", "onnx")
-    elif harm == "unforeseen":
+    elif harm == "unexpected":
         monkeypatch.setattr(inference, "load", lambda *_: 1 / 0)
     monkeypatch.setenv("MODELS", str(folder))
     with TestClient(app) as client:
@@ -325,22 +323,22 @@ def test_without_a_usable_model_the_server_lives_but_is_not_ready(
             "shape": "models is missing or malformed",
             "network": "cannot be loaded",
             "engine": "onnx: there is no onnx file",
-            "unforeseen": "ZeroDivisionError",
+            "unexpected": "ZeroDivisionError",
         }
         assert expected[harm] in answer.json()["reason"]
         refused(client.post("/predict", content=picture), 503, "no_model")
 
 
-def test_inference_never_holds_up_the_event_loop(
+def test_inference_never_blocks_the_event_loop(
     saved: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = set()
-    beaten, real = threading.Event(), images.normalise
+    loop_ran, normalise = threading.Event(), images.normalise
 
     def slow(*args: object, **kwargs: object) -> object:
         threads.add(threading.current_thread().name)
-        assert beaten.wait(60), "the event loop stands still meanwhile"
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        assert loop_ran.wait(60), "the event loop is blocked"
+        return normalise(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(images, "normalise", slow)
 
@@ -353,7 +351,7 @@ def test_inference_never_holds_up_the_event_loop(
             await asyncio.sleep(0.001)
         for _ in range(10):
             await asyncio.sleep(0.001)
-        beaten.set()
+        loop_ran.set()
         await answering
         await engine.stop()
 
@@ -365,13 +363,13 @@ def test_a_model_s_record_is_not_read_on_the_event_loop(
     client: TestClient, saved: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, _ = registry.record(saved)
-    threads, real = [], registry.read
+    threads, read = [], registry.read
 
-    def noted(folder: Path) -> dict[str, Any]:
+    def noting_thread(folder: Path) -> dict[str, Any]:
         threads.append(threading.current_thread().name)
-        return real(folder)
+        return read(folder)
 
-    monkeypatch.setattr(registry, "read", noted)
+    monkeypatch.setattr(registry, "read", noting_thread)
     assert client.post(f"/predict?model={name}", content=picture).status_code == 200
     refused(client.post("/predict?model=nothing", content=picture), 404, "unknown_model")
     assert threads
@@ -380,7 +378,7 @@ def test_a_model_s_record_is_not_read_on_the_event_loop(
 
 @contextmanager
 def serving(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """The address of a real server; on leaving, it has finished all it began, and logged it."""
+    """The address of a real server; at the exit it has completed and logged all requests."""
     monkeypatch.setenv("MODELS", str(saved))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))  # so caplog gets the log
     thread = threading.Thread(target=server.run)
@@ -395,11 +393,11 @@ def serving(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
         thread.join()
 
 
-def test_an_unforeseen_error_is_told_to_the_log_and_not_to_the_client(
+def test_an_unexpected_error_is_in_the_log_but_not_in_the_response(
     saved: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("of the inside")
+        raise RuntimeError("a secret")
 
     monkeypatch.setattr(images, "normalise", broken)
     with serving(saved, monkeypatch) as address:
@@ -410,25 +408,25 @@ def test_an_unforeseen_error_is_told_to_the_log_and_not_to_the_client(
         connection.close()
     assert (answer.status, answer.headers["X-Request-ID"]) == (500, "mine")
     assert (error["code"], error["request_id"]) == ("internal", "mine")
-    assert "inside" not in error["message"]
-    assert "RuntimeError: of the inside\nrequest_id mine" in caplog.text
+    assert "secret" not in error["message"]
+    assert "RuntimeError: a secret\nrequest_id mine" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["image/png", "multipart/form-data; boundary=x"])
-def test_a_client_that_leaves_in_mid_upload_leaves_no_traceback(
+def test_a_client_that_disconnects_during_an_upload_causes_no_traceback(
     saved: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begun, real = threading.Event(), uploads.read_picture
+    reading, read_picture = threading.Event(), uploads.read_picture
 
-    async def noted(*args: Any) -> tuple[bytes, str | None]:
-        begun.set()
-        return await real(*args)
+    async def noting_start(*args: Any) -> tuple[bytes, str | None]:
+        reading.set()
+        return await read_picture(*args)
 
-    monkeypatch.setattr(uploads, "read_picture", noted)
+    monkeypatch.setattr(uploads, "read_picture", noting_start)
     lines = ("POST /predict HTTP/1.1", "Host: x", f"Content-Type: {kind}", "Content-Length: 1000")
     with serving(saved, monkeypatch) as address, socket.create_connection(address) as connection:
         connection.sendall("\r\n".join([*lines, "", "--x\r\n"]).encode())
-        assert begun.wait(10)
+        assert reading.wait(10)
     assert "Traceback" not in caplog.text
 
 
@@ -459,7 +457,7 @@ def test_settings_come_from_the_environment_in_either_case(monkeypatch: pytest.M
         ("serve.preflight_worker", ("torch", "asyncio", "filelock")),
     ],
 )
-def test_importing_the_server_imports_nothing_that_it_seldom_needs(
+def test_importing_the_server_imports_nothing_that_is_seldom_needed(
     module: str, names: tuple[str, ...]
 ) -> None:
     code = f"import sys, {module}; print([name for name in {names} if name in sys.modules])"
@@ -469,17 +467,17 @@ def test_importing_the_server_imports_nothing_that_it_seldom_needs(
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_garbage_is_collected_once_the_server_was_imported() -> None:
+def test_garbage_collection_is_enabled_after_the_import_of_the_server() -> None:
     code = "import gc, serve.app; assert gc.isenabled()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ)
 
 
-def test_libraries_use_no_threads_of_their_own_beside_the_servers() -> None:
+def test_libraries_use_no_threads_besides_those_of_the_server() -> None:
     code = "import serve.app, cv2, threadpoolctl as pools; print(cv2.getNumThreads(), "
     code += "*[pool['num_threads'] for pool in pools.threadpool_info()])"
     environment = {key: value for key, value in os.environ.items() if "_NUM_THREADS" not in key}
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True
     )
-    assert set(found.stdout.split()) == {b"1"}
-    assert len(found.stdout.split()) > 1  # NumPy's is among them
+    assert set(done.stdout.split()) == {b"1"}
+    assert len(done.stdout.split()) > 1  # NumPy's pool is among them

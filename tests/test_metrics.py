@@ -1,4 +1,4 @@
-"""serve/metrics.py: several processes count together."""
+"""serve/metrics.py: metrics of several workers."""
 
 import re
 import tempfile
@@ -15,22 +15,22 @@ FOLDER = Path(tempfile.gettempdir())
 
 
 @pytest.mark.slow
-def test_each_of_several_workers_tells_what_all_have_counted(saved: Path) -> None:
+def test_each_worker_reports_the_metrics_of_all(saved: Path) -> None:
     page = np.full((60, 50), 255, np.uint8)
     page[10:50, 22:28] = 0
     request = load.request("/predict", png(page))
     answered = r'requests_total\{method="POST",route="/predict",status="200"\} (\S+)'
     with servers.server(saved, request, (*servers.OURS, "--workers", "2")) as server:
-        for _ in range(30):  # each on a connection of its own, to either of them
+        for _ in range(30):  # each on a new connection, to either worker
             assert servers.answers(server.port, request)
-        seen = set()
+        counts = set()
         for _ in range(10):
-            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
-                seen |= set(re.findall(answered, answer.read().decode()))
-        (kept,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
-        ended = FOLDER / "serve-metrics-99999999999999999999-x"
-        ended.mkdir()
-    assert seen == {"31.0"}  # with the one that it was started with
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:
+                counts |= set(re.findall(answered, response.read().decode()))
+        (folder,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
+        stale = FOLDER / "serve-metrics-99999999999999999999-x"
+        stale.mkdir()
+    assert counts == {"31.0"}  # with the first request of servers.server
     with servers.server(saved, request, (*servers.OURS, "--workers", "2")):
-        assert not kept.exists()  # of servers that have ended
-        assert not ended.exists()
+        assert not folder.exists()
+        assert not stale.exists()

@@ -33,14 +33,14 @@ def models(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return saved
 
 
-def test_a_request_id_is_taken_from_the_client_or_made(models: Path) -> None:
+def test_a_request_id_is_the_client_s_or_a_new_one(models: Path) -> None:
     with TestClient(app) as client:
         given = client.get("/health", headers={"X-Request-ID": "mine-1"})
         assert given.headers["x-request-id"] == "mine-1"
         for bad in ("x" * 200, "two words"):
-            made = client.get("/health", headers={"X-Request-ID": bad}).headers["x-request-id"]
-            assert made != bad
-            assert len(made) == 32
+            new = client.get("/health", headers={"X-Request-ID": bad}).headers["x-request-id"]
+            assert new != bad
+            assert len(new) == 32
 
 
 def test_a_head_is_answered_as_its_get_is(models: Path) -> None:
@@ -64,7 +64,7 @@ def test_with_keys_posts_and_metrics_need_one(
             refused(client.post("/predict", headers={"X-API-Key": key}), 422, "missing_file")
 
 
-def test_other_origins_may_ask_only_where_they_are_named(
+def test_other_origins_are_allowed_only_if_configured(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     headers = {"Origin": "https://a.example"}
@@ -79,7 +79,7 @@ def test_other_origins_may_ask_only_where_they_are_named(
         assert "access-control-allow-origin" not in other.headers
 
 
-def test_a_busy_server_refuses_before_it_reads_the_body(
+def test_a_busy_server_rejects_a_request_before_it_reads_the_body(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -97,7 +97,7 @@ def test_a_busy_server_refuses_before_it_reads_the_body(
         assert client.get("/ready").status_code == 200
 
 
-def test_all_places_are_free_again_after_whatever_came(
+def test_every_request_releases_its_place_and_its_bytes(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAX_QUEUE", "1")
@@ -111,7 +111,7 @@ def test_all_places_are_free_again_after_whatever_came(
             refused(client.post("/feedback", content=bytes(2_000)), 404, "not_found")
 
 
-def test_behind_a_proxy_s_prefix_the_same_routes_need_a_key(
+def test_behind_the_prefix_of_a_proxy_the_same_routes_need_a_key(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("API_KEYS", "first")
@@ -120,7 +120,7 @@ def test_behind_a_proxy_s_prefix_the_same_routes_need_a_key(
             refused(client.get(path), 401, "unauthorised")
 
 
-def test_a_refusal_tells_its_origin_that_it_may_be_read(
+def test_an_error_has_the_cors_header_for_an_allowed_origin(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CORS_ORIGINS", "https://a.example")
@@ -131,7 +131,7 @@ def test_a_refusal_tells_its_origin_that_it_may_be_read(
     assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
 
-def test_each_request_that_is_let_in_is_a_json_line_in_the_log_and_one_in_the_count(
+def test_each_admitted_request_is_a_json_line_of_the_log_and_counted(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = io.StringIO()
@@ -207,19 +207,19 @@ def threads() -> int | None:
     return Settings().threads
 
 
-@pytest.mark.parametrize(("given", "alone", "beside_others"), [(None, None, 1), ("3", 3, 3)])
-def test_a_worker_beside_others_has_one_inference_thread_unless_told(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, alone: int | None, beside_others: int
+@pytest.mark.parametrize(("setting", "alone", "one_of_several"), [(None, None, 1), ("3", 3, 3)])
+def test_one_of_several_workers_has_one_inference_thread_by_default(
+    monkeypatch: pytest.MonkeyPatch, setting: str | None, alone: int | None, one_of_several: int
 ) -> None:
     monkeypatch.delenv("THREADS", raising=False)
-    if given:
-        monkeypatch.setenv("THREADS", given)
+    if setting:
+        monkeypatch.setenv("THREADS", setting)
     assert threads() == alone
-    with ProcessPoolExecutor(1, get_context("spawn")) as workers:  # as uvicorn starts them
-        assert workers.submit(threads).result() == beside_others
+    with ProcessPoolExecutor(1, get_context("spawn")) as workers:  # as uvicorn starts its workers
+        assert workers.submit(threads).result() == one_of_several
 
 
-def test_the_openapi_page_names_every_status_that_is_given(models: Path) -> None:
+def test_openapi_lists_every_status_of_predict(models: Path) -> None:
     with TestClient(app) as client:
         paths = client.get("/openapi.json").json()["paths"]
     predict = paths["/predict"]["post"]
@@ -231,7 +231,7 @@ def test_the_openapi_page_names_every_status_that_is_given(models: Path) -> None
         assert response["content"]["application/json"]["schema"]["$ref"].endswith(name)
 
 
-def test_a_picture_in_base64_is_answered_as_its_file_is(models: Path, digits: object) -> None:
+def test_a_picture_in_base64_gets_the_answer_of_its_file(models: Path, digits: object) -> None:
     picture = png(digits.validation.images[0, 0].numpy())  # type: ignore[attr-defined]
     text = base64.b64encode(picture).decode()
     with TestClient(app) as client:
@@ -265,7 +265,7 @@ def test_a_batch_has_an_answer_or_an_error_for_each_file(
         )
 
 
-def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
+def test_pictures_of_a_batch_miss_the_deadline_only_because_of_other_requests(
     models: Path, digits: object, queue_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = png(digits.validation.images[0, 0].numpy())  # type: ignore[attr-defined]
@@ -273,31 +273,31 @@ def test_no_picture_of_a_batch_is_late_for_the_others_but_for_other_requests(
     monkeypatch.setenv("DEADLINE_MS", "100")
     monkeypatch.setenv("THREADS", "1")
     monkeypatch.setattr(admission, "MAX_WAIT_SHARE", 100)  # all are admitted
-    before = LoadedModel.normalise
-    gathered = threading.Event()
+    normalise = LoadedModel.normalise
+    gate = threading.Event()
 
     def slow(*args: Any) -> Any:
         queue_clock.now_s += 0.04
-        assert gathered.wait(60)
-        return before(*args)
+        assert gate.wait(60)
+        return normalise(*args)
 
     monkeypatch.setattr(LoadedModel, "normalise", slow)
 
-    def busy() -> int:
-        found = client.post("/predict/batch", files=files).json()["results"]
-        errors = [each["error"]["code"] for each in found if "error" in each]
+    def count_busy() -> int:
+        results = client.post("/predict/batch", files=files).json()["results"]
+        errors = [result["error"]["code"] for result in results if "error" in result]
         assert {*errors} <= {"busy"}
         return len(errors)
 
     with TestClient(app) as client, ThreadPoolExecutor(6) as clients:
-        gathered.set()
-        assert busy() == 0
-        gathered.clear()
-        asked = [clients.submit(busy) for _ in range(6)]
+        gate.set()
+        assert count_busy() == 0
+        gate.clear()
+        requests = [clients.submit(count_busy) for _ in range(6)]
         queue = app.state.engine.batcher
-        until(lambda: queue._pictures == 12, "each has two pictures in the queue", 60)
-        gathered.set()
-        together = sum(each.result() for each in asked)
-        assert 0 < together < 120
-        count = f'turned_away_total{{why="deadline"}} {together}.0'
-        assert count in client.get("/metrics").text
+        until(lambda: queue._pictures == 12, "each request has two pictures in the queue", 60)
+        gate.set()
+        rejected = sum(request.result() for request in requests)
+        assert 0 < rejected < 120
+        metric = f'turned_away_total{{why="deadline"}} {rejected}.0'
+        assert metric in client.get("/metrics").text

@@ -1,4 +1,4 @@
-"""serve/static: the page, used in a real browser as people use it."""
+"""serve/static: the page, in a real browser."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ from benchmarks import load, servers
 from mnist import data, registry
 from serve.app import STATIC, app
 from tests.test_app import png
-from tests.test_engine import another
+from tests.test_engine import save_copy
 from tests.test_inference import change
 
 AXE = "axe-core@4.14.1"
@@ -43,7 +43,7 @@ PASTE = """(content) => {
 }"""
 
 
-def test_the_page_is_small_and_comes_with_a_strict_policy(
+def test_the_page_is_small_and_has_a_strict_content_security_policy(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert sum(path.stat().st_size for path in STATIC.iterdir()) < 60_000
@@ -61,7 +61,7 @@ def test_the_page_is_small_and_comes_with_a_strict_policy(
         assert client.get("/static/%2e%2e/app.py").status_code == 404
 
 
-def test_a_correction_is_kept_as_a_folder_data_set_once_and_only_if_wanted(
+def test_a_correction_is_kept_once_as_a_folder_data_set_if_feedback_is_enabled(
     saved: Path, tmp_path: Path, digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = png(digits.validation.images[0, 0].numpy())
@@ -69,12 +69,12 @@ def test_a_correction_is_kept_as_a_folder_data_set_once_and_only_if_wanted(
     monkeypatch.setenv("MODELS", str(saved))
     with TestClient(app) as client:
         assert client.post("/feedback", **sent).status_code == 404
-    folder = tmp_path / "right"
+    folder = tmp_path / "feedback"
     monkeypatch.setenv("FEEDBACK_DIR", str(folder))
     monkeypatch.setenv("FEEDBACK_MAX_BYTES", str(len(picture) + 10))
     with TestClient(app) as client:
         assert client.get("/ready").json()["feedback"] is True
-        with ThreadPoolExecutor(4) as threads:  # a click, and clicks again
+        with ThreadPoolExecutor(4) as threads:  # several clicks on one button
             for answer in threads.map(lambda _: client.post("/feedback", **sent), range(8)):
                 assert (answer.status_code, answer.json()) == (201, {"label": "7"})
         wrong = client.post("/feedback", files=sent["files"], data={"label": "../x"})
@@ -84,10 +84,10 @@ def test_a_correction_is_kept_as_a_folder_data_set_once_and_only_if_wanted(
         assert (full.status_code, full.json()["error"]["code"]) == (413, "full")
         none = client.post("/feedback", files=sent["files"])
         assert (none.status_code, "no label was sent" in none.text) == (400, True)
-    monkeypatch.setenv("FEEDBACK_MAX_BYTES", "1")  # what is there already may be put right
+    monkeypatch.setenv("FEEDBACK_MAX_BYTES", "1")  # a kept picture may get another label
     with TestClient(app) as client:
         again = client.post("/feedback", files=sent["files"], data={"label": "3"})
-        assert again.status_code == 201  # the first click was wrong
+        assert again.status_code == 201  # in place of the first label
         none = client.post("/feedback", files={"file": b"no picture"}, data={"label": "3"})
         assert none.status_code == 415
     (kept,) = [path for path in folder.rglob("[!.]*") if path.is_file()]
@@ -106,17 +106,17 @@ def picture(digits: data.Dataset) -> bytes:
 
 @pytest.fixture(scope="module")
 def registry_folder(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With two models."""
+    """A registry with two models."""
     folder = Path(shutil.copytree(saved, tmp_path_factory.mktemp("page") / "models"))
-    another(folder, "never")
+    save_copy(folder, "never")
     return folder
 
 
 @pytest.fixture(scope="module")
 def port(registry_folder: Path, picture: bytes) -> Iterator[int]:
-    right = str(registry_folder.parent / "right")
+    feedback = str(registry_folder.parent / "feedback")
     first = load.request("/predict", picture)
-    with servers.server(registry_folder, first, FEEDBACK_DIR=right) as server:
+    with servers.server(registry_folder, first, FEEDBACK_DIR=feedback) as server:
         yield server.port
 
 
@@ -125,15 +125,15 @@ Opened = Callable[..., Any]
 
 @pytest.fixture
 def opened(browser: Any, port: int) -> Iterator[Opened]:
-    """A new page that is ready; whatever it complains of fails the test."""
-    contexts, complaints = [], []
+    """A function that opens the page; an error in its console fails the test."""
+    contexts, errors = [], []
 
     def open_(**options: Any) -> Any:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else 0)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else 0)
         page.goto(f"http://127.0.0.1:{port}/")
         page.wait_for_selector("#state[data-state=ready]")
         return page
@@ -141,7 +141,7 @@ def opened(browser: Any, port: int) -> Iterator[Opened]:
     yield open_
     for context in contexts:
         context.close()
-    assert not complaints
+    assert not errors
 
 
 def draw(page: Any, points: Any = SEVEN) -> None:
@@ -168,8 +168,8 @@ def test_a_digit_is_drawn_and_answered_thicker_undone_and_cleared(opened: Opened
     draw(page)
     page.wait_for_function(ANSWERED)
     words = page.inner_text("#words")
-    found = page.inner_text("#class")
-    assert words.startswith((f"{found}, ", f"Not sure; most like {found}, "))
+    prediction = page.inner_text("#class")
+    assert words.startswith((f"{prediction}, ", f"Not sure; most like {prediction}, "))
     assert page.get_attribute("#view", "src").startswith("data:image/png")
     assert len(page.query_selector_all("#bars li")) == 10
     first = ink(page)
@@ -199,14 +199,14 @@ def test_pictures_are_chosen_pasted_and_dropped(
     page.set_input_files("#files", files[0])
     page.wait_for_function(ANSWERED)
     assert page.is_visible("#picture")
-    found = page.inner_text("#class")
+    prediction = page.inner_text("#class")
     page.click("#clear")
     page.wait_for_function(WAITING)
     assert page.is_hidden("#picture")
     content = base64.b64encode(picture).decode()
     page.evaluate(PASTE, content)
     page.wait_for_function(ANSWERED)
-    assert page.inner_text("#class") == found
+    assert page.inner_text("#class") == prediction
     page.set_input_files("#files", files)
     page.wait_for_selector("#rows .refused")
     cells = [row.inner_text() for row in page.query_selector_all("#rows tr")]
@@ -230,7 +230,7 @@ def test_another_model_is_chosen_and_answers(opened: Opened, registry_folder: Pa
 
 
 @pytest.mark.slow
-def test_the_page_says_when_the_server_is_gone_and_goes_on_when_it_is_back(
+def test_the_page_shows_that_the_server_is_not_reachable_and_recovers(
     browser: Any, saved: Path, picture: bytes
 ) -> None:
     first = load.request("/predict", picture)
@@ -330,13 +330,13 @@ def test_axe_finds_nothing_serious_and_nothing_shifts(
     page.wait_for_function("() => document.getElementById('count').textContent.startsWith('2 of')")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     page.add_script_tag(path=axe)
-    found = page.evaluate("axe.run()")["violations"]
-    serious = [each for each in found if each["impact"] in ("serious", "critical")]
+    violations = page.evaluate("axe.run()")["violations"]
+    serious = [each for each in violations if each["impact"] in ("serious", "critical")]
     assert not serious, json.dumps(serious, indent=1)[:3000]
 
 
 @pytest.mark.slow
-def test_a_wrong_answer_is_put_right_with_one_click(opened: Opened, registry_folder: Path) -> None:
+def test_a_wrong_answer_is_corrected_with_one_click(opened: Opened, registry_folder: Path) -> None:
     page = opened()
     draw(page)
     page.wait_for_function(ANSWERED)
@@ -344,11 +344,11 @@ def test_a_wrong_answer_is_put_right_with_one_click(opened: Opened, registry_fol
     page.wait_for_function(
         "() => document.getElementById('words').textContent.includes('Kept as 7')"
     )
-    (kept,) = (registry_folder.parent / "right" / "7").iterdir()
+    (kept,) = (registry_folder.parent / "feedback" / "7").iterdir()
     assert kept.suffix == ".png"
 
 
-# --- servers of other kinds, and bad lines to them
+# --- other servers, and bad connections
 
 
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
@@ -385,14 +385,14 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_what_comes_too_late_is_not_shown_and_the_server_is_not_flooded(opened: Opened) -> None:
+def test_late_answers_are_not_shown_and_the_server_is_not_flooded(opened: Opened) -> None:
     page = opened()
     page.evaluate(SLOW)
     draw(page)
     page.wait_for_function("answers > 0")
     page.click("#clear")
     page.evaluate("late = false")
-    page.wait_for_timeout(500)  # for what must not come
+    page.wait_for_timeout(500)  # a late answer would be shown by now
     assert page.inner_text("#words") == "Nothing drawn yet."
     assert page.evaluate("answers") <= 2  # of 20 movements of the mouse
     page.evaluate("late = true")
@@ -400,14 +400,14 @@ def test_what_comes_too_late_is_not_shown_and_the_server_is_not_flooded(opened: 
     draw(page, SEVEN[2:])
     page.evaluate("late = false")
     page.wait_for_function(ANSWERED)
-    page.wait_for_timeout(700)  # the drawing as it is now was asked last
+    page.wait_for_timeout(700)  # the last request was for the whole drawing
     assert page.evaluate("answers") <= 6
     assert page.inner_text("#class").isdigit()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["predict", "models", "ready"])
-def test_one_request_that_is_lost_is_made_good(browser: Any, port: int, what: str) -> None:
+def test_a_request_that_failed_is_sent_again(browser: Any, port: int, what: str) -> None:
     page = browser.new_page()
     page.add_init_script(ONCE.replace("WHAT", what))
     page.goto(f"http://127.0.0.1:{port}/")
@@ -425,7 +425,7 @@ def test_a_model_of_other_classes_takes_over_on_an_open_page(
     browser: Any, folder: Path, picture: bytes
 ) -> None:
     first = registry.record(folder)[0]
-    clothes = another(folder)
+    clothes = save_copy(folder)
     change(folder, lambda record: record["dataset"].update(classes=CLOTHES, recipe="plain"))
     registry.use(folder, first)
     page = browser.new_page()
@@ -439,7 +439,7 @@ def test_a_model_of_other_classes_takes_over_on_an_open_page(
         )
         page.wait_for_function(ANSWERED)
         assert page.inner_text("#class") in CLOTHES
-        names = [each.inner_text() for each in page.query_selector_all("#bars .name")]
+        names = [name.inner_text() for name in page.query_selector_all("#bars .name")]
         assert names == CLOTHES
         assert page.query_selector_all("#bars .best .name")[0].inner_text() in CLOTHES
         page.select_option("#model", first)
@@ -451,7 +451,7 @@ def test_a_model_of_other_classes_takes_over_on_an_open_page(
 
 
 @pytest.mark.slow
-def test_a_key_is_asked_for_where_one_is_needed_and_errors_come_in_words(
+def test_the_page_asks_for_a_key_and_shows_errors_in_words(
     browser: Any, folder: Path, picture: bytes, tmp_path: Path
 ) -> None:
     change(folder, lambda record: record["calibration"].update(uncertain_below=1e9))
@@ -473,8 +473,8 @@ def test_a_key_is_asked_for_where_one_is_needed_and_errors_come_in_words(
         assert "wants an API key" in page.inner_text("#words")
         page.evaluate("late = true; answers = 0")
         draw(page, SEVEN[2:])
-        page.wait_for_function("answers > 0")  # a request without the key is still under way
-        page.fill("#key", "k1 \u2713")  # what no header can hold is left out
+        page.wait_for_function("answers > 0")  # a request without the key is still in progress
+        page.fill("#key", "k1 \u2713")  # characters that no header can hold are dropped
         page.press("#key", "Enter")
         page.evaluate("late = false")
         page.wait_for_function(ANSWERED)

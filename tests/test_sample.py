@@ -1,4 +1,4 @@
-"""serve/sample_model: what answers before any model was trained."""
+"""serve/sample_model: the model that answers before any training."""
 
 import shutil
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def seven() -> bytes:
     return png(np.asarray(picture))
 
 
-def test_it_is_small_and_whole() -> None:
+def test_the_sample_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in registry.SAMPLE.iterdir()) < MOST_BYTES
     name, record = registry.record(registry.SAMPLE)
     for kind in record["files"]:
@@ -46,7 +46,7 @@ def test_it_is_small_and_whole() -> None:
     assert record["metrics"]["test"]["errors"] < 100
 
 
-def test_it_answers_until_there_is_a_model(empty: Path, saved: Path, seven: bytes) -> None:
+def test_the_sample_answers_until_a_model_is_saved(empty: Path, saved: Path, seven: bytes) -> None:
     with TestClient(app) as client:
         ready = client.get("/ready").json()
         assert ready["sample"] == registry.SAMPLE_NOTE
@@ -56,13 +56,13 @@ def test_it_answers_until_there_is_a_model(empty: Path, saved: Path, seven: byte
             ready["model"]
         ]
         shutil.copytree(saved, empty / "saved_models")
-        own = until(client, lambda ready: "sample" not in ready)["model"]
-        assert own == registry.record(saved)[0]
-        assert client.post("/predict", content=seven).json()["model"] == own
+        name = until(client, lambda ready: "sample" not in ready)["model"]
+        assert name == registry.record(saved)[0]
+        assert client.post("/predict", content=seven).json()["model"] == name
         assert client.get(f"/models/{ready['model']}").status_code == 404
 
 
-def test_a_bad_first_model_does_not_end_it(empty: Path, saved: Path, seven: bytes) -> None:
+def test_the_sample_answers_after_a_bad_first_model(empty: Path, saved: Path, seven: bytes) -> None:
     with TestClient(app) as client:
         sample = client.get("/ready").json()["model"]
         shutil.copytree(saved, empty / "new")
@@ -75,7 +75,7 @@ def test_a_bad_first_model_does_not_end_it(empty: Path, saved: Path, seven: byte
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_registry_that_is_named_is_not_replaced(
+def test_the_sample_does_not_replace_a_configured_registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MODELS", str(tmp_path / "saved_models"))
@@ -83,7 +83,7 @@ def test_a_registry_that_is_named_is_not_replaced(
         assert client.get("/ready").status_code == 503
 
 
-def test_the_shell_uses_it_and_says_so(
+def test_predict_uses_the_sample_and_prints_a_note(
     empty: Path, seven: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (empty / "7.png").write_bytes(seven)
