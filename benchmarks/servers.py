@@ -1,4 +1,4 @@
-"""Servers as other processes: ours, and what it is compared with; their start and memory."""
+"""Servers in other processes: this one and its peers; their start and memory."""
 
 import http.client
 import json
@@ -14,87 +14,87 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_S, STOP_S = 60, 10  # longest start of a server, and its longest end
+START_TIMEOUT_S, STOP_TIMEOUT_S = 60, 10
 OURS = ("-m", "uvicorn", "serve.app:app", "--log-level", "warning")
 
 
 @dataclass
 class Server:
-    """A server that answered; `ready_s` after its process began."""
+    """A server whose first response came `ready_s` after the start of its process."""
 
     process: subprocess.Popen[bytes]
     port: int
     ready_s: float
 
     def memory_mb(self) -> list[float]:
-        """Resident memory of each of its processes, its own first."""
-        return [_resident_mb(pid) for pid in below(self.process.pid)]
+        """Resident memory of each process, the parent first."""
+        return [_resident_mb(pid) for pid in process_tree(self.process.pid)]
 
 
 @contextmanager
 def server(
     folder: Path | None, first: bytes, command: Sequence[str] = OURS, port: int = 0, **settings: str
 ) -> Iterator[Server]:
-    """One that answers the request `first` with 200, for models in `folder`.
+    """Start a server for the models in `folder`; yields once it answers `first` with 200.
 
-    Without a folder it uses its default registry. It is started as python COMMAND --port PORT, a
-    free one by default, with the settings in its environment.
+    Without a folder it uses its default registry. The command is python COMMAND --port PORT, by
+    default a free port, with the settings in its environment.
     """
     with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
-    # A server's second start finds its modules compiled, unless the machine forbids to keep that.
-    own = {"PYTHONDONTWRITEBYTECODE": ""}
+    # The bytecode is kept, so that a second start does not compile.
+    variables = {"PYTHONDONTWRITEBYTECODE": ""}
     if folder is not None:
-        own["MODELS"] = str(folder.resolve())
-    environment: Mapping[str, str] = os.environ | own | settings
+        variables["MODELS"] = str(folder.resolve())
+    environment: Mapping[str, str] = os.environ | variables | settings
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command, "--port", str(port)], env=environment, stderr=subprocess.DEVNULL
     )
     try:
         while not answers(port, first):
-            if process.poll() is not None or time.perf_counter() - start > START_S:
+            if process.poll() is not None or time.perf_counter() - start > START_TIMEOUT_S:
                 raise RuntimeError(f"python {' '.join(command)} has ended, or gives no answer")
             time.sleep(0.005)
         yield Server(process, port, time.perf_counter() - start)
     finally:
-        pids = below(process.pid)
+        pids = process_tree(process.pid)
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-        for pid in pids:  # LitServe's processes stay
+            process.wait(STOP_TIMEOUT_S)
+        for pid in pids:  # LitServe's processes outlive their parent
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
 def answers(port: int, request: bytes) -> bool:
-    """Whether the server's answer to one request is 200."""
+    """Whether the response to the request has status 200."""
     try:
-        return bool(ask(port, request))
+        return bool(fetch(port, request))
     except (OSError, http.client.HTTPException):
         return False
 
 
-def ask(port: int, request: bytes) -> dict[str, Any]:
-    """The JSON that one request, head and body, is answered with; nothing unless that is 200."""
+def fetch(port: int, request: bytes) -> dict[str, Any]:
+    """The JSON of the response to the request, head and body; empty unless its status is 200."""
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall(request)
-        answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        return json.load(answer) if answer.status == 200 else {}
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return json.load(response) if response.status == 200 else {}
 
 
-def below(pid: int) -> list[int]:
-    """A process and all that it started."""
-    found = [pid]
+def process_tree(pid: int) -> list[int]:
+    """The ids of a process and of all its descendants."""
+    pids = [pid]
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
-                found += below(int(child))
+                pids += process_tree(int(child))
     except OSError:
-        return found
-    return found
+        return pids
+    return pids
 
 
 def _resident_mb(pid: int) -> float:

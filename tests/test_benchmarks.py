@@ -80,7 +80,7 @@ def test_letters_are_drawn_dark_on_light() -> None:
     assert (len(seen), refused) == (1, 1)
 
 
-def test_the_load_tells_a_connection_closed_before_an_answer_from_one_within_it() -> None:
+def test_the_load_distinguishes_a_connection_closed_before_a_response_from_one_within_it() -> None:
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
     replies = [b"", whole, whole[:-1], whole + b"more"]  # to one request after the other
 
@@ -100,46 +100,46 @@ def test_the_load_tells_a_connection_closed_before_an_answer_from_one_within_it(
         clients = load.Clients(server.server_address[1])
         connection = clients.open()
         for _ in range(3):
-            clients.free(0)
-            clients.ask(connection, b"GET / HTTP/1.1\r\n\r\n", time.perf_counter())
+            clients.wait(0)
+            clients.send(connection, b"GET / HTTP/1.1\r\n\r\n", time.perf_counter())
             while clients:
-                assert clients.free(10) in ([], [connection])
+                assert clients.wait(10) in ([], [connection])
         time.sleep(0.1)
-        assert clients.free(0) == []  # what an idle connection brings is no answer
+        assert clients.wait(0) == []  # bytes on an idle connection are no response
         server.shutdown()
-    assert [row[2:] for row in clients.found] == [(200, 2), (-1, 1), (200, 1)]
-    clients.ask(connection, b"GET / HTTP/1.1\r\n\r\n", time.perf_counter())
-    assert clients.free(10) == [connection]  # at once, as nobody listens any more
-    assert clients.found[-1][2:] == (0, 2)
+    assert [row[2:] for row in clients.rows] == [(200, 2), (-1, 1), (200, 1)]
+    clients.send(connection, b"GET / HTTP/1.1\r\n\r\n", time.perf_counter())
+    assert clients.wait(10) == [connection]  # at once, as no server listens any more
+    assert clients.rows[-1][2:] == (0, 2)
 
 
-def test_the_load_gives_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "PATIENCE_S", 0.1)
+def test_a_request_of_the_load_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        found = load.closed(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 1, 0.05)
-    assert [row[2:] for row in found] == [(-1, 1)]
+        rows = load.closed_loop(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 1, 0.05)
+    assert [row[2:] for row in rows] == [(-1, 1)]
 
 
-def test_an_open_load_sleeps_while_it_waits_for_the_last_answers(
+def test_an_open_loop_sleeps_while_it_waits_for_the_last_responses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def stop_once_asked(silent: socket.socket) -> None:
+    def stop_once_connected(silent: socket.socket) -> None:
         with silent.accept()[0]:
             os.kill(os.getpid(), signal.SIGTERM)
             ended.wait(60)
 
     ended = threading.Event()
-    monkeypatch.setattr(load, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(load, "TIMEOUT_S", 1.0)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             start, worked = time.perf_counter(), time.process_time()
-            threading.Thread(target=stop_once_asked, args=(silent,)).start()
-            found = load.open_(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 20, 60)
+            threading.Thread(target=stop_once_connected, args=(silent,)).start()
+            rows = load.open_loop(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 20, 60)
     finally:
         ended.set()
         signal.signal(signal.SIGTERM, handler)
-    assert {row[2:] for row in found} == {(-1, 1)}
+    assert {row[2:] for row in rows} == {(-1, 1)}
     assert time.process_time() - worked < (time.perf_counter() - start) / 2
 
 
