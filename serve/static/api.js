@@ -1,8 +1,8 @@
-// The server: its models, its answers, and what it says when it has none.
+// Requests to the server, and its errors in words.
 
 const KEY = "api-key";
-const LOOK_MS = 5000; // longest wait for what takes no time
-const ANSWER_MS = 130000; // and for an answer: a model may have to be loaded first
+const TIMEOUT_MS = 5000; // of a request that takes no time
+const ANSWER_TIMEOUT_MS = 130000; // of a POST: a model may have to be loaded first
 
 const WORDS = {
   blank: "The picture is blank: nothing stands out from its ground.",
@@ -17,8 +17,8 @@ const WORDS = {
   gone: "The server cannot be reached.",
 };
 
-/** An answer that is none: its code, words for a person, and how long to wait. */
-export class Refused extends Error {
+/** An error: its code, a message for people, and the ms to wait before a retry. */
+export class ApiError extends Error {
   constructor(code, message, wait = 0) {
     super(WORDS[code] ?? message);
     this.code = code;
@@ -26,7 +26,7 @@ export class Refused extends Error {
   }
 }
 
-/** Kept by the browser, if it lets us; a header can only hold plain characters. */
+/** The API key, in localStorage if that is allowed; a header can hold plain characters only. */
 export const key = {
   value: "",
   get() {
@@ -45,15 +45,15 @@ export const key = {
 
 export const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
-/** What a path gives as JSON, and whether it is an answer; throws Refused. */
-async function fetched(path, { signal, limit = LOOK_MS, ...options } = {}) {
+/** The response of a path and its JSON; throws ApiError. */
+async function fetched(path, { signal, limit = TIMEOUT_MS, ...options } = {}) {
   const headers = { ...options.headers, ...(key.get() && { "X-API-Key": key.get() }) };
   const ends = AbortSignal.any([AbortSignal.timeout(limit), ...(signal ? [signal] : [])]);
   try {
     const response = await fetch(path, { ...options, headers, signal: ends, cache: "no-store" });
     return [response, await response.json()];
   } catch {
-    throw new Refused("gone");
+    throw new ApiError("gone");
   }
 }
 
@@ -61,13 +61,13 @@ async function ask(path, options) {
   const [response, body] = await fetched(path, options);
   if (response.ok) return body;
   const { code = "gone", message = response.statusText } = body.error ?? {};
-  throw new Refused(code, message, 1000 * response.headers.get("Retry-After"));
+  throw new ApiError(code, message, 1000 * response.headers.get("Retry-After"));
 }
 
-/** Also says why there is no model. */
+/** The answer of /ready, also with status 503: it has the reason. */
 export async function ready() {
   const [, body] = await fetched("ready");
-  if (!body.status) throw new Refused("gone");
+  if (!body.status) throw new ApiError("gone");
   return body;
 }
 
@@ -77,7 +77,7 @@ export const model = (name) => ask(`models/${encodeURIComponent(name)}`);
 const named = (name) => (name ? `&model=${encodeURIComponent(name)}` : "");
 
 const post = (path, body, signal, headers) =>
-  ask(path, { method: "POST", body, headers, signal, limit: ANSWER_MS });
+  ask(path, { method: "POST", body, headers, signal, limit: ANSWER_TIMEOUT_MS });
 
 export const predict = (picture, name, signal) =>
   post(`predict?top=3&view=true${named(name)}`, picture, signal, {
@@ -97,9 +97,9 @@ export function feedback(picture, label, name) {
   return post(`feedback?${named(name)}`, body);
 }
 
-/** One request at a time, always of what is there to be asked by then. */
+/** One request at a time, always for the newest drawing or picture. */
 export class Newest {
-  /** send(signal) gives a promise, or null where there is nothing to ask; show() what came of it. */
+  /** send(signal) returns a promise, or null with nothing to send; show() gets its result. */
   constructor(send, show) {
     this.send = send;
     this.show = show;
@@ -129,7 +129,7 @@ export class Newest {
     }
   }
 
-  /** What is under way belongs to something that is gone: it ends, and will not be shown. */
+  /** Abort the request in progress; its result is not shown. */
   drop() {
     this.age += 1;
     this.control?.abort();

@@ -1,19 +1,19 @@
-// Strokes on a canvas. The model gets them black on white, whatever the page looks like.
+// Strokes on a canvas. The server gets them black on white, in any colour scheme of the page.
 
 const SIDE = 280; // units of a drawing
-const SENT = 224; // pixels of the picture that is sent: the longest side the server looks at
+const SENT = 224; // pixels of the picture that is sent: the longest side that the server uses
 
 export class Drawing {
-  /** Calls changed(done) as strokes grow, with done where no stroke is under way. */
+  /** Calls changed(done) as strokes grow; done is false during a stroke. */
   constructor(canvas, changed) {
     this.canvas = canvas;
     this.changed = changed;
     this.strokes = [];
-    this.removed = []; // what Clear took away, for Undo
+    this.removed = []; // by Clear, for Undo
     this.brush = 22;
     this.stroke = null;
-    this.off = false; // then nobody draws
-    this.frame = 0; // in which it will be shown
+    this.off = false; // whether drawing is disabled
+    this.frame = 0; // the requested animation frame
     this.sent = Object.assign(document.createElement("canvas"), { width: SENT, height: SENT });
     canvas.addEventListener("pointerdown", (event) => this.begin(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
@@ -32,7 +32,7 @@ export class Drawing {
     if (event.button !== 0 || this.stroke || this.off) return;
     event.preventDefault();
     this.canvas.setPointerCapture(event.pointerId);
-    this.canvas.focus({ preventScroll: true }); // for its keys
+    this.canvas.focus({ preventScroll: true }); // for its keyboard shortcuts
     this.stroke = { pointer: event.pointerId, points: [] };
     this.strokes.push(this.stroke);
     this.removed = [];
@@ -59,7 +59,7 @@ export class Drawing {
   add(event) {
     const box = this.canvas.getBoundingClientRect();
     const scale = SIDE / box.width;
-    // A mouse always says 0.5, fingers mostly 0 or 1: only a pen's pressure means something.
+    // The pressure of a mouse is always 0.5, of fingers mostly 0 or 1: only a pen's is used.
     const pressure = event.pointerType === "pen" ? 0.5 + event.pressure : 1;
     this.stroke.points.push({
       x: (event.clientX - box.left) * scale,
@@ -101,7 +101,7 @@ export class Drawing {
     paint(pen, this.strokes, canvas.width / SIDE, getComputedStyle(canvas).color);
   }
 
-  /** The drawing as a PNG, black on white; at once, where toBlob waits until the browser is idle. */
+  /** The drawing as a PNG, black on white; at once, because toBlob waits for an idle browser. */
   png() {
     const pen = this.sent.getContext("2d", { willReadFrequently: true });
     pen.fillStyle = "white";
@@ -122,7 +122,7 @@ function paint(pen, strokes, scale, colour) {
   pen.restore();
 }
 
-/** Curves through the middles between points, each as wide as the pen was there. */
+/** Curves through the midpoints, each as wide as the pen at its points. */
 function line(pen, points) {
   const [first] = points;
   if (points.length < 3) {

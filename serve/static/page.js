@@ -1,40 +1,40 @@
-// The page: what was drawn or chosen goes to the server, and its answer is shown.
+// The page: sends the drawing or the chosen pictures to the server, and shows its answers.
 
 import * as api from "./api.js";
 import { Drawing } from "./draw.js";
 
 const $ = (id) => document.getElementById(id);
-const ALIVE_MS = 5000; // between two looks at a server that is ready
-const GONE_MS = 1000; // and at one that is not
-const EVERY_MS = 50; // a stroke that is under way is asked about
-const MOST_BARS = 10;
-const AT_ONCE = 16; // pictures in one request, at most
-const AT_ONCE_BYTES = 8e6; // and so many bytes, if it is more than one
+const READY_POLL_MS = 5000; // between two polls of a server that is ready
+const RETRY_MS = 1000; // and of one that is not
+const STROKE_MS = 50; // between two requests during a stroke
+const MAX_BARS = 10;
+const MAX_PICTURES = 16; // of one request
+const MAX_BYTES = 8e6; // of one request with several pictures
 
-let classes = []; // of the model that is described
-let described = ""; // its name
-let answered = null; // the answer that is shown, with its picture
-let chosen = null; // the one picture that was chosen, in place of the drawing
+let classes = []; // of the described model
+let described = ""; // the name of the model that the page describes
+let answered = null; // the answer on the page, with its picture
+let chosen = null; // the chosen picture, in place of the drawing
 
-// --- what is asked ---
+// --- requests ---
 
-let asked = 0;
+let sentAt = 0;
 const newest = new api.Newest((signal) => {
   if (!chosen && drawing.empty) return null;
-  asked = performance.now();
+  sentAt = performance.now();
   const picture = chosen ?? drawing.png();
   return api.predict(picture, $("model").value, signal).then((found) => ({ ...found, picture }));
 }, show);
 
 const drawing = new Drawing($("canvas"), (done) => {
-  $("words").setAttribute("aria-busy", String(!done)); // it is read out when the pen is up
+  $("words").setAttribute("aria-busy", String(!done)); // not read aloud during a stroke
   if (drawing.empty) {
     newest.drop();
-    nothing();
-  } else if (done || performance.now() - asked > EVERY_MS) newest.ask();
+    clearAnswer();
+  } else if (done || performance.now() - sentAt > STROKE_MS) newest.ask();
 });
 
-/** Pictures that were chosen, dropped, pasted or taken. */
+/** Pictures that were chosen, dropped, pasted or photographed. */
 function take(files) {
   const pictures = [...files];
   if (pictures.length > 1) takeMany(pictures);
@@ -42,18 +42,18 @@ function take(files) {
 }
 
 function choose(picture) {
-  forget();
+  removePicture();
   newest.drop();
   drawing.clear();
   chosen = picture;
   drawing.off = true;
   $("picture").src = URL.createObjectURL(chosen);
   $("picture").hidden = false;
-  nothing();
+  clearAnswer();
   newest.ask();
 }
 
-function forget() {
+function removePicture() {
   if (!chosen) return;
   URL.revokeObjectURL($("picture").src);
   $("picture").hidden = true;
@@ -61,9 +61,9 @@ function forget() {
   drawing.off = false;
 }
 
-// --- what is answered ---
+// --- answers ---
 
-/** "99.8%"; neither 100% nor 0% for what is only nearly so. */
+/** "99.8%"; 100% and 0% only if they are exact. */
 function percent(share) {
   if (share > 0.9995 && share < 1) return ">99.9%";
   if (share < 0.0005 && share > 0) return "<0.1%";
@@ -72,7 +72,7 @@ function percent(share) {
 
 function show(answer) {
   if (answer instanceof Error) {
-    nothing(trouble(answer));
+    clearAnswer(handleError(answer));
     return;
   }
   answered = answer;
@@ -85,27 +85,27 @@ function show(answer) {
   const sure = uncertain ? `Not sure; most like ${prediction}` : prediction;
   const then = others.length ? ` Then ${others.join(" and ")}.` : "";
   $("words").textContent = `${sure}, ${percent(probability)}.${then}`;
-  const other = model === described ? "" : `, by ${model}`; // a canary, or one that has just come
-  $("time").textContent = `${Math.round(performance.now() - asked)} ms${other}`;
+  const other = model === described ? "" : `, by ${model}`; // a canary, or a new model
+  $("time").textContent = `${Math.round(performance.now() - sentAt)} ms${other}`;
   $("view").src = view;
   $("view").alt = "Your picture as the model sees it";
   bars(probabilities, prediction);
   $("right").hidden = !correcting || model !== described;
-  if (other && model !== canary) look();
+  if (other && model !== canary) poll();
 }
 
-/** What an error says; and what follows from it. */
-function trouble({ code, message }) {
+/** Update the page for an error; returns its message. */
+function handleError({ code, message }) {
   if (code === "busy") state("busy");
   if (code === "unauthorised") askKey();
   if (code === "gone") {
     state("gone");
-    look();
+    poll();
   }
   return message;
 }
 
-function nothing(words = chosen || !drawing.empty ? "" : "Nothing drawn yet.") {
+function clearAnswer(words = chosen || !drawing.empty ? "" : "Nothing drawn yet.") {
   answered = null;
   $("class").textContent = "–";
   $("class").classList.remove("unsure", "long");
@@ -117,14 +117,14 @@ function nothing(words = chosen || !drawing.empty ? "" : "Nothing drawn yet.") {
   bars({});
 }
 
-/** A bar for each class, or for the likeliest where there are many. */
+/** A bar for each class, or for the most likely of many. */
 function bars(shares, best) {
   const given = Object.keys(shares);
   const all = given.every((name) => classes.includes(name)) ? classes : given;
   let names = all;
-  if (all.length > MOST_BARS) {
+  if (all.length > MAX_BARS) {
     const likely = [...all].sort((a, b) => (shares[b] ?? 0) - (shares[a] ?? 0));
-    names = all.filter((name) => likely.slice(0, MOST_BARS).includes(name));
+    names = all.filter((name) => likely.slice(0, MAX_BARS).includes(name));
   }
   const rows = $("bars").children;
   while (rows.length > names.length) rows[0].remove();
@@ -149,25 +149,25 @@ function part(tag, kind = "") {
 
 // --- several pictures ---
 
-let lots = 0;
+let uploads = 0;
 
 async function takeMany(files) {
-  const lot = ++lots;
+  const upload = ++uploads;
   let waiting = files.map((file) => ({ file, line: row(file) }));
-  let most = AT_ONCE;
+  let most = MAX_PICTURES;
   $("rows").replaceChildren(...waiting.map(({ line }) => line));
   $("many").hidden = false;
   $("many").scrollIntoView({ block: "nearest" });
   while (waiting.length) {
     $("count").textContent = `${files.length - waiting.length} of ${files.length} answered`;
-    const some = waiting.slice(0, within(waiting, most));
+    const some = waiting.slice(0, countFitting(waiting, most));
     const found = await api.batch(some.map(({ file }) => file), $("model").value).catch((e) => e);
-    if (lot !== lots) return; // others have come
+    if (upload !== uploads) return; // other pictures were chosen meanwhile
     if (found.code === "too_many_files" && some.length > 1) {
       most = some.length >> 1;
       continue;
     }
-    const words = found.results ? "" : trouble(found);
+    const words = found.results ? "" : handleError(found);
     const again = some.filter(({ line }, i) => {
       const answer = found.results?.[i] ?? { error: { code: found.code, message: words } };
       const busy = answer.error?.code === "busy";
@@ -175,15 +175,15 @@ async function takeMany(files) {
       return busy;
     });
     waiting = [...waiting.slice(some.length), ...again];
-    if (again.length) await api.pause(found.wait || GONE_MS);
+    if (again.length) await api.pause(found.wait || RETRY_MS);
   }
   $("count").textContent = `${files.length} of ${files.length} answered`;
 }
 
-/** How many of them one request may have. */
-function within(pictures, most) {
+/** The number of pictures that fit into one request. */
+function countFitting(pictures, most) {
   let bytes = 0;
-  const n = pictures.slice(0, most).findIndex(({ file }) => (bytes += file.size) > AT_ONCE_BYTES);
+  const n = pictures.slice(0, most).findIndex(({ file }) => (bytes += file.size) > MAX_BYTES);
   return n < 0 ? most : Math.max(1, n);
 }
 
@@ -209,7 +209,7 @@ function fill(line, answer) {
   if (answer.error) {
     const { code, message } = answer.error;
     prediction.textContent = "–";
-    top.textContent = new api.Refused(code, message).message;
+    top.textContent = new api.ApiError(code, message).message;
     line.className = "refused";
     return;
   }
@@ -218,7 +218,7 @@ function fill(line, answer) {
   top.textContent = answer.top.map(([name, share]) => `${name}\u00a0${percent(share)}`).join(", ");
 }
 
-// --- putting right ---
+// --- corrections ---
 
 function labels() {
   const buttons = classes.map((name) => {
@@ -234,7 +234,7 @@ async function correct(label) {
   const found = await api.feedback(wrong.picture, label, wrong.model).catch((error) => error);
   if (wrong !== answered) return;
   const kept = `Kept as ${label}. Thank you.`;
-  $("words").textContent = found instanceof Error ? trouble(found) : kept;
+  $("words").textContent = found instanceof Error ? handleError(found) : kept;
 }
 
 // --- the server ---
@@ -246,7 +246,7 @@ const STATES = {
   gone: "not reachable",
 };
 let timer = 0;
-let looks = 0;
+let polls = 0;
 let current = "";
 let canary = "";
 let correcting = false; // whether the server keeps corrections
@@ -258,15 +258,15 @@ function state(kind) {
   $("state").textContent = STATES[kind] ?? kind;
 }
 
-/** See how the server is, and which models it has; and again, as long as the page is there. */
-async function look() {
+/** Get the state of the server and its models, now and from then on. */
+async function poll() {
   clearTimeout(timer);
-  const turn = ++looks;
+  const number = ++polls;
   const was = $("state").dataset.state;
   let kind = "gone";
   try {
     const found = await api.ready();
-    if (turn !== looks) return; // a later look is under way
+    if (number !== polls) return; // a later poll is in progress
     kind = found.status;
     current = found.model ?? "";
     canary = found.canary;
@@ -279,12 +279,12 @@ async function look() {
     }
   } catch (error) {
     if (!error.code) throw error;
-    if (error.code === "gone") kind = "gone"; // else it is tried again
+    if (error.code === "gone") kind = "gone"; // other errors: the next poll tries again
   } finally {
-    if (turn === looks) {
+    if (number === polls) {
       state(kind);
       if (kind === "ready" && was !== "ready") newest.ask();
-      timer = setTimeout(look, kind === "ready" ? ALIVE_MS : GONE_MS);
+      timer = setTimeout(poll, kind === "ready" ? READY_POLL_MS : RETRY_MS);
     }
   }
 }
@@ -304,14 +304,14 @@ async function list() {
   await describe();
 }
 
-/** Show which model answers; where it is another one than before, ask it. */
+/** Describe the model that answers; after a change, send the picture again. */
 async function describe() {
   const name = $("model").value || current;
   if (name === described) return;
   newest.drop();
-  nothing();
+  clearAnswer();
   const record = await api.model(name);
-  if (name !== ($("model").value || current)) return; // yet another one was chosen meanwhile
+  if (name !== ($("model").value || current)) return; // another model was chosen meanwhile
   described = name;
   ({ classes } = record.dataset);
   about(sample && name === current ? `${summary(record)}. Note: ${sample}.` : summary(record));
@@ -321,7 +321,7 @@ async function describe() {
   $("hint").textContent = drawn
     ? "or drop, paste, photograph or choose pictures"
     : "drop, paste or photograph one";
-  $("known").hidden = classes.length <= MOST_BARS;
+  $("known").hidden = classes.length <= MAX_BARS;
   $("known-title").textContent = `${classes.length} classes`;
   $("names").textContent = classes.join(", ");
   labels();
@@ -361,19 +361,19 @@ for (const id of ["files", "photo"]) {
 $("picture").addEventListener("error", () => ($("picture").hidden = true));
 $("model").addEventListener("change", () => {
   described = "";
-  describe().catch((error) => nothing(trouble(error)));
+  describe().catch((error) => clearAnswer(handleError(error)));
 });
 $("key-field").addEventListener("submit", (event) => {
   event.preventDefault();
   api.key.set($("key").value);
   $("key-field").hidden = Boolean($("key").value);
-  newest.drop(); // it went without the key
+  newest.drop(); // the request in progress has no key
   newest.ask();
 });
 
 function act(what) {
   newest.drop();
-  forget();
+  removePicture();
   drawing[what]();
 }
 
@@ -403,4 +403,4 @@ document.addEventListener("drop", (event) => {
   take(event.dataTransfer.files);
 });
 
-look();
+poll();
