@@ -22,7 +22,7 @@ MAX_BATCH = 8  # pictures; larger batches are hardly faster, and all their answe
 MAX_THREADS = 2
 INLINE_PACE_S = 0.01  # a lone picture is answered on the event loop if the pace is below this
 INITIAL_PACE_S = 0.002  # for a picture, until the first batch is measured
-DECAY = 0.95  # of earlier measurements, with each batch: about the last 20 batches count
+DECAY = 0.95  # weight of earlier measurements, with each batch: about the last 20 count
 
 
 class Model(Protocol):
