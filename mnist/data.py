@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist import folders, own
+from mnist import folders, plugins
 from mnist.files import DataError
 from mnist.reading import Arrays
 from mnist.sources import DATASETS, Reader, Source
@@ -130,11 +130,11 @@ def _source(name: str, image_size: int | None, color: bool) -> tuple[str, Source
 
 
 def _read(name: str, source: Source, data_dir: Path, part: str) -> Arrays:
-    """What a source gives; raises DataError for whatever one's own may raise."""
+    """What a source returns; raises DataError for whatever a plugin raises."""
     try:
         images, labels = source.read(data_dir, part)
     except Exception as error:
-        if isinstance(error, DataError) or not own.made(source.read):
+        if isinstance(error, DataError) or not plugins.is_from_plugin(source.read):
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
         text = f"{name}: its {part} part cannot be read: {type(error).__name__}: {reason}"

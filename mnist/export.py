@@ -62,7 +62,7 @@ def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) 
     (mnist.folding), where it is given. In float32 it must give torch's probabilities, in int8 at
     most MORE_ERRORS more errors than torch on the calibration split, where the temperature is
     fitted, too, and the score below which a picture is uncertain. What cannot be had, of a network
-    of one's own perhaps, is left out with a warning; torch can always serve.
+    of a plugin perhaps, is left out with a warning; torch can always serve.
     """
     dataset = dataset.to(torch.device("cpu"))
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()

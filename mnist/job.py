@@ -123,7 +123,7 @@ def sweep(job: Job) -> None:
 
 
 def origin(options: Options) -> dict[str, Any]:
-    """What else produced a study or a model: options, own files, seed, versions, commit."""
+    """What else produced a study or a model: options, plugins, seed, versions, commit."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "optuna")}
     return {
         "versions": {"python": platform.python_version()} | versions,

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from mnist import data, folding, models, own
+from mnist import data, folding, models, plugins
 from mnist import space as spaces
 from mnist import study as studies
 
@@ -90,11 +90,11 @@ class NetworkName(click.ParamType):
         return value
 
 
-def _load_own(ctx: click.Context, param: click.Parameter, paths: tuple[Path, ...]) -> Any:
+def _load_plugins(ctx: click.Context, param: click.Parameter, paths: tuple[Path, ...]) -> Any:
     try:
         for path in paths:
-            own.load(path)
-    except own.OwnError as error:
+            plugins.load(path)
+    except plugins.PluginError as error:
         raise click.BadParameter(str(error), ctx, param) from error
     return paths
 
@@ -189,10 +189,10 @@ class Options:
     )
     import_: tuple[Path, ...] = option(
         (),
-        "Python file with a network or data set of one's own.",
+        "Python file with a network or data set of your own.",
         multiple=True,
         is_eager=True,
-        callback=_load_own,
+        callback=_load_plugins,
         type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
     )
     quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
@@ -278,7 +278,7 @@ def _described(name: str) -> str:
 
 
 def _parameters(name: str) -> int | None:
-    """None for a network of one's own that such images are not for."""
+    """None where a plugin's network does not take such images."""
     with contextlib.suppress(Exception), torch.device("meta"):
         return models.parameters(models.build(name, 1, 28, 10))
     return None

@@ -15,7 +15,7 @@ import optuna
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mnist import budget, data, folding, models, own, search, training
+from mnist import budget, data, folding, models, plugins, search, training
 from mnist import space as spaces
 from mnist import study as studies
 from mnist.display import reason, said
@@ -121,7 +121,7 @@ def loaded(options: Options) -> data.Dataset:
 def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
     """A new network that was seen to give a logit for each class.
 
-    Raises click.UsageError: with a network of one's own anything can be wrong.
+    Raises click.UsageError: a plugin's network may fail in any way.
     """
     images, classes = dataset.train.images[:2].to(device), len(dataset.classes)
     try:
@@ -203,7 +203,9 @@ def fit_to_machine(
             study.set_user_attr("plan", asdict(chosen))  # leave one without its plan
             study.set_user_attr("origin", origin(options))
         parts = (models.NETWORKS[options.model], data.reader(options.dataset))
-        model = options.model + (own.digest(options.import_) if any(map(own.made, parts)) else "")
+        model = options.model + (
+            plugins.digest(options.import_) if any(map(plugins.is_from_plugin, parts)) else ""
+        )
         wanted = studies.fingerprint(dataset, model, chosen.trial_samples, space, options.plain)
         studies.agree(study, wanted, studies.finished(study) >= work.trials)
         return chosen

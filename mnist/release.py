@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from optuna.trial import FrozenTrial
 
-from mnist import export, folding, models, own, registry, training
+from mnist import export, folding, models, plugins, registry, training
 from mnist import study as studies
 from mnist.display import Display
 from mnist.job import Job, network, origin, replaced
@@ -93,8 +93,8 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
     if replaced(job):
         return None
     promote = options.promote
-    if exported.served.engine == "torch" and own.made(models.NETWORKS[options.model]):
-        log.warning("without ONNX nothing can serve a network of one's own; it is not made current")
+    if exported.served.engine == "torch" and plugins.is_from_plugin(models.NETWORKS[options.model]):
+        log.warning("without ONNX nothing can serve a plugin's network; it is not made current")
         promote = "never"
     name = registry.save(options.output, files, record, promote)
     return registry.record(options.output, name)[1] | {"name": name}

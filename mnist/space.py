@@ -1,4 +1,4 @@
-"""What a search may choose: the hyperparameters, named spaces, files and entries of one's own."""
+"""Search spaces: the hyperparameters, named spaces, files and single entries."""
 
 import tomllib
 from collections.abc import Iterable, Mapping

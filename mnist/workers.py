@@ -22,7 +22,7 @@ from uuid import uuid4
 import torch
 from filelock import FileLock
 
-from mnist import folding, models, own, training
+from mnist import folding, models, plugins, training
 from mnist.data import Dataset
 
 DEATHS = 3  # of a run's process without a new checkpoint in between, then it has failed
@@ -96,7 +96,7 @@ class Setup:
     checkpoint_s: float = CHECKPOINT_S
     report_s: float = REPORT_S
     place: int = 0  # among the workers of its pool
-    imports: tuple[Path, ...] = ()  # files of one's own, which its network or data may need
+    imports: tuple[Path, ...] = ()  # plugins that define the network or the data
 
 
 class Worker:
@@ -263,7 +263,7 @@ def _serve(pipe: Any, setup: Setup) -> None:
             try:
                 if dataset is None:
                     for path in setup.imports:
-                        own.load(path)
+                        plugins.load(path)
                     dataset = setup.load().to(torch.device(setup.device))
                     training.keep_freed_memory()  # not what the loading took
             except Exception as error:  # noqa: BLE001 - files that vanished, a device that is taken
@@ -290,7 +290,7 @@ def attempt(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> Ended:
         return Ended(failure="nan", reason=str(error))
     except NoRoom as error:
         return Ended(failure="disk", reason=str(error))
-    except Exception as error:  # noqa: BLE001 - a network of the user's own may raise anything
+    except Exception as error:  # noqa: BLE001 - a plugin's network may raise anything
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         words = ("out of memory", "allocate memory")
@@ -314,7 +314,7 @@ def built(run: Run, dataset: Dataset) -> torch.nn.Module:
     if not run.plain:
         model = folding.training_form(model)
     model.to(dataset.train.labels.device)
-    if not own.made(models.NETWORKS[run.network]):  # code of others' may depend on the order
+    if not plugins.is_from_plugin(models.NETWORKS[run.network]):  # a plugin may depend on the order
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 

@@ -240,16 +240,16 @@ def test_without_a_source_one_line_says_what_was_tried_and_what_to_do(tmp_path: 
         ("train", lambda images, labels: (images[0], labels), "gives images uint8"),
     ],
 )
-def test_what_is_wrong_with_a_data_set_of_ones_own_is_one_line(
+def test_what_is_wrong_with_a_data_set_of_a_plugin_is_one_line(
     monkeypatch: pytest.MonkeyPatch, part: str, harm: Any, words: str
 ) -> None:
     def read(_: Path, half: str) -> Any:
         images, labels = np.zeros((200, 1, 8, 8), np.uint8), np.arange(200) % 2
         return harm(images, labels) if half == part else (images, labels)
 
-    monkeypatch.setitem(data.DATASETS, "own", sources.Source(read, ("a", "b")))
+    monkeypatch.setitem(data.DATASETS, "plugin", sources.Source(read, ("a", "b")))
     with pytest.raises(data.DataError, match=words) as caught:
-        data.load("own").open_test()
+        data.load("plugin").open_test()
     assert "\n" not in str(caught.value)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist import data, export, folding, inference, models, own, registry, scores, training
+from mnist import data, export, folding, inference, models, plugins, registry, scores, training
 from tests.conftest import DIGITS, Command
 from tests.test_registry import entry
 
@@ -341,30 +341,30 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("from_plugin", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
-    made: bool,
+    from_plugin: bool,
     run: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(*_: Any) -> bytes:
-        raise RuntimeError("of one's own")
+        raise RuntimeError("made up")
 
     monkeypatch.setattr(export, "to_onnx", broken)
-    monkeypatch.setattr(own, "made", lambda _: made)
+    monkeypatch.setattr(plugins, "is_from_plugin", lambda _: from_plugin)
     assert run(*DIGITS, "--trials", "1", "--confirm", "1").returncode == 0
-    assert "saved without onnx: of one's own" in caplog.text
+    assert "saved without onnx: made up" in caplog.text
     info = registry.read(tmp_path / "saved_models")
     (name,) = info["models"]
-    assert info["current"] == (None if made else name)  # no server could build it
+    assert info["current"] == (None if from_plugin else name)  # no server could build it
     _, record = registry.record(tmp_path / "saved_models", name)
     assert set(record["files"]) == {"weights", "golden", "likeness", "predictions"}
-    assert record["engines"] == {"served": "torch", "left_out": {"onnx": "of one's own"}}
+    assert record["engines"] == {"served": "torch", "left_out": {"onnx": "made up"}}
     classifier = inference.load(tmp_path / "saved_models", name)
     assert classifier.engine == "torch"
-    assert classifier.passed_over["onnx"] == "of one's own"
+    assert classifier.passed_over["onnx"] == "made up"
 
 
 def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def test_a_winner_whose_batches_were_too_large_for_the_memory_is_finished_in_par
     monkeypatch.setitem(models.NETWORKS, "greedy", models.Linear)  # gone when the test is over
     file = tmp_path / "greedy.py"
     file.write_text(GREEDY)
-    own = ["--import", str(file), "--model", "greedy", "--param", "batch_size=32"]
-    done = run("--dataset", "digits", *own, "--quick", *SHORT)
+    plugin = ["--import", str(file), "--model", "greedy", "--param", "batch_size=32"]
+    done = run("--dataset", "digits", *plugin, "--quick", *SHORT)
     assert done.returncode == 0, done.stderr
     record = registry.record(tmp_path / "saved_models")[1]
     assert record["hyperparameters"]["batch_size"] == 32

@@ -90,11 +90,11 @@ def test_known_networks_fold_into_themselves(name: str) -> None:
 
 def test_a_network_that_does_not_ask_for_it_is_trained_as_it_is() -> None:
     torch.manual_seed(0)
-    own = nn.Sequential(nn.Conv2d(1, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3, bias=False))
-    form = folding.training_form(own)
-    assert form is own  # its weights may be pre-trained
+    plain = nn.Sequential(nn.Conv2d(1, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3, bias=False))
+    form = folding.training_form(plain)
+    assert form is plain  # its weights may be pre-trained
     assert not folding.has_factors(form)
-    assert folding.fold(form).state_dict().keys() == own.state_dict().keys()
+    assert folding.fold(form).state_dict().keys() == plain.state_dict().keys()
 
 
 def test_only_what_gains_is_factored() -> None:

@@ -268,19 +268,19 @@ def test_a_server_imports_nothing_that_only_training_needs(
     assert not modules & HEAVY
 
 
-def test_a_network_of_one_s_own_is_served_without_its_python(
+def test_a_network_of_a_plugin_is_served_without_its_python(
     digits: data.Dataset, tmp_path: Path, picture: Path
 ) -> None:
-    class Own(models.Linear):
+    class Plugin(models.Linear):
         """Known to this process only."""
 
-    model = fresh(Own, digits)
+    model = fresh(Plugin, digits)
     exported = export.export(model, digits)
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
     about = entry(
         dataset=digits.record(257),
-        model={"name": "own"},
+        model={"name": "plugin"},
         calibration={"temperature": exported.served.temperature},
     )
     files = {"weights": (".pth", weights.getvalue())} | exported.files
@@ -290,7 +290,7 @@ def test_a_network_of_one_s_own_is_served_without_its_python(
     assert used.startswith("onnx")
     image = digits.train.images[:1].numpy()
     assert prediction == digits.classes[int(exported.served(image).argmax())]
-    with pytest.raises(registry.RegistryError, match="unknown network 'own'"):
+    with pytest.raises(registry.RegistryError, match="unknown network 'plugin'"):
         inference.load(tmp_path / "models", engine="torch")
 
 

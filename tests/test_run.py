@@ -59,8 +59,8 @@ def test_a_run_saves_a_model_and_the_next_run_only_prints_it(run: Command, tmp_p
     assert f"model: saved_models/{name}.pth, current" in second.stdout
     assert f"{record['metrics']['test']['errors']} errors of 257" in second.stdout
     assert "uvicorn serve.app:app" in second.stdout
-    (tmp_path / "own.py").write_text("# with networks, but not this one")
-    assert run(*DIGITS, "--import", str(tmp_path / "own.py")).stdout == second.stdout
+    (tmp_path / "plugin.py").write_text("# with networks, but not this one")
+    assert run(*DIGITS, "--import", str(tmp_path / "plugin.py")).stdout == second.stdout
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 1
     assert len(states(tmp_path)) == 3 + result["trials"]["fail"]
 
@@ -462,7 +462,7 @@ def test_a_network_that_is_too_large_for_the_machine_is_refused(
     assert "its 7,850 weights are too many to be trained here" in done.stderr
 
 
-OWN = """
+NETWORK_PLUGIN = """
 from torch import nn
 from mnist import models
 
@@ -473,12 +473,12 @@ models.NETWORKS["tiny"] = tiny
 """
 
 
-def test_a_network_of_ones_own_is_searched_saved_and_answers_without_its_python(
+def test_a_network_of_a_plugin_is_searched_saved_and_answers_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(models.NETWORKS, "tiny", models.Linear)  # gone when the test is over
-    file = tmp_path / "own.py"
-    file.write_text(OWN)
+    file = tmp_path / "plugin.py"
+    file.write_text(NETWORK_PLUGIN)
     options = ["--dataset", "digits", "--import", str(file), "--model", "tiny", *SHORT]
     done = run(*options, "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert done.returncode == 0, done.stderr
@@ -486,7 +486,7 @@ def test_a_network_of_ones_own_is_searched_saved_and_answers_without_its_python(
     assert record["model"] == {"name": "tiny", "parameters": 7850}
     assert record["hyperparameters"]["lr"] == 0.01
     assert 0 <= record["hyperparameters"]["dropout"] <= 0.5
-    assert record["imports"] == {"own.py": OWN}
+    assert record["imports"] == {"plugin.py": NETWORK_PLUGIN}
     with monkeypatch.context() as later:  # by its ONNX file, without the Python
         later.delitem(models.NETWORKS, "tiny")
         picture = tmp_path / "blot.png"
@@ -497,26 +497,28 @@ def test_a_network_of_ones_own_is_searched_saved_and_answers_without_its_python(
         with TestClient(app) as client:
             answer = client.post("/predict", content=picture.read_bytes()).json()
         assert answer["prediction"] == found.top[0][0]
-    file.write_text(OWN + "# another one")
+    file.write_text(NETWORK_PLUGIN + "# another one")
     other = run(*options, "--trials", "2", "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert other.returncode == 2
     assert "network is tiny of " in other.stderr
-    file.write_text(OWN.replace("size**2", "size"))
-    unsound = run(*options)
-    assert unsound.returncode == 2
-    assert unsound.stderr.count("\n") == 1
-    assert "network 'tiny' cannot be used: " in unsound.stderr
-    file.write_text(OWN.replace("nn.Linear(", "nn.Dropout(0.0), nn.BatchNorm1d(3), nn.Linear("))
+    file.write_text(NETWORK_PLUGIN.replace("size**2", "size"))
+    invalid = run(*options)
+    assert invalid.returncode == 2
+    assert invalid.stderr.count("\n") == 1
+    assert "network 'tiny' cannot be used: " in invalid.stderr
+    file.write_text(
+        NETWORK_PLUGIN.replace("nn.Linear(", "nn.Dropout(0.0), nn.BatchNorm1d(3), nn.Linear(")
+    )
     untrainable = run(*options)
     assert (untrainable.returncode, untrainable.stderr.count("\n")) == (2, 1)
     file.write_text("import this_is_not_there")
     broken = run(*options)
     assert broken.returncode == 2
     assert broken.stderr.count("\n") == 1
-    assert "own.py, line 1: ModuleNotFoundError" in broken.stderr
+    assert "plugin.py, line 1: ModuleNotFoundError" in broken.stderr
 
 
-OWN_DATA = """
+DATA_PLUGIN = """
 import numpy as np
 from mnist.data import DATASETS, Source
 
@@ -531,12 +533,12 @@ DATASETS["reds"] = Source(read, ("dull", "red"))
 """
 
 
-def test_a_data_set_of_ones_own_is_searched_saved_and_served_without_its_python(
+def test_a_data_set_of_a_plugin_is_searched_saved_and_served_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
-    file = tmp_path / "own.py"
-    file.write_text(OWN_DATA)
+    file = tmp_path / "plugin.py"
+    file.write_text(DATA_PLUGIN)
     options = ["--import", str(file), "--dataset", "reds", "--model", "compact", *SHORT]
     done = run(*options, "--final-epochs", "20")
     assert done.returncode == 0, done.stderr

@@ -259,7 +259,7 @@ def made_up(shape: tuple[int, ...], marks: list[int], kind: type = np.uint8) -> 
     return data.Source(read, ("cat", "dog"))
 
 
-def test_a_data_set_of_one_s_own_is_registered_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_a_plugin_is_registered_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(data.DATASETS, "mine", made_up((3, 20, 20), [0, 1] * 20))
     found = data.load("mine")
     assert (found.size, found.channels, found.recipe) == (20, 3, "plain")
@@ -276,7 +276,7 @@ def test_a_data_set_of_one_s_own_is_registered_in_a_line(monkeypatch: pytest.Mon
         (made_up((1, 28, 28), [0] * 20), "class 'dog' has 0 training images; at least 8"),
     ],
 )
-def test_what_is_wrong_with_a_data_set_of_one_s_own_is_said(
+def test_what_is_wrong_with_a_data_set_of_a_plugin_is_reported(
     source: data.Source, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(data.DATASETS, "mine", source)
