@@ -201,7 +201,7 @@ def main(folder: Path, data_dir: Path | None, seed: int) -> None:
     click.echo(f"{'% flagged':18}" + "".join(f"{group[:9]:>10}" for group in groups))
     number = sum(len(pictures[each]) for each in noise)
     click.echo(f"{'n':18}{number:10}" + "".join(f"{len(pictures[g]):10}" for g in [*groups][1:]))
-    known = dataset.train.head(export.LIKENESS_IMAGES)
+    known = dataset.train.head(export.OOD_IMAGES)
     weights = torch.load(registry.file(folder, name, "weights"), weights_only=True)
     model = models.build(
         record["model"]["name"], dataset.channels, dataset.size, len(dataset.classes)

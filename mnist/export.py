@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import nn
 
-from mnist import inference, likeness, models, training
+from mnist import inference, models, ood, training
 from mnist.data import Dataset
 from mnist.inference import Classifier, Outputs, probabilities
 from mnist.scores import calibration_error
@@ -31,7 +31,7 @@ GOLDEN = 16  # images
 MOST_TEMPERATURE = 10.0  # and its inverse is the least
 UNCERTAIN = 0.01  # of the calibration images, at most
 MOST_UNCERTAIN = 0.1  # of them by another engine than the one that is served; 1 to 2 % is usual
-LIKENESS_IMAGES = 5_000  # training images; with 2,500 of them 2 % less noise is flagged
+OOD_IMAGES = 5_000  # training images; with 2,500 of them 2 % less noise is flagged
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) 
     for engine, reason in left_out.items():
         log.warning("the model is saved without %s: %s", engine, reason)
     served = calibrated(forms, dataset)
-    if served.likeness is None:
+    if served.ood_score is None:
         log.warning("what looks like no class is told by logits, not by features")
     else:
-        files["likeness"] = (".likeness.npz", served.likeness.to_bytes())
+        files["likeness"] = (".likeness.npz", served.ood_score.to_bytes())
     given = {
         engine: probabilities(outputs[0], served.temperature)
         for engine, (_, outputs) in forms.items()
@@ -91,7 +91,7 @@ def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) 
     calibration = {
         "temperature": served.temperature,
         "uncertain_below": served.uncertain_below,
-        "score": "likeness" if served.likeness else "logit",
+        "score": "likeness" if served.ood_score else "logit",
     }
     return Export(files, served, left_out, metrics, calibration)
 
@@ -281,10 +281,10 @@ def with_threshold(served: Classifier, outputs: dict[str, Outputs], dataset: Dat
     `outputs` has those of each engine for the calibration images. The score is the features'
     likeness to training images; the largest logit where they do not tell, or differ by engine.
     """
-    some = dataset.train.head(LIKENESS_IMAGES)
+    some = dataset.train.head(OOD_IMAGES)
     try:
         _, features = served.outputs(some.images.numpy())
-        by_features = replace(served, likeness=likeness.fit(features, some.labels.numpy()))
+        by_features = replace(served, ood_score=ood.fit(features, some.labels.numpy()))
         found = {engine: by_features.scores(*output) for engine, output in outputs.items()}
         limit = threshold(found[served.engine])
         for engine, scores in found.items():
@@ -295,7 +295,7 @@ def with_threshold(served: Classifier, outputs: dict[str, Outputs], dataset: Dat
     except ValueError as error:
         log.info("features do not tell what looks like no class: %s", error)
         limit = threshold(outputs[served.engine][0].max(1))
-        return replace(served, likeness=None, uncertain_below=limit)
+        return replace(served, ood_score=None, uncertain_below=limit)
 
 
 def threshold(scores: np.ndarray) -> float:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist import likeness, registry
-from mnist.likeness import Likeness
+from mnist import ood, registry
+from mnist.ood import OutOfDistributionScore
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,7 @@ class Classifier:
     """Called with images uint8 (N, channels, size, size), it gives their probabilities.
 
     `engine` carries it out; `passed_over` has the better engines that do not, and why. What has a
-    score below `uncertain_below` does not look like any class; the score is that of `likeness`,
+    score below `uncertain_below` does not look like any class; the score is that of `ood_score`,
     or, where there is none, the largest logit.
     """
 
@@ -45,7 +45,7 @@ class Classifier:
     run: Run
     temperature: float = 1.0
     passed_over: Mapping[str, str] = field(default_factory=dict)
-    likeness: Likeness | None = None
+    ood_score: OutOfDistributionScore | None = None
     uncertain_below: float = -math.inf
 
     def outputs(self, images: np.ndarray) -> Outputs:
@@ -70,7 +70,7 @@ class Classifier:
 
     def scores(self, logits: np.ndarray, features: np.ndarray) -> np.ndarray:
         """(N,) float32, high for what looks like a class."""
-        return self.likeness(features) if self.likeness else logits.max(1)
+        return self.ood_score(features) if self.ood_score else logits.max(1)
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -212,7 +212,7 @@ def _calibrated(folder: Path, name: str, record: registry.Record, engine: str) -
         about, kind = about["full"], "full_likeness"
     found = {key: about[key] for key in ("temperature", "uncertain_below") if key in about}
     if kind in record["files"]:
-        found["likeness"] = likeness.load(registry.file(folder, name, kind))
+        found["ood_score"] = ood.load(registry.file(folder, name, kind))
     return found
 
 

@@ -199,7 +199,7 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     }
     for logits, features in zip(given["torch"], given["onnx"], strict=True):
         assert logits == pytest.approx(features, abs=1e-4)
-    for engine in inference.FILES:  # one likeness and one threshold are right for all of them
+    for engine in inference.FILES:  # one score and one threshold fit all of them
         _, uncertain = inference.load(tmp_path, name, engine=engine).read(images)
         assert uncertain.mean() <= 2 * export.UNCERTAIN
 
@@ -296,7 +296,7 @@ def test_logits_tell_where_the_features_of_an_engine_differ() -> None:
     other = (right[0], -right[1])
     engine = exported.served.engine
     found = export.with_threshold(exported.served, {engine: right, "other": other}, dataset)
-    assert found.likeness is None
+    assert found.ood_score is None
 
 
 @pytest.mark.parametrize("n", [10, 99, 100, 250, 2_500])
