@@ -386,7 +386,7 @@ def main(
     try:
         if not export:
             torch.set_num_threads(threads or cores())
-            place = training.device(device)
+            place = training.select_device(device)
             dataset = data.load(settings.dataset, data_dir).to(place)
             found = opened(storage, study, settings, dataset)
             found["default"].set_user_attr("made", made_by(settings, place))

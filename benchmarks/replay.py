@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist import budget
 from mnist import study as studies
 from mnist.space import DEFAULT, Space
-from mnist.training import LEAST_PROBABILITY
+from mnist.training import MIN_PROBABILITY
 
 FAR = 10.0  # distance of two optimizers; all else is at most the square root of 2
 CLOSE = 1.1  # by default, a choice is good with at most so many times the least final errors
@@ -70,7 +70,7 @@ def read(path: Path) -> Table:
     if not rows:
         raise ValueError(f"{path} has no configuration of the default space")
     errors = np.array([row["errors"] for row in rows], float)
-    worst = -math.log(LEAST_PROBABILITY)  # of a run that diverged: more than any other has
+    worst = -math.log(MIN_PROBABILITY)  # of a run that diverged: more than any other has
     log_loss = [[worst if each is None else each for each in row["log_loss"]] for row in rows]
     most = max(len(row.get("finals", ())) for row in rows)
     has = np.array([i for i, row in enumerate(rows) if most and len(row.get("finals", ())) == most])

@@ -78,7 +78,7 @@ def ways(network: str, dataset: Dataset, batch_size: int) -> dict[str, Callable[
 
     def ours(model: nn.Module, bfloat16: bool = False) -> float:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return training.speed(model, dataset, batch_size=batch_size, bfloat16=bfloat16)
+        return training.measure_speed(model, dataset, batch_size=batch_size, bfloat16=bfloat16)
 
     return {
         "usual loop": lambda: usual_loop(network, dataset, batch_size),

@@ -54,8 +54,8 @@ def prepare(
         (confirmed + len(studies.YARDSTICKS)) * studies.CONFIRM_SEEDS if confirmed else 0,
         len(dataset.train),
         len(dataset.validation),
-        min(training.SUBSET, len(dataset.validation)),
-        training.NORM_IMAGES if training.norms(model) else 0,
+        min(training.VALIDATION_SUBSET, len(dataset.validation)),
+        training.NORM_IMAGES if training.batch_norms(model) else 0,
         options.thorough,
     )
     may_round = may_be_bfloat16(options, device, model)
@@ -91,14 +91,14 @@ def writable(artifacts: Path) -> None:
 def choose_device(options: Options) -> torch.device:
     """Of --device; raises click.UsageError where this machine has no such one."""
     try:
-        return training.device(options.device)
+        return training.select_device(options.device)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
 
 def source(options: Options) -> functools.partial[data.Dataset]:
     """What loads the data set, here and in each worker."""
-    validation = training.SUBSET if options.quick else None
+    validation = training.VALIDATION_SUBSET if options.quick else None
     return functools.partial(
         data.load,
         options.dataset,
@@ -163,7 +163,7 @@ def memory() -> int:
 def choices(options: Options, model: torch.nn.Module) -> spaces.Space:
     """What trials choose from; raises click.UsageError."""
     try:
-        return spaces.read(options.space, options.param, bool(training.dropouts(model)))
+        return spaces.read(options.space, options.param, bool(training.dropout_layers(model)))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -58,7 +58,9 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
     if replaced(job):
         return None
     found = evaluate(job, model, exported, job.folder / f"test-{digest.hexdigest()[:16]}.pt")
-    scores = training.scores(found["probabilities"], found["labels"], dataset.classes)
+    scores = training.classification_scores(
+        found["probabilities"], found["labels"], dataset.classes
+    )
     served_errors = export.errors(found["served"].numpy(), found["labels"].numpy())
     record = {
         "dataset": dataset.record(scores["n"]),
@@ -122,7 +124,7 @@ def evaluate(
         images = test.images.to(job.device)
         temperature = exported.calibration["temperature"]
         probabilities = training.predict(model, job.dataset, images, temperature)
-        worst = training.worst(probabilities, test.labels, MISTAKES)
+        worst = training.worst_mistakes(probabilities, test.labels, MISTAKES)
         kept = {
             "probabilities": probabilities,
             "served": torch.from_numpy(exported.served(test.images.numpy())),

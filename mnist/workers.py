@@ -323,7 +323,7 @@ def measure(run: Run, dataset: Dataset, setup: Setup) -> Ended:
     """How fast the run's steps are."""
     torch.set_num_threads(run.threads or setup.threads)
     how: dict[str, Any] = {"bfloat16": run.bfloat16, "micro_batch": run.micro_batch}
-    speed = training.speed(built(run, dataset), dataset, **run.params, **how)
+    speed = training.measure_speed(built(run, dataset), dataset, **run.params, **how)
     return Ended(images_per_s=speed)
 
 
