@@ -272,7 +272,7 @@ def _described(name: str) -> str:
     """Its parameters, and those of its training form if it has one."""
     with contextlib.suppress(Exception), torch.device("meta"):
         model = models.build(name, 1, 28, 10)
-        plain, trained = map(models.parameters, (model, folding.training_form(model)))
+        plain, trained = map(models.count_parameters, (model, folding.training_form(model)))
         return f"{plain:,}" + ("" if plain == trained else f"; {trained:,} in training (--plain)")
     return "?"
 
@@ -280,5 +280,5 @@ def _described(name: str) -> str:
 def _parameters(name: str) -> int | None:
     """None where a plugin's network does not take such images."""
     with contextlib.suppress(Exception), torch.device("meta"):
-        return models.parameters(models.build(name, 1, 28, 10))
+        return models.count_parameters(models.build(name, 1, 28, 10))
     return None

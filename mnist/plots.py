@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import binomtest
 
-from mnist.scores import Floats, Labels, reliability
+from mnist.scores import Floats, Labels, reliability_bins
 
 if TYPE_CHECKING:
     import optuna
@@ -320,7 +320,7 @@ def calibration(probabilities: Floats, labels: Labels) -> "Figure":
     """Accuracy by confidence, with Wilson's 95 % interval; below, how many images that are."""
     from matplotlib import pyplot
 
-    bins = reliability(probabilities, labels)
+    bins = reliability_bins(probabilities, labels)
     figure, (axes, below) = pyplot.subplots(
         2, sharex=True, figsize=(WIDTH, HEIGHT + 0.8), height_ratios=(3, 1)
     )

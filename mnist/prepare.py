@@ -151,7 +151,7 @@ class _Uninitialised(TorchFunctionMode):
 def weights(options: Options, dataset: data.Dataset) -> int:
     """How many the network has, before it is built; 0 where it cannot tell."""
     with contextlib.suppress(Exception), torch.device("meta"), _Uninitialised():
-        return models.parameters(network(options, dataset, torch.device("meta")))
+        return models.count_parameters(network(options, dataset, torch.device("meta")))
     return 0
 
 

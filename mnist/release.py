@@ -64,7 +64,7 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
     served_errors = export.errors(found["served"].numpy(), found["labels"].numpy())
     record = {
         "dataset": dataset.record(scores["n"]),
-        "model": {"name": options.model, "parameters": models.parameters(model)},
+        "model": {"name": options.model, "parameters": models.count_parameters(model)},
         "hyperparameters": best.params,
         "training": {
             "samples": trained.samples,

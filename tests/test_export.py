@@ -173,8 +173,8 @@ def test_int8_with_more_errors_than_allowed_is_left_out(monkeypatch: pytest.Monk
 def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "LARGE_CONV", 100)
-    monkeypatch.setattr(folding, "LARGE_LINEAR", 100)
+    monkeypatch.setattr(folding, "MIN_CONV_WEIGHTS", 100)
+    monkeypatch.setattr(folding, "MIN_LINEAR_WEIGHTS", 100)
     monkeypatch.setattr(folding, "CONV_RANK", 4)
     dataset = data.load("digits")
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     model = folding.fold(form.eval())
     exported = export.export(model, dataset, folding.merge_norms(form))
     assert exported.served.engine == "onnx_int8"
-    assert len(exported.files["onnx"][1]) < 4 * models.parameters(model) / 10
+    assert len(exported.files["onnx"][1]) < 4 * models.count_parameters(model) / 10
     state = io.BytesIO()
     torch.save(model.state_dict(), state)
     record = entry(

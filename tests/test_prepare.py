@@ -74,4 +74,4 @@ def test_weights_are_counted_without_the_compiler(digits: data.Dataset) -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     form = folding.training_form(models.build("parallel", 1, digits.size, 10))
-    assert done.stdout.split() == [str(models.parameters(form)), "False"]
+    assert done.stdout.split() == [str(models.count_parameters(form)), "False"]

@@ -82,7 +82,7 @@ def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
     weights = torch.load(tmp_path / "saved_models" / f"{name}.pth", weights_only=True)
     plain = models.build("parallel", 1, 28, 10)
     plain.load_state_dict(weights)
-    assert record["model"]["parameters"] == models.parameters(plain)
+    assert record["model"]["parameters"] == models.count_parameters(plain)
     assert record["training"]["form"] == "factored"
     test = record["metrics"]["test"]
     digits = data.load("digits")
