@@ -89,8 +89,8 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     with Member(options.storage, options.study_name, threads) as member, pool:
         job = prepare(options, member, pool, device, (start, latest))
         forecasts: list[tuple[float, float]] = []
-        begun = not member.update(studies.finished)  # by this command: else it took longer
-        done = result(job) if member.update(studies.finished) >= job.trials else None
+        begun = not member.run_locked(studies.finished)  # by this command: else it took longer
+        done = result(job) if member.run_locked(studies.finished) >= job.trials else None
         if done is None:
             screen = Display(job.trials, job.plan, job.space, start)
             sweep(job)
@@ -108,7 +108,7 @@ def run(options: Options, latest: float) -> dict[str, Any]:
 
 def find(job: Job, pool: Pool, screen: Display) -> None:
     """Search until the budget is reached, or until half of --timeout is over."""
-    trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
+    trials = job.member.run_locked(lambda study: study.get_trials(deepcopy=False))
     for trial in (trial for trial in trials if trial.state in studies.FINISHED):
         screen.earlier(trial.state, trial.number, trial.value)
     done = screen.done
@@ -135,8 +135,8 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
             screen.trial(update)
             if time.monotonic() > half:
                 break
-    if job.member.update(studies.finished) < job.trials:
-        if not job.member.update(lambda study: studies.best_trials(study, 1)):
+    if job.member.run_locked(studies.finished) < job.trials:
+        if not job.member.run_locked(lambda study: studies.best_trials(study, 1)):
             raise search.Unfinished("--timeout: no trial was completed")
         screen.say(f"--timeout: the budget of {job.trials} trials was not reached")
 
@@ -159,7 +159,7 @@ def keep_forecasts(job: Job, forecasts: list[tuple[float, float]]) -> None:
     """Leave what was announced, and how long it took, with the study (benchmarks.forecasts)."""
     time_taken = {"seconds": round(time.monotonic() - job.start, 1), "forecasts": forecasts}
     with contextlib.suppress(*studies.STORAGE_ERRORS):  # the model is saved
-        job.member.update(lambda study: study.set_user_attr("time", time_taken))
+        job.member.run_locked(lambda study: study.set_user_attr("time", time_taken))
 
 
 def explain(job: Job, done: dict[str, Any]) -> None:
@@ -179,7 +179,7 @@ def show(job: Job, done: dict[str, Any]) -> dict[str, Any]:
     if here:
         registry.file(options.output, name)
     best = done["study"]["trial"]
-    outcome = job.member.update(lambda study: studies.summary(study, best)) | done
+    outcome = job.member.run_locked(lambda study: studies.summary(study, best)) | done
     if not options.json:
         display.result(
             outcome,

@@ -20,7 +20,7 @@ LEAST_FINAL = 1_200  # images; a model that has seen fewer is not worth saving
 def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
     """The study's result(), made by exactly one of the members that work on it."""
     while True:
-        if job.member.finisher():
+        if job.member.become_leader():
             confirm(job, pool, screen)
             if found := result(job):
                 screen.say(f"trial {found['study']['trial']} has won before; its model is kept")
@@ -32,7 +32,7 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
         screen.waiting("another process finishes the study")
         time.sleep(WAIT_S)
         job.in_time("another process has not finished the study yet")
-        job.member.look()
+        job.member.poll()
         if found := result(job):
             return found
 
@@ -62,7 +62,7 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
 
     Where that training fails, the trial is set aside and the next best is taken.
     """
-    while job.member.update(lambda study: studies.best_trials(study, 1)):
+    while job.member.run_locked(lambda study: studies.best_trials(study, 1)):
         confirm(job, pool, screen)
         best = winner(job)
         if best is None:  # another member has just finished a better trial
@@ -71,7 +71,7 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
         weights = restore(run.weights)  # of a process that was killed when it had got so far
         if weights is not None:
             return Trained(best, weights, run.samples, None)
-        if means := job.member.update(lambda study: studies.means(study, job.confirmed)):
+        if means := job.member.run_locked(lambda study: studies.means(study, job.confirmed)):
             said = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
             screen.say(f"on fresh seeds: {said}")
         text = f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
@@ -88,7 +88,7 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
 
 
 def set_aside(job: Job, number: int, reason: str) -> None:
-    job.member.update(lambda study: studies.set_aside(study, number, reason))
+    job.member.run_locked(lambda study: studies.set_aside(study, number, reason))
 
 
 def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, float | None]:

@@ -68,7 +68,7 @@ def speed_run(options: Options, params: dict[str, Any]) -> Run:
 
 
 def winner(job: Job) -> FrozenTrial | None:
-    return job.member.update(lambda study: studies.winner(study, job.confirmed))
+    return job.member.run_locked(lambda study: studies.winner(study, job.confirmed))
 
 
 def result(job: Job) -> dict[str, Any] | None:
@@ -80,7 +80,7 @@ def result(job: Job) -> dict[str, Any] | None:
     if best is None:
         return None
     here = registry.read(job.options.output)["models"]
-    elsewhere = job.member.update(lambda study: study.user_attrs.get("result", {}))
+    elsewhere = job.member.run_locked(lambda study: study.user_attrs.get("result", {}))
     for name, record in [*reversed(here.items()), *elsewhere.items()]:
         about = record["study"]
         same = (about.get("id"), about.get("trial")) == (job.member.study_id, best.number)
@@ -91,7 +91,7 @@ def result(job: Job) -> dict[str, Any] | None:
 
 def replaced(job: Job) -> bool:
     """Whether another member finishes the study by now, or has finished it: this one was silent."""
-    return not job.member.finisher() or result(job) is not None
+    return not job.member.become_leader() or result(job) is not None
 
 
 def publish(job: Job, done: dict[str, Any]) -> None:
@@ -102,14 +102,14 @@ def publish(job: Job, done: dict[str, Any]) -> None:
         if list(study.user_attrs.get("result", {})) != list(entry):
             study.set_user_attr("result", entry)
 
-    job.member.update(change)
+    job.member.run_locked(change)
 
 
 def sweep(job: Job) -> None:
     """Remove checkpoints that no longer matter; where the study is finished, these are all but
     those of trials that wait for a larger --trials."""
     paths = list(job.folder.glob("*"))  # first: what others begin from now on is not among them
-    trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
+    trials = job.member.run_locked(lambda study: study.get_trials(deepcopy=False))
     wanted = {f"trial-{trial.number}.pt" for trial in trials if not trial.state.is_finished()}
     over = result(job) is not None and all(trial.state != TrialState.RUNNING for trial in trials)
     for path in paths:

@@ -179,7 +179,7 @@ def fit_to_machine(
     may_round: bool,
 ) -> budget.Plan:
     """The study's own plan, or one by the speed of this machine, in bfloat16 if it `may_round`."""
-    kept = member.update(lambda study: study.user_attrs.get("plan"))
+    kept = member.run_locked(lambda study: study.user_attrs.get("plan"))
     asked = round(options.epochs * len(dataset.train)) if options.epochs else None
     if kept and asked in (None, kept["trial_samples"]):
         plan = budget.Plan(**kept)
@@ -210,7 +210,7 @@ def fit_to_machine(
         studies.agree(study, wanted, studies.finished(study) >= work.trials)
         return chosen
 
-    plan = member.update(agree)
+    plan = member.run_locked(agree)
     if options.final_epochs:
         samples = options.final_epochs * (len(dataset.train) + len(dataset.validation))
         plan = replace(plan, final_s=samples / plan.images_per_s, total_s=0.0)

@@ -76,8 +76,8 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
             "name": job.study.study_name,
             "id": job.member.study_id,
             "trial": best.number,
-            "trials": job.member.update(studies.finished),
-            "worth": job.member.update(lambda study: studies.worth(study, best.number)),
+            "trials": job.member.run_locked(studies.finished),
+            "worth": job.member.run_locked(lambda study: studies.worth(study, best.number)),
         },
         "metrics": {
             "validation": validation(job, best),
@@ -140,7 +140,7 @@ def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:
     """The winner's errors as a trial, and its accuracy on fresh seeds."""
     assert best.value is not None
     n = len(job.dataset.validation)
-    fresh = job.member.update(lambda study: studies.confirmations(study, best.number))
+    fresh = job.member.run_locked(lambda study: studies.confirmations(study, best.number))
     values = fresh or [best.value]
     return {
         "errors": round((1 - best.value) * n),

@@ -52,16 +52,16 @@ def make(member: Member, name: str, output: Path, artifacts: Path) -> None:
     """
     if name not in registry.read(output)["models"]:
         return
-    page, shown = output / f"{name}{ENDING}", member.update(_shown)
+    page, shown = output / f"{name}{ENDING}", member.run_locked(_shown)
     if page.exists() and name in shown:
         return
     with np.load(registry.file(output, name, "predictions")) as file:
         kept = dict(file)
-    report = draw(member.update(copy), name, registry.record(output, name)[1], kept)
+    report = draw(member.run_locked(copy), name, registry.record(output, name)[1], kept)
     registry.put_beside(output, name, ENDING, write(report).encode())
     if name not in shown:
         where = f"Model: `{output / name}.pth`\n\nReport: `{page}`"
-        member.update(lambda study: show(study, report, artifacts, where))
+        member.run_locked(lambda study: show(study, report, artifacts, where))
 
 
 def _shown(study: optuna.Study) -> list[str]:

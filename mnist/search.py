@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import study as studies
 from mnist import training
-from mnist.members import Claim, Lost, Member
+from mnist.members import Claim, ClaimLost, Member
 from mnist.space import DEFAULT, Space
 from mnist.workers import Ended, Pool, Report, Run, Worker
 
@@ -82,11 +82,11 @@ def search(
                 running[worker] = Trial(claim, run, time.monotonic(), resumed)
                 worker.start(run)
             if not running:
-                if member.update(studies.finished) >= trials:
+                if member.run_locked(studies.finished) >= trials:
                     return
                 yield Update()
                 time.sleep(WAIT_S)
-                member.look()
+                member.poll()
                 continue
             for update, reason in listen(member, pool, running):
                 yield update
@@ -98,7 +98,7 @@ def search(
         for worker in running:
             pool.discard(worker)
         if running:
-            member.abandon()
+            member.requeue_all()
 
 
 def count(failures: int, update: Update) -> int:
@@ -113,7 +113,7 @@ def listen(
     for worker, message in pool.messages(WAIT_S):
         try:
             update = hear(member, worker, running[worker], message)
-        except Lost:  # another member has the trial now
+        except ClaimLost:  # another member has the trial now
             pool.discard(worker)
             del running[worker]
             continue
@@ -123,7 +123,7 @@ def listen(
 
 
 def hear(member: Member, worker: Worker, trial: Trial, message: Report | Ended) -> Update:
-    """Record what a worker says of its trial. Raises Lost, and OSError for a full disk."""
+    """Record what a worker says of its trial. Raises ClaimLost, and OSError for a full disk."""
     claim = trial.claim
     if isinstance(message, Report):
         progress = message.progress
@@ -137,12 +137,12 @@ def hear(member: Member, worker: Worker, trial: Trial, message: Report | Ended) 
         resumed = {"resumed": True} if trial.resumed else {}
         value = member.tell(claim, state, None if message.stopped else message.accuracy, **resumed)
     elif message.failure == "disk":
-        member.give_back(claim)
+        member.requeue(claim)
         raise OSError(message.reason)
     elif again := trial.run.again(message):
         state = TrialState.WAITING
         keys = ("micro_batch", "deaths", "mark")
-        member.give_back(claim, again={key: getattr(again, key) for key in keys})
+        member.requeue(claim, again={key: getattr(again, key) for key in keys})
     else:
         state = TrialState.FAIL
         member.tell(claim, state, fail_reason=f"{message.failure}: {message.reason}")
@@ -203,7 +203,7 @@ def confirm(
     result is kept with the study as it comes in. A trial that fails so is set aside, and the next
     best takes its place. Yields (how many runs are done, of how many) now and then.
     """
-    while best := member.update(lambda study: studies.unconfirmed(study, k)):
+    while best := member.run_locked(lambda study: studies.unconfirmed(study, k)):
         todo = {(trial.number, i): run_of(trial, i) for trial, missing in best for i in missing}
         total, done = len(todo), 0
         for key, message in carry_out(pool, todo):
@@ -218,8 +218,8 @@ def keep_confirmation(member: Member, key: tuple[int, int], ended: Ended) -> Non
     number, i = key
     if ended.failure:
         reason = f"{ended.failure}: {ended.reason}"
-        member.update(lambda study: studies.set_aside(study, number, reason))
+        member.run_locked(lambda study: studies.set_aside(study, number, reason))
     else:
         accuracy = ended.accuracy
         assert accuracy is not None
-        member.update(lambda study: studies.confirm(study, number, i, accuracy))
+        member.run_locked(lambda study: studies.confirm(study, number, i, accuracy))

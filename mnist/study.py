@@ -21,7 +21,7 @@ YARDSTICKS = ("first", "median")
 CONFIRM_SEEDS = 2  # fresh ones, on which the best trials and the yardsticks are run again
 BUSY_S = 60  # how long SQLite waits for another process's statement
 # After which PostgreSQL ends a transaction that does nothing, or waits for a lock; less than
-# members.GRACE_S, so that a trial is free before another member takes it.
+# members.GRACE_PERIOD_S, so that a trial is free before another member takes it.
 STALL_S = 30.0
 STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError)  # a full disk, a lost server
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)

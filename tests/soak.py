@@ -192,8 +192,8 @@ def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
     times, plan = sorted(chance.sample(range(most), kills)), []
     for before, runs in itertools.pairwise([0, *times]):
         who, reports = chance.choice(WHO), chance.randint(0, MOST_REPORTS)
-        in_turn = who != "worker" and chance.random() < 0.5
-        statements = chance.randint(0, MOST_STATEMENTS) if in_turn else None
+        locked = who != "worker" and chance.random() < 0.5
+        statements = chance.randint(0, MOST_STATEMENTS) if locked else None
         plan.append(Kill(who, runs - before, reports, statements))
     return plan
 
@@ -207,7 +207,7 @@ def soak(
     """
     chance, known, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
     options = [*DIGITS, "--workers", str(WORKERS), "--storage", storage, "--trials", str(trials)]
-    plan, in_turn, gates = planned(kills, trials, chance), 0, Gates(folder)
+    plan, locked, gates = planned(kills, trials, chance), 0, Gates(folder)
     gates.reports.allow(0)
     command = Command(folder, options)
     try:
@@ -219,7 +219,7 @@ def soak(
                 gates.hold(kill.runs, kill.reports, kill.statements, command.going)
                 looked = len(answers)
                 until(lambda: len(answers) > looked, "the dashboard answers")  # noqa: B023
-                in_turn += bool(gates.statements.held())
+                locked += bool(gates.statements.held())
                 command.kill(kill.who, chance.choice(gates.held() or command.below()))
                 known = unchanged(known, finished(storage))
                 if command.process.poll() is not None:
@@ -233,10 +233,10 @@ def soak(
     assert resumed(storage), "no trial went on from a checkpoint"
     count = Counter(kill.who for kill in plan)
     return (
-        f"{kills} kills ({', '.join(f'{count[who]} {who}' for who in WHO)}; {in_turn} in a turn) "
-        f"in {time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "
-        f"{failed} failed; {resumed(storage)} had gone on from a checkpoint; {trials} replayed bit "
-        f"for bit; one model; the dashboard answered {len(answers)} times"
+        f"{kills} kills ({', '.join(f'{count[who]} {who}' for who in WHO)}; {locked} in a "
+        f"transaction) in {time.monotonic() - start:.0f} s: {trials} trials finished, none lost, "
+        f"none running, {failed} failed; {resumed(storage)} had gone on from a checkpoint; "
+        f"{trials} replayed bit for bit; one model; the dashboard answered {len(answers)} times"
     )
 
 
@@ -273,8 +273,8 @@ def resumed(storage: str) -> int:
 def check(storage: str, folder: Path, trials: int, stalled: int = 0) -> int:
     """That a study has ended as it should; returns how many trials failed.
 
-    Each of the `stalled` members may have asked for a trial too many: stopped in its turn, which
-    the database then ends, it goes on as if it had it. That trial waits for a larger --trials.
+    Each of the `stalled` members may have claimed a trial too many: suspended in a transaction that
+    the database then ends, it goes on as if it had the trial, which waits for a larger --trials.
     """
     with opened(storage) as study:
         states = [trial.state for trial in study.trials]
