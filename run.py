@@ -30,7 +30,7 @@ from mnist.job import Job, publish, result, sweep
 from mnist.members import Claim, Member
 from mnist.options import Options, command
 from mnist.prepare import check, choose_device, prepare, source, writable
-from mnist.workers import Pool, Run, Setup, cores
+from mnist.workers import Pool, Run, Setup, available_cores
 
 # Whatever is wrong with what one study is to be made of.
 REFUSED = (click.UsageError, data.DataError, registry.RegistryError, studies.StudyError)
@@ -81,7 +81,7 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     writable(options.artifacts)
     device = choose_device(options)
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
-    threads = max(1, cores() // workers)
+    threads = max(1, available_cores() // workers)
     setup = Setup(
         source(options), str(device), threads, options.disk_quota, imports=options.import_
     )

@@ -35,7 +35,7 @@ from mnist import data, folding, models, training
 from mnist import study as studies
 from mnist.data import Dataset
 from mnist.space import DEFAULT, WIDE, Space
-from mnist.workers import cores
+from mnist.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
 # With them trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
@@ -385,7 +385,7 @@ def main(
     settings = Settings(**options)
     try:
         if not export:
-            torch.set_num_threads(threads or cores())
+            torch.set_num_threads(threads or available_cores())
             place = training.select_device(device)
             dataset = data.load(settings.dataset, data_dir).to(place)
             found = opened(storage, study, settings, dataset)

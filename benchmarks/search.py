@@ -44,7 +44,7 @@ from benchmarks.replay import (
 from mnist import budget
 from mnist import study as studies
 from mnist.space import Space
-from mnist.workers import cores
+from mnist.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
 GP_SEEDS = 10  # a search of 32 trials takes 2.5 s of a core, where TPE's takes 0.05
@@ -236,7 +236,7 @@ def main(
         f"Median (quartiles); p: fewer images than {CURRENT}.\n"
     )
     gp_seeds = min(seeds, gp_seeds)
-    print_searches(replays(table, limits, seeds, gp_seeds, processes or cores()), limits)
+    print_searches(replays(table, limits, seeds, gp_seeds, processes or available_cores()), limits)
     everyone = np.arange(len(table.params))
     print_tau(table, table.final_name, everyone, table.final)
     if len(table.with_finals) > 1 and len(table.with_finals) < len(everyone):

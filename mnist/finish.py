@@ -11,7 +11,7 @@ from mnist import study as studies
 from mnist.display import Display, words
 from mnist.job import Job, result, speed_run, winner
 from mnist.release import Trained
-from mnist.workers import Ended, Pool, Report, Run, cores, restore
+from mnist.workers import Pool, Report, Run, RunResult, available_cores, load_checkpoint
 
 WAIT_S = 1.0
 LEAST_FINAL = 1_200  # images; a model that has seen fewer is not worth saving
@@ -26,7 +26,7 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
                 screen.say(f"trial {found['study']['trial']} has won before; its model is kept")
                 return found
             trained = train(job, pool, screen)
-            pool.end()  # the plain network and its export take their room
+            pool.stop_workers()  # the plain network and its export take their room
             if found := release.save(job, trained, screen):
                 return found
         screen.waiting("another process finishes the study")
@@ -68,22 +68,24 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
         if best is None:  # another member has just finished a better trial
             continue
         run = final_run(job, pool, best)
-        weights = restore(run.weights)  # of a process that was killed when it had got so far
+        weights = load_checkpoint(
+            run.weights
+        )  # of a process that was killed when it had got so far
         if weights is not None:
             return Trained(best, weights, run.samples, None)
         if means := job.member.run_locked(lambda study: studies.means(study, job.confirmed)):
-            said = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
-            screen.say(f"on fresh seeds: {said}")
+            text = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
+            screen.say(f"on fresh seeds: {text}")
         text = f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
         screen.say(text)
-        ended, seconds = carry_out(job, pool, screen, run)
-        weights = restore(run.weights)
-        if ended.failure is None and weights is not None:
+        result, seconds = carry_out(job, pool, screen, run)
+        weights = load_checkpoint(run.weights)
+        if result.failure is None and weights is not None:
             return Trained(best, weights, run.samples, seconds)
-        if ended.failure in (None, "died"):
-            raise search.Unfinished(f"the final training failed: {ended.reason or run.weights}")
-        set_aside(job, best.number, f"{ended.failure}: {ended.reason}")
-        screen.say(f"trial {best.number} is set aside: {ended.reason}")
+        if result.failure in (None, "died"):
+            raise search.Unfinished(f"the final training failed: {result.reason or run.weights}")
+        set_aside(job, best.number, f"{result.failure}: {result.reason}")
+        screen.say(f"trial {best.number} is set aside: {result.reason}")
     raise search.Unfinished("no complete trial is left to make the final model from")
 
 
@@ -91,7 +93,7 @@ def set_aside(job: Job, number: int, reason: str) -> None:
     job.member.run_locked(lambda study: studies.set_aside(study, number, reason))
 
 
-def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, float | None]:
+def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[RunResult, float | None]:
     """Have one worker train the final model; also the seconds that all of it takes."""
     seen: list[tuple[int, float]] = []  # images, at what time; fewer of them after a restart
     expected_s = final_s(job)
@@ -104,7 +106,7 @@ def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[Ended, f
             return message, (end - start) / (n - m) * run.samples if n > m else None
         else:
             job.in_time("the final training is not finished yet")
-    raise AssertionError("a run ends with an Ended")
+    raise AssertionError("a run ends with a RunResult")
 
 
 def final_run(job: Job, pool: Pool, best: FrozenTrial) -> Run:
@@ -119,7 +121,7 @@ def final_run(job: Job, pool: Pool, best: FrozenTrial) -> Run:
         final=True,
         plain=job.options.plain,
         bfloat16=job.plan.bfloat16,
-        threads=cores(),
+        threads=available_cores(),
         micro_batch=studies.micro_batch(best),
         checkpoint=stem.with_suffix(".pt"),
         weights=stem.with_suffix(".weights.pt"),

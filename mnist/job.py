@@ -18,7 +18,7 @@ from mnist import study as studies
 from mnist.members import Member
 from mnist.options import Options
 from mnist.space import Space
-from mnist.workers import Run, cores
+from mnist.workers import Run, available_cores
 
 TINY_LR = 1e-8  # with which a machine is measured: no step of it diverges
 ABANDONED_S = 600  # writing a checkpoint takes seconds
@@ -64,7 +64,9 @@ def network(options: Options, dataset: data.Dataset, device: torch.device) -> to
 def speed_run(options: Options, params: dict[str, Any]) -> Run:
     """A few steps by all cores, to measure how fast they are."""
     params = params | {"lr": TINY_LR}
-    return Run(options.model, params, 0, 0, measure=True, plain=options.plain, threads=cores())
+    return Run(
+        options.model, params, 0, 0, measure=True, plain=options.plain, threads=available_cores()
+    )
 
 
 def winner(job: Job) -> FrozenTrial | None:

@@ -17,7 +17,7 @@ from mnist import export, folding, models, plugins, registry, training
 from mnist import study as studies
 from mnist.display import Display
 from mnist.job import Job, network, origin, replaced
-from mnist.workers import keep, restore, used
+from mnist.workers import folder_bytes, load_checkpoint, save_checkpoint
 
 MISTAKES = 24  # whose images are kept, to be looked at
 EVALUATION_BYTES = 10_000_000  # more than what is kept of it
@@ -113,11 +113,11 @@ def evaluate(
     They are kept at `path` until the model is saved: who takes over from a process that was killed
     in between does not evaluate again. Raises OSError where there is no room for them.
     """
-    kept = restore(path)
+    kept = load_checkpoint(path)
     if kept is None:
         quota = job.options.disk_quota
         room = [shutil.disk_usage(job.folder).free]
-        room += [] if quota is None else [quota - used(job.options.artifacts)]
+        room += [] if quota is None else [quota - folder_bytes(job.options.artifacts)]
         if min(room) < EVALUATION_BYTES:
             raise OSError(f"no room for the evaluation in {job.folder}; it is not begun")
         test = job.dataset.open_test()
@@ -132,7 +132,7 @@ def evaluate(
             "mistakes": worst,
             "images": test.images[worst],
         }
-        keep(kept, path)
+        save_checkpoint(kept, path)
     return kept
 
 

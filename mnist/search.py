@@ -11,7 +11,7 @@ from mnist import study as studies
 from mnist import training
 from mnist.members import Claim, ClaimLost, Member
 from mnist.space import DEFAULT, Space
-from mnist.workers import Ended, Pool, Report, Run, Worker
+from mnist.workers import Pool, Report, Run, RunResult, Worker
 
 FAILURES = 5  # failed trials in a row that end a search
 WAIT_S = 1.0
@@ -73,7 +73,7 @@ def search(
     failures = 0
     try:
         while True:
-            for worker in pool.idle():
+            for worker in pool.idle_workers():
                 claim = member.ask(trials, seed, sampler, space)
                 if claim is None:
                     break
@@ -110,7 +110,7 @@ def listen(
     member: Member, pool: Pool, running: dict[Worker, Trial]
 ) -> Generator[tuple[Update, str]]:
     """What happens within WAIT_S seconds, and why a trial failed if it did."""
-    for worker, message in pool.messages(WAIT_S):
+    for worker, message in pool.receive_messages(WAIT_S):
         try:
             update = hear(member, worker, running[worker], message)
         except ClaimLost:  # another member has the trial now
@@ -119,17 +119,17 @@ def listen(
             continue
         if update.state:
             del running[worker]
-        yield update, message.reason if isinstance(message, Ended) else ""
+        yield update, message.reason if isinstance(message, RunResult) else ""
 
 
-def hear(member: Member, worker: Worker, trial: Trial, message: Report | Ended) -> Update:
+def hear(member: Member, worker: Worker, trial: Trial, message: Report | RunResult) -> Update:
     """Record what a worker says of its trial. Raises ClaimLost, and OSError for a full disk."""
     claim = trial.claim
     if isinstance(message, Report):
         progress = message.progress
         if progress.accuracy is not None:
             prune = member.report(claim, progress.samples, progress.accuracy)
-            worker.answer(stop=prune and progress.samples < progress.total)
+            worker.reply(stop=prune and progress.samples < progress.total)
         return Update(claim.number, claim.params, progress)
     value = None
     if message.failure is None:
@@ -139,10 +139,10 @@ def hear(member: Member, worker: Worker, trial: Trial, message: Report | Ended) 
     elif message.failure == "disk":
         member.requeue(claim)
         raise OSError(message.reason)
-    elif again := trial.run.again(message):
+    elif next_run := trial.run.retry(message):
         state = TrialState.WAITING
         keys = ("micro_batch", "deaths", "mark")
-        member.requeue(claim, again={key: getattr(again, key) for key in keys})
+        member.requeue(claim, again={key: getattr(next_run, key) for key in keys})
     else:
         state = TrialState.FAIL
         member.tell(claim, state, fail_reason=f"{message.failure}: {message.reason}")
@@ -154,28 +154,28 @@ def hear(member: Member, worker: Worker, trial: Trial, message: Report | Ended) 
 
 def carry_out(
     pool: Pool, runs: Mapping[K, Run]
-) -> Generator[tuple[K, Report | Ended] | tuple[None, None]]:
-    """Runs that are no trials; each is tried again where that can help, and ends with an Ended.
+) -> Generator[tuple[K, Report | RunResult] | tuple[None, None]]:
+    """Runs that are no trials; each is retried where that can help, and ends with a RunResult.
 
     Yields (None, None) at least every WAIT_S seconds. Raises OSError where a worker cannot write.
     """
     queue, busy = list(runs.items()), dict[Worker, tuple[K, Run]]()
     while queue or busy:
-        for worker in pool.idle()[: len(queue)]:
+        for worker in pool.idle_workers()[: len(queue)]:
             busy[worker] = queue.pop(0)
             worker.start(busy[worker][1])
-        for worker, message in pool.messages(WAIT_S):
+        for worker, message in pool.receive_messages(WAIT_S):
             key, run = busy[worker]
             if isinstance(message, Report):
                 if message.progress.accuracy is not None:
-                    worker.answer(stop=False)
+                    worker.reply(stop=False)
                 yield key, message
                 continue
             del busy[worker]
             if message.failure == "disk":
                 raise OSError(message.reason)
-            if again := run.again(message):
-                queue.append((key, again))
+            if next_run := run.retry(message):
+                queue.append((key, next_run))
                 continue
             if run.checkpoint:
                 run.checkpoint.unlink(missing_ok=True)
@@ -187,11 +187,11 @@ def carry_out(
 def speed(pool: Pool, run: Run) -> float:
     """Images a second that a worker trains, of a run with `measure`. Raises RunFailed."""
     for _, message in carry_out(pool, {"speed": run}):
-        if isinstance(message, Ended):
+        if isinstance(message, RunResult):
             if message.images_per_s is None:
                 raise RunFailed(message.reason)
             return message.images_per_s
-    raise AssertionError("a run ends with an Ended")
+    raise AssertionError("a run ends with a RunResult")
 
 
 def confirm(
@@ -207,19 +207,19 @@ def confirm(
         todo = {(trial.number, i): run_of(trial, i) for trial, missing in best for i in missing}
         total, done = len(todo), 0
         for key, message in carry_out(pool, todo):
-            if key is not None and isinstance(message, Ended):
+            if key is not None and isinstance(message, RunResult):
                 done += 1
                 keep_confirmation(member, key, message)
             yield done, total
 
 
-def keep_confirmation(member: Member, key: tuple[int, int], ended: Ended) -> None:
+def keep_confirmation(member: Member, key: tuple[int, int], result: RunResult) -> None:
     """Record one confirmation, or that the trial's hyperparameters fail on a fresh seed."""
     number, i = key
-    if ended.failure:
-        reason = f"{ended.failure}: {ended.reason}"
+    if result.failure:
+        reason = f"{result.failure}: {result.reason}"
         member.run_locked(lambda study: studies.set_aside(study, number, reason))
     else:
-        accuracy = ended.accuracy
+        accuracy = result.accuracy
         assert accuracy is not None
         member.run_locked(lambda study: studies.confirm(study, number, i, accuracy))

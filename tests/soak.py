@@ -166,12 +166,12 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
     setup = workers.Setup(functools.partial(data.load, "digits"), "cpu", threads)
     seed, rungs = studies.seed_of(0), tuple(budget.rungs(samples))
     run = workers.Run("linear", trial.params, samples, seed, rungs, threads=threads)
-    ended = workers.attempt(run, dataset, setup, pipe)
-    assert ended.failure is None, ended
+    result = workers.run_safely(run, dataset, setup, pipe)
+    assert result.failure is None, result
     for step, value in trial.intermediate_values.items():
         assert pipe.values[step] == value, (trial.number, step, value, pipe.values)
     if trial.state == TrialState.COMPLETE:
-        assert trial.value == ended.accuracy, (trial.number, trial.value, ended)
+        assert trial.value == result.accuracy, (trial.number, trial.value, result)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist import budget, data, search
 from mnist import study as studies
 from mnist.members import Claim, Member
-from mnist.workers import Ended, Pool, Run, Setup, Worker
+from mnist.workers import Pool, Run, RunResult, Setup, Worker
 
 SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
 SAMPLES = 600
@@ -108,14 +108,14 @@ def test_a_trial_that_fails_has_its_reason_and_five_in_a_row_end_the_search(
 
 
 @pytest.mark.parametrize("failure", ["memory", "died"])
-def test_failures_that_are_tried_again_end_the_search_too(
+def test_failures_that_are_retried_end_the_search_too(
     tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
     monkeypatch.setattr(
         Pool,
-        "messages",
+        "receive_messages",
         lambda self, timeout: [
-            (worker, worker_ended(worker, failure)) for worker in self.workers if worker.busy
+            (worker, fail_worker(worker, failure)) for worker in self.workers if worker.busy
         ],
     )
     one = member(tmp_path)
@@ -125,9 +125,9 @@ def test_failures_that_are_tried_again_end_the_search_too(
     pool.discard(pool.workers[0])
 
 
-def worker_ended(worker: Worker, failure: str) -> Ended:
+def fail_worker(worker: Worker, failure: str) -> RunResult:
     worker.busy = False
-    return Ended(failure=failure, reason="so it is")
+    return RunResult(failure=failure, reason="so it is")
 
 
 def test_a_bug_in_a_network_is_the_trial_s_failure_not_the_search_s(
@@ -143,7 +143,7 @@ def test_a_bug_in_a_network_is_the_trial_s_failure_not_the_search_s(
     assert studies.finished(one.study) == 3
 
 
-def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_tried_again(
+def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_retried(
     tmp_path: Path, pool: Pool
 ) -> None:
     whole, one = member(tmp_path, "whole"), member(tmp_path, "one")
@@ -185,7 +185,7 @@ def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: P
         claim = one.ask(5, 0)
         assert claim is not None
         trial = search.Trial(claim, run_of(claim), 0.0)
-        full = Ended(failure="disk", reason="[Errno 28] No space left on device")
+        full = RunResult(failure="disk", reason="[Errno 28] No space left on device")
         with pytest.raises(OSError, match="No space left"):
             search.hear(one, pool.workers[0], trial, full)
     assert states(one) == [TrialState.WAITING]

@@ -51,13 +51,13 @@ data.DATASETS["digits"] = data.Source(counting, digits.classes, digits.recipe)
 COUNT_RESULTS = """
 from pathlib import Path
 from mnist import release
-real = release.keep
-def keep(state, path, *rest):
+real = release.save_checkpoint
+def save_checkpoint(state, path, *rest):
     if path.name.startswith("test-"):
         with Path("evaluations").open("a") as log:
             log.write(path.name + chr(10))
     return real(state, path, *rest)
-release.keep = keep
+release.save_checkpoint = save_checkpoint
 """
 
 
