@@ -89,8 +89,10 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     with Member(options.storage, options.study_name, threads) as member, pool:
         job = prepare(options, member, pool, device, (start, latest))
         forecasts: list[tuple[float, float]] = []
-        begun = not member.run_locked(studies.finished)  # by this command: else it took longer
-        done = result(job) if member.run_locked(studies.finished) >= job.trials else None
+        begun = not member.run_locked(
+            studies.count_finished
+        )  # by this command: else it took longer
+        done = result(job) if member.run_locked(studies.count_finished) >= job.trials else None
         if done is None:
             screen = Display(job.trials, job.plan, job.space, start)
             sweep(job)
@@ -135,7 +137,7 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
             screen.trial(update)
             if time.monotonic() > half:
                 break
-    if job.member.run_locked(studies.finished) < job.trials:
+    if job.member.run_locked(studies.count_finished) < job.trials:
         if not job.member.run_locked(lambda study: studies.best_trials(study, 1)):
             raise search.Unfinished("--timeout: no trial was completed")
         screen.say(f"--timeout: the budget of {job.trials} trials was not reached")
@@ -146,7 +148,9 @@ def trial_run(job: Job, claim: Claim) -> Run:
         job.options.model,
         claim.params,
         job.plan.trial_samples,
-        studies.seed_of(job.options.seed),  # the same start and order for all: paired comparisons
+        studies.derive_seed(
+            job.options.seed
+        ),  # the same start and order for all: paired comparisons
         tuple(budget.rungs(job.plan.trial_samples)),
         plain=job.options.plain,
         bfloat16=job.plan.bfloat16,
@@ -179,7 +183,7 @@ def show(job: Job, done: dict[str, Any]) -> dict[str, Any]:
     if here:
         registry.file(options.output, name)
     best = done["study"]["trial"]
-    outcome = job.member.run_locked(lambda study: studies.summary(study, best)) | done
+    outcome = job.member.run_locked(lambda study: studies.summarise(study, best)) | done
     if not options.json:
         display.result(
             outcome,

@@ -123,7 +123,7 @@ class Nearest(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: Space
     ) -> dict[str, Any]:
         begins = self.first and trial.number == 0
-        proposal = studies.FIRST if begins else self.proposal(study, trial)
+        proposal = studies.FIRST_PARAMS if begins else self.proposal(study, trial)
         distance = ((self.table.points - point(proposal)) ** 2).sum(1)
         self.taken = int(np.where(self.free, distance, np.inf).argmin())
         self.free[self.taken] = False
@@ -189,7 +189,7 @@ class Trials:
         )
         seen, number = 0, 0
         while nearest.free.any():
-            nearest.sampler = self.sampler(studies.seed_of(seed, number), DEFAULT)
+            nearest.sampler = self.sampler(studies.derive_seed(seed, number), DEFAULT)
             trial = study.ask(DEFAULT)
             values = table.values[self.metric][nearest.taken]
             state, i = self.state(trial, values, fidelities, table)

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from mnist import data
-from mnist.search import carry_out
-from mnist.study import FIRST
+from mnist.search import execute_runs
+from mnist.study import FIRST_PARAMS
 from mnist.workers import Pool, Run, Setup, available_cores
 
 RUNS = 4  # at once or one after the other
@@ -24,12 +24,12 @@ def seconds(
     setup = Setup(load, "cpu", max(1, available_cores() // workers))
 
     def runs(n: int) -> dict[int, Run]:
-        return {i: Run(network, FIRST, n, seed=i) for i in range(RUNS)}
+        return {i: Run(network, FIRST_PARAMS, n, seed=i) for i in range(RUNS)}
 
     with Pool(workers, setup) as pool:
-        list(carry_out(pool, runs(FIRST["batch_size"])))
+        list(execute_runs(pool, runs(FIRST_PARAMS["batch_size"])))
         start = time.perf_counter()
-        list(carry_out(pool, runs(samples)))
+        list(execute_runs(pool, runs(samples)))
         return time.perf_counter() - start
 
 

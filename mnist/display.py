@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mnist.budget import Plan, left_s, search_left_s, training_left_s
 from mnist.search import Update
-from mnist.study import FINISHED, YARDSTICKS
+from mnist.study import BASELINES, FINISHED
 from mnist.training import Progress
 
 PLAIN_EVERY_S = 10.0
@@ -172,12 +172,12 @@ def on_fresh_seeds(record: dict[str, Any]) -> list[str]:
 def worth(record: dict[str, Any]) -> str | None:
     """What the search was worth, in errors on fresh seeds; None where a record does not say."""
     study = record["study"].get("worth", {})
-    if not {"winner", *YARDSTICKS} <= set(study):
+    if not {"winner", *BASELINES} <= set(study):
         return None
     n = record["dataset"]["splits"]["validation"]
     winner, first, median = (
         round(n * (1 - statistics.fmean(study[name]["accuracies"])))
-        for name in ("winner", *YARDSTICKS)
+        for name in ("winner", *BASELINES)
     )
     return (
         f"on the same fresh seeds the winner makes {winner} errors of {n:,} validation images, "

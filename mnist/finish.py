@@ -40,19 +40,19 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
 def confirm(job: Job, pool: Pool, screen: Display) -> None:
     """Have the best trials run again on fresh seeds, and beside them the yardsticks."""
 
-    def run_of(trial: FrozenTrial, i: int) -> Run:
+    def make_run(trial: FrozenTrial, i: int) -> Run:
         return Run(
             job.options.model,
             trial.params,
             job.plan.trial_samples,
-            studies.seed_of(job.options.seed, i, 1),  # the same seeds for all of them
+            studies.derive_seed(job.options.seed, i, 1),  # the same seeds for all of them
             plain=job.options.plain,
             bfloat16=job.plan.bfloat16,
             micro_batch=studies.micro_batch(trial),
             checkpoint=job.folder / f"confirm-{trial.number}-{i}.pt",
         )
 
-    for done, total in search.confirm(job.member, pool, run_of, job.confirmed):
+    for done, total in search.confirm(job.member, pool, make_run, job.confirmed):
         screen.confirmation(done, total)
         job.in_time("the best trials are not confirmed yet")
 
@@ -73,7 +73,9 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
         )  # of a process that was killed when it had got so far
         if weights is not None:
             return Trained(best, weights, run.samples, None)
-        if means := job.member.run_locked(lambda study: studies.means(study, job.confirmed)):
+        if means := job.member.run_locked(
+            lambda study: studies.mean_confirmations(study, job.confirmed)
+        ):
             text = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
             screen.say(f"on fresh seeds: {text}")
         text = f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
@@ -90,14 +92,14 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
 
 
 def set_aside(job: Job, number: int, reason: str) -> None:
-    job.member.run_locked(lambda study: studies.set_aside(study, number, reason))
+    job.member.run_locked(lambda study: studies.exclude_trial(study, number, reason))
 
 
 def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[RunResult, float | None]:
     """Have one worker train the final model; also the seconds that all of it takes."""
     seen: list[tuple[int, float]] = []  # images, at what time; fewer of them after a restart
     expected_s = final_s(job)
-    for _, message in search.carry_out(pool, {"final": run}):
+    for _, message in search.execute_runs(pool, {"final": run}):
         if isinstance(message, Report):
             screen.training("final", message.progress, expected_s, job.plan.release_s)
             seen.append((message.progress.samples, time.monotonic()))
@@ -117,7 +119,7 @@ def final_run(job: Job, pool: Pool, best: FrozenTrial) -> Run:
         job.options.model,
         best.params,
         samples,
-        studies.seed_of(job.options.seed),
+        studies.derive_seed(job.options.seed),
         final=True,
         plain=job.options.plain,
         bfloat16=job.plan.bfloat16,
@@ -154,7 +156,7 @@ def final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:
         micro_batch=studies.micro_batch(best),
     )
     try:
-        measured = search.speed(pool, run)
+        measured = search.measure_speed(pool, run)
     except search.RunFailed:  # the final training will say why
         measured = job.plan.images_per_s
     return max(least, round(min(final_s(job) * measured, job.work.most_final)))

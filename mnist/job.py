@@ -70,7 +70,7 @@ def speed_run(options: Options, params: dict[str, Any]) -> Run:
 
 
 def winner(job: Job) -> FrozenTrial | None:
-    return job.member.run_locked(lambda study: studies.winner(study, job.confirmed))
+    return job.member.run_locked(lambda study: studies.select_winner(study, job.confirmed))
 
 
 def result(job: Job) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ class Member:
         file = studies.sqlite_file(storage)
         folder = file.parent if file else Path(tempfile.gettempdir())
         if not folder.is_dir():  # creating the lock file would create the folder
-            raise studies.unusable(storage, f"there is no folder {folder}")
+            raise studies.unusable_storage(storage, f"there is no folder {folder}")
         # Not from the URL: one database server has many spellings.
         key = hashlib.sha256(f"{file or ''} {name}".encode()).hexdigest()[:12]
         self._folder, self._prefix = folder, f".study-{key}"
@@ -86,7 +86,7 @@ class Member:
             self.study_id: str = self.study.user_attrs["id"]
             self._host = host_id(folder)
         except (OSError, ImportError, *studies.STORAGE_ERRORS) as error:
-            raise studies.unusable(storage, str(error.__cause__ or error)) from error
+            raise studies.unusable_storage(storage, str(error.__cause__ or error)) from error
         self._storage = self.study._storage
         self.threads = threads
         self._silence: dict[str, tuple[int, float]] = {}  # id -> last beat, seconds since then

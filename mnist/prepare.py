@@ -51,7 +51,7 @@ def prepare(
         confirmed = QUICK_CONFIRM if options.quick else CONFIRM
     work = budget.Work(
         trials,
-        (confirmed + len(studies.YARDSTICKS)) * studies.CONFIRM_SEEDS if confirmed else 0,
+        (confirmed + len(studies.BASELINES)) * studies.CONFIRM_SEEDS if confirmed else 0,
         len(dataset.train),
         len(dataset.validation),
         min(training.VALIDATION_SUBSET, len(dataset.validation)),
@@ -207,7 +207,7 @@ def fit_to_machine(
             plugins.digest(options.import_) if any(map(plugins.is_from_plugin, parts)) else ""
         )
         wanted = studies.fingerprint(dataset, model, chosen.trial_samples, space, options.plain)
-        studies.agree(study, wanted, studies.finished(study) >= work.trials)
+        studies.check_fingerprint(study, wanted, studies.count_finished(study) >= work.trials)
         return chosen
 
     plan = member.run_locked(agree)
@@ -225,7 +225,7 @@ def measured(options: Options, pool: Pool, may_round: bool) -> tuple[float, bool
     for batch_size in SPEED_BATCHES:
         run = speed_run(options, {"batch_size": batch_size, "optimizer": "Adam"})
         try:
-            speed = search.speed(pool, run)
+            speed = search.measure_speed(pool, run)
             break
         except search.RunFailed as error:  # for lack of memory, perhaps
             failure = error
@@ -233,7 +233,7 @@ def measured(options: Options, pool: Pool, may_round: bool) -> tuple[float, bool
         raise click.UsageError(f"network {options.model!r} cannot be used: {failure}")
     if may_round:
         with contextlib.suppress(search.RunFailed):  # an operation that has no bfloat16
-            faster = search.speed(pool, replace(run, bfloat16=True))
+            faster = search.measure_speed(pool, replace(run, bfloat16=True))
             if faster > BFLOAT16_GAIN * speed:
                 return faster, True
     return speed, False

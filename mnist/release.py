@@ -76,8 +76,10 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
             "name": job.study.study_name,
             "id": job.member.study_id,
             "trial": best.number,
-            "trials": job.member.run_locked(studies.finished),
-            "worth": job.member.run_locked(lambda study: studies.worth(study, best.number)),
+            "trials": job.member.run_locked(studies.count_finished),
+            "worth": job.member.run_locked(
+                lambda study: studies.gain_over_baselines(study, best.number)
+            ),
         },
         "metrics": {
             "validation": validation(job, best),

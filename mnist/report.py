@@ -79,7 +79,7 @@ def copy(study: optuna.Study) -> optuna.Study:
 
 def draw(study: optuna.Study, name: str, record: registry.Record, kept: Kept) -> Report:
     """`kept` are the arrays of the model's predictions file, as release.evaluate() made them."""
-    shares = studies.importance(study) is not None
+    shares = studies.compute_importance(study) is not None
     of_study = plots.of_study(study, record["study"]["trial"], shares)
     of_model = plots.of_model(record["dataset"]["classes"], kept)
     return Report(name, record, study, kept, of_study, of_model)
@@ -108,7 +108,7 @@ def asked(report: Report) -> list[str]:
 
 def found(report: Report) -> list[str]:
     """How the study and its model turned out, in sentences."""
-    summary = studies.summary(report.study, report.best.number)
+    summary = studies.summarise(report.study, report.best.number)
     counts, test = summary["trials"], report.record["metrics"]["test"]
     low, high = test["interval95"]
     engine = report.record.get("engines", {}).get("served", "torch")  # old records have none

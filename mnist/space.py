@@ -171,7 +171,7 @@ def _value(key: str, known: Number | Choice, word: str) -> Any:
     return value
 
 
-def inside(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
+def filter_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `params` that the space lets be chosen."""
     return {
         key: value for key, value in params.items() if key in space and _contains(space[key], value)

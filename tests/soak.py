@@ -164,7 +164,7 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
     pipe = Pipe()
     threads = trial.user_attrs["run"]["threads"]
     setup = workers.Setup(functools.partial(data.load, "digits"), "cpu", threads)
-    seed, rungs = studies.seed_of(0), tuple(budget.rungs(samples))
+    seed, rungs = studies.derive_seed(0), tuple(budget.rungs(samples))
     run = workers.Run("linear", trial.params, samples, seed, rungs, threads=threads)
     result = workers.run_safely(run, dataset, setup, pipe)
     assert result.failure is None, result

@@ -35,14 +35,14 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def one(storage: str) -> Iterator[Member]:
     with Member(storage, "study", threads=1) as member:
-        member.study.pruner = studies.pruner(600)
+        member.study.pruner = studies.make_pruner(600)
         yield member
 
 
 @pytest.fixture
 def two(storage: str, one: Member) -> Iterator[Member]:
     with Member(storage, "study", threads=1) as member:
-        member.study.pruner = studies.pruner(600)
+        member.study.pruner = studies.make_pruner(600)
         yield member
 
 
@@ -123,7 +123,7 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
     assert claim is not None
     engine = {"lock": one._engine, "storage": one._storage._backend.engine}[holder]
     engine.dispose()
-    monkeypatch.setattr(studies, "STALL_S", 1.0)
+    monkeypatch.setattr(studies, "TRANSACTION_TIMEOUT_S", 1.0)
     with engine.connect() as stopped:
         stopped.execute(text("SELECT * FROM trials FOR UPDATE"))
         pid = stopped.execute(text("SELECT pg_backend_pid()")).scalar()

@@ -24,7 +24,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
             raise search.RunFailed("RuntimeError: made up")
         return known[key]
 
-    monkeypatch.setattr(prepare.search, "speed", speed)
+    monkeypatch.setattr(prepare.search, "measure_speed", speed)
     return known
 
 

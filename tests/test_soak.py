@@ -21,7 +21,7 @@ StartAs = Callable[..., tuple[Command, Gates]]
 LEASES = """
 import os
 from mnist import members, study
-members.HEARTBEAT_S, members.GRACE_PERIOD_S, study.STALL_S = 0.5, {grace_s}, {stall_s}
+members.HEARTBEAT_S, members.GRACE_PERIOD_S, study.TRANSACTION_TIMEOUT_S = 0.5, {grace_s}, {stall_s}
 members.host_id = lambda folder: os.environ["SOAK_HOST"]
 """
 # Over in some seconds, but longer than a command on a busy machine is silent by itself.

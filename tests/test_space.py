@@ -91,8 +91,8 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path) -> None:
 def test_what_lies_outside_a_space_is_left_out() -> None:
     known = space.read("default", ["lr=float:0.001:0.1", "batch_size=64"])
     first = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039, "momentum": 0.9}
-    assert space.inside(known, first) == {"optimizer": "Adam"}
-    assert space.inside(known, first | {"lr": 0.01, "batch_size": 64}) == {
+    assert space.filter_params(known, first) == {"optimizer": "Adam"}
+    assert space.filter_params(known, first | {"lr": 0.01, "batch_size": 64}) == {
         "optimizer": "Adam",
         "lr": 0.01,
         "batch_size": 64,
