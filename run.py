@@ -24,7 +24,7 @@ import torch
 
 from mnist import budget, compare, data, display, registry, report, search
 from mnist import study as studies
-from mnist.display import Display, duration, reason, said
+from mnist.display import Display, format_duration, full_message, root_cause
 from mnist.finish import finish
 from mnist.job import Job, publish, result, sweep
 from mnist.members import Claim, Member
@@ -54,7 +54,7 @@ def main(each: list[Options]) -> None:
         except (search.Unfinished, *REFUSED) as error:
             if len(each) == 1:
                 raise
-            click.echo(f"{options.study_name}: {said(error)}", err=True)
+            click.echo(f"{options.study_name}: {full_message(error)}", err=True)
             failed[options.study_name] = error
     if len(each) > 1 and outcomes:
         show_all(each[0], outcomes)
@@ -112,15 +112,15 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
     """Search until the budget is reached, or until half of --timeout is over."""
     trials = job.member.run_locked(lambda study: study.get_trials(deepcopy=False))
     for trial in (trial for trial in trials if trial.state in studies.FINISHED):
-        screen.earlier(trial.state, trial.number, trial.value)
+        screen.add_finished(trial.state, trial.number, trial.value)
     done = screen.done
     if done >= job.trials:
         return
-    screen.say(
+    screen.print_line(
         f"study {job.study.study_name}: {done} of {job.trials} trials finished; a trial sees "
         f"at most {job.plan.trial_samples:,} images; expected: "
-        f"{duration((job.trials - done) * job.plan.trial_s)} for the search, "
-        f"{duration(job.plan.after_search_s)} for the final model"
+        f"{format_duration((job.trials - done) * job.plan.trial_s)} for the search, "
+        f"{format_duration(job.plan.after_search_s)} for the final model"
     )
     updates = search.search(
         job.member,
@@ -134,13 +134,13 @@ def find(job: Job, pool: Pool, screen: Display) -> None:
     half = job.start + (job.options.timeout or float("inf")) / 2
     with contextlib.closing(updates):
         for update in updates:
-            screen.trial(update)
+            screen.show_update(update)
             if time.monotonic() > half:
                 break
     if job.member.run_locked(studies.count_finished) < job.trials:
         if not job.member.run_locked(lambda study: studies.best_trials(study, 1)):
             raise search.Unfinished("--timeout: no trial was completed")
-        screen.say(f"--timeout: the budget of {job.trials} trials was not reached")
+        screen.print_line(f"--timeout: the budget of {job.trials} trials was not reached")
 
 
 def trial_run(job: Job, claim: Claim) -> Run:
@@ -172,7 +172,7 @@ def explain(job: Job, done: dict[str, Any]) -> None:
     try:
         report.make(job.member, done["name"], options.output, options.artifacts)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with a picture
-        print(f"run.py: the report could not be made: {reason(error)}", file=sys.stderr)
+        print(f"run.py: the report could not be made: {root_cause(error)}", file=sys.stderr)
 
 
 def show(job: Job, done: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def show(job: Job, done: dict[str, Any]) -> dict[str, Any]:
     best = done["study"]["trial"]
     outcome = job.member.run_locked(lambda study: studies.summarise(study, best)) | done
     if not options.json:
-        display.result(
+        display.print_result(
             outcome,
             str(options.output),
             studies.without_password(options.storage),
@@ -219,7 +219,7 @@ def guarded(arguments: list[str]) -> int:
         return fail(f"{error}; the same command goes on from here", 1)
     except (OSError, *studies.STORAGE_ERRORS) as error:
         return fail(
-            f"{reason(error)}; what was finished is kept, the same command goes on from here", 1
+            f"{root_cause(error)}; what was finished is kept, the same command goes on from here", 1
         )
     except (KeyboardInterrupt, click.Abort):
         return fail("interrupted; what was finished is kept, the same command goes on", 130)

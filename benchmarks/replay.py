@@ -173,7 +173,7 @@ class Trials:
 
     sampler: Callable[[int, Space], BaseSampler]
     rungs: tuple[float, ...] = ()  # shares of a trial
-    reduction: int = budget.REDUCTION
+    reduction: int = budget.REDUCTION_FACTOR
     metric: str = "errors"
     hyperband: bool = False
 

@@ -207,7 +207,9 @@ def print_tau(table: Table, name: str, chosen: np.ndarray, final: np.ndarray) ->
 @click.option("--seeds", default=100, show_default=True)
 @click.option("--gp-seeds", default=GP_SEEDS, show_default=True, help="Of the Gaussian process.")
 @click.option("--trials", default=32, show_default=True, help="Whole ones, that a search may cost.")
-@click.option("--trial", default=budget.MOST_TRIAL, show_default=True, help="Images of a trial.")
+@click.option(
+    "--trial", default=budget.MAX_TRIAL_SAMPLES, show_default=True, help="Images of a trial."
+)
 @click.option("--first", is_flag=True, help="Begin with the published best, as run.py does.")
 @click.option("--close", default=CLOSE, show_default=True, help="Times the least errors: good.")
 @click.option("--processes", type=int, help="By default one a core.")

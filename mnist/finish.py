@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 
 from mnist import budget, release, search
 from mnist import study as studies
-from mnist.display import Display, words
+from mnist.display import Display, format_params
 from mnist.job import Job, result, speed_run, winner
 from mnist.release import Trained
 from mnist.workers import Pool, Report, Run, RunResult, available_cores, load_checkpoint
@@ -23,13 +23,15 @@ def finish(job: Job, pool: Pool, screen: Display) -> dict[str, Any]:
         if job.member.become_leader():
             confirm(job, pool, screen)
             if found := result(job):
-                screen.say(f"trial {found['study']['trial']} has won before; its model is kept")
+                screen.print_line(
+                    f"trial {found['study']['trial']} has won before; its model is kept"
+                )
                 return found
             trained = train(job, pool, screen)
             pool.stop_workers()  # the plain network and its export take their room
             if found := release.save(job, trained, screen):
                 return found
-        screen.waiting("another process finishes the study")
+        screen.show_waiting("another process finishes the study")
         time.sleep(WAIT_S)
         job.in_time("another process has not finished the study yet")
         job.member.poll()
@@ -53,7 +55,7 @@ def confirm(job: Job, pool: Pool, screen: Display) -> None:
         )
 
     for done, total in search.confirm(job.member, pool, make_run, job.confirmed):
-        screen.confirmation(done, total)
+        screen.show_confirmation(done, total)
         job.in_time("the best trials are not confirmed yet")
 
 
@@ -77,9 +79,9 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
             lambda study: studies.mean_confirmations(study, job.confirmed)
         ):
             text = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
-            screen.say(f"on fresh seeds: {text}")
-        text = f"final model: as trial {best.number} ({words(best.params)}), {run.samples:,} images"
-        screen.say(text)
+            screen.print_line(f"on fresh seeds: {text}")
+        text = f"as trial {best.number} ({format_params(best.params)}), {run.samples:,} images"
+        screen.print_line(f"final model: {text}")
         result, seconds = carry_out(job, pool, screen, run)
         weights = load_checkpoint(run.weights)
         if result.failure is None and weights is not None:
@@ -87,7 +89,7 @@ def train(job: Job, pool: Pool, screen: Display) -> Trained:
         if result.failure in (None, "died"):
             raise search.Unfinished(f"the final training failed: {result.reason or run.weights}")
         set_aside(job, best.number, f"{result.failure}: {result.reason}")
-        screen.say(f"trial {best.number} is set aside: {result.reason}")
+        screen.print_line(f"trial {best.number} is set aside: {result.reason}")
     raise search.Unfinished("no complete trial is left to make the final model from")
 
 
@@ -101,7 +103,7 @@ def carry_out(job: Job, pool: Pool, screen: Display, run: Run) -> tuple[RunResul
     expected_s = final_s(job)
     for _, message in search.execute_runs(pool, {"final": run}):
         if isinstance(message, Report):
-            screen.training("final", message.progress, expected_s, job.plan.release_s)
+            screen.show_training("final", message.progress, expected_s, job.plan.release_s)
             seen.append((message.progress.samples, time.monotonic()))
         elif message is not None:
             (m, start), (n, end) = (seen[0], seen[-1]) if seen else ((0, 0.0), (0, 0.0))
@@ -134,10 +136,10 @@ def final_s(job: Job) -> float:
     """Seconds that the final training may take, as far as it goes by the time left."""
     if job.options.final_epochs:
         return job.plan.final_s
-    passed_s = time.monotonic() - job.start
+    elapsed_s = time.monotonic() - job.start
     if job.options.timeout:
-        return budget.final_s_until(job.plan, job.options.timeout - passed_s)
-    return budget.final_s(job.plan, job.plan.total_s - passed_s)
+        return budget.allot_final_s_until(job.plan, job.options.timeout - elapsed_s)
+    return budget.allot_final_s(job.plan, job.plan.total_s - elapsed_s)
 
 
 def final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:
@@ -159,4 +161,4 @@ def final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:
         measured = search.measure_speed(pool, run)
     except search.RunFailed:  # the final training will say why
         measured = job.plan.images_per_s
-    return max(least, round(min(final_s(job) * measured, job.work.most_final)))
+    return max(least, round(min(final_s(job) * measured, job.work.max_final_samples)))

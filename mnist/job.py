@@ -36,7 +36,7 @@ class Job:
     plan: budget.Plan
     trials: int
     confirmed: int  # so many of the best trials are confirmed on fresh seeds
-    work: budget.Work
+    work: budget.Workload
     start: float
     latest: float
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from mnist import budget, data, folding, models, plugins, search, training
 from mnist import space as spaces
 from mnist import study as studies
-from mnist.display import reason, said
+from mnist.display import full_message, root_cause
 from mnist.job import Job, network, origin, speed_run
 from mnist.members import Member
 from mnist.options import Options
@@ -49,7 +49,7 @@ def prepare(
     confirmed = options.confirm
     if confirmed is None:
         confirmed = QUICK_CONFIRM if options.quick else CONFIRM
-    work = budget.Work(
+    work = budget.Workload(
         trials,
         (confirmed + len(studies.BASELINES)) * studies.CONFIRM_SEEDS if confirmed else 0,
         len(dataset.train),
@@ -74,7 +74,7 @@ def check(each: list[Options]) -> None:
             try:
                 choices(options, sound(options, dataset, device))
             except click.UsageError as error:
-                raise click.UsageError(f"{options.study_name}: {said(error)}") from error
+                raise click.UsageError(f"{options.study_name}: {full_message(error)}") from error
 
 
 def writable(artifacts: Path) -> None:
@@ -174,7 +174,7 @@ def fit_to_machine(
     pool: Pool,
     dataset: data.Dataset,
     space: spaces.Space,
-    work: budget.Work,
+    work: budget.Workload,
     start: float,
     may_round: bool,
 ) -> budget.Plan:
@@ -185,7 +185,7 @@ def fit_to_machine(
         plan = budget.Plan(**kept)
     else:
         images_per_s, bfloat16 = measured(options, pool, may_round)
-        plan = budget.plan(
+        plan = budget.make_plan(
             work,
             images_per_s,
             time.monotonic() - start,
@@ -251,5 +251,5 @@ def may_be_bfloat16(options: Options, device: torch.device, model: torch.nn.Modu
 
 
 def unsound(options: Options, error: Exception) -> click.UsageError:
-    text = f"{type(error).__name__}: {reason(error)}"
+    text = f"{type(error).__name__}: {root_cause(error)}"
     return click.UsageError(f"network {options.model!r} cannot be used: {text}")

@@ -44,7 +44,7 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
     None where this member was replaced meanwhile.
     """
     options, dataset, best = job.options, job.dataset, trained.best
-    screen.say("evaluating, once, and saving")
+    screen.print_line("evaluating, once, and saving")
     form = network(options, dataset, torch.device("cpu"))
     form.load_state_dict(trained.weights)
     form.eval()

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import plots, registry
 from mnist import study as studies
-from mnist.display import words, worth
+from mnist.display import describe_gain, format_params
 from mnist.members import Member
 from mnist.scores import calibration_error
 
@@ -119,7 +119,7 @@ def found(report: Report) -> list[str]:
         *([] if engine == "torch" else [served]),
         won(summary["best"], report.record["metrics"]["validation"]),
         compared(summary["best"], summary["first"]),
-        *([f"{text[0].upper()}{text[1:]}."] if (text := worth(report.record)) else []),
+        *([f"{text[0].upper()}{text[1:]}."] if (text := describe_gain(report.record)) else []),
         f"{counts['complete']} trials were completed, {counts['pruned']} pruned, "
         f"{counts['fail']} failed.",
     ]
@@ -127,8 +127,8 @@ def found(report: Report) -> list[str]:
 
 def won(best: dict[str, Any], confirmed: dict[str, Any]) -> str:
     text = (
-        f"Trial {best['number']} won, with {words(best['params'])}: {best['accuracy']:.2%} of the "
-        "validation images right."
+        f"Trial {best['number']} won, with {format_params(best['params'])}: "
+        f"{best['accuracy']:.2%} of the validation images right."
     )
     if confirmed["std"] is None:
         return text
@@ -140,7 +140,7 @@ def compared(best: dict[str, Any], first: dict[str, Any]) -> str:
     """The first trial beside the best one."""
     if first["number"] == best["number"]:
         return "It was the first trial."
-    text = f"The first trial, with {words(first['params'])},"
+    text = f"The first trial, with {format_params(first['params'])},"
     if first["state"] == "pruned":
         return f"{text} was pruned at {first['accuracy']:.2%}."
     points = 100 * (best["accuracy"] - first["accuracy"])

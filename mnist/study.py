@@ -160,7 +160,9 @@ def _describe_difference(key: str, requested: Any, recorded: Any) -> str:
 
 def make_pruner(trial_samples: int) -> optuna.pruners.BasePruner:
     """Successive halving (Li et al. 2020, arXiv 1810.05934), with images as the resource."""
-    return optuna.pruners.SuccessiveHalvingPruner(budget.rungs(trial_samples)[0], budget.REDUCTION)
+    return optuna.pruners.SuccessiveHalvingPruner(
+        budget.rungs(trial_samples)[0], budget.REDUCTION_FACTOR
+    )
 
 
 class _KnownSpaceTPESampler(optuna.samplers.TPESampler):

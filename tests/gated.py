@@ -62,10 +62,10 @@ def gate_command() -> None:
     from mnist import release
     from mnist.display import Display
 
-    say, save_checkpoint = Display.say, release.save_checkpoint
+    print_line, save_checkpoint = Display.print_line, release.save_checkpoint
 
-    def saying(screen: Display, text: str) -> None:
-        say(screen, text)
+    def print_gated(screen: Display, text: str) -> None:
+        print_line(screen, text)
         if text.startswith("evaluating"):
             GATES.saving.step()
 
@@ -77,7 +77,7 @@ def gate_command() -> None:
 
     event.listen(Engine, "after_cursor_execute", lambda *_: GATES.statements.step())
     event.listen(Engine, "handle_error", lambda *_: GATES.losses.step())
-    mock.patch.object(Display, "say", saying).start()
+    mock.patch.object(Display, "print_line", print_gated).start()
     mock.patch.object(release, "save_checkpoint", save_gated).start()
 
 
