@@ -26,10 +26,10 @@ from mnist import budget, compare, data, display, registry, report, search
 from mnist import study as studies
 from mnist.display import Display, format_duration, full_message, root_cause
 from mnist.finish import finish
-from mnist.job import Job, publish, result, sweep
+from mnist.job import Job, find_result, publish_result, remove_stale_files
 from mnist.members import Claim, Member
 from mnist.options import Options, command
-from mnist.prepare import check, choose_device, prepare, source, writable
+from mnist.prepare import check_all, check_writable, choose_device, make_loader, prepare
 from mnist.workers import Pool, Run, Setup, available_cores
 
 # Whatever is wrong with what one study is to be made of.
@@ -39,7 +39,7 @@ REFUSED = (click.UsageError, data.DataError, registry.RegistryError, studies.Stu
 def main(each: list[Options]) -> None:
     """One study after the other; nearly always there is just one."""
     if len(each) > 1:  # what is wrong with the last one is to be said before the first is trained
-        check(each)
+        check_all(each)
     outcomes: list[dict[str, Any]] = []
     failed: dict[str, Exception] = {}
     latest = time.monotonic() + (each[0].timeout or float("inf"))
@@ -77,13 +77,13 @@ def run(options: Options, latest: float) -> dict[str, Any]:
     All before `latest`, by time.monotonic().
     """
     start = time.monotonic()
-    registry.writable(options.output)
-    writable(options.artifacts)
+    registry.check_writable(options.output)
+    check_writable(options.artifacts)
     device = choose_device(options)
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
     threads = max(1, available_cores() // workers)
     setup = Setup(
-        source(options), str(device), threads, options.disk_quota, imports=options.import_
+        make_loader(options), str(device), threads, options.disk_quota, imports=options.import_
     )
     pool = Pool(workers, setup)  # its imports begin here, beside what comes before the training
     with Member(options.storage, options.study_name, threads) as member, pool:
@@ -92,16 +92,16 @@ def run(options: Options, latest: float) -> dict[str, Any]:
         begun = not member.run_locked(
             studies.count_finished
         )  # by this command: else it took longer
-        done = result(job) if member.run_locked(studies.count_finished) >= job.trials else None
+        done = find_result(job) if member.run_locked(studies.count_finished) >= job.trials else None
         if done is None:
             screen = Display(job.trials, job.plan, job.space, start)
-            sweep(job)
+            remove_stale_files(job)
             with screen:
                 find(job, pool, screen)
                 done = finish(job, pool, screen)
             forecasts = screen.forecasts
-        publish(job, done)
-        sweep(job)
+        publish_result(job, done)
+        remove_stale_files(job)
         explain(job, done)
         if begun and forecasts:
             keep_forecasts(job, forecasts)

@@ -202,7 +202,7 @@ def put_beside(folder: Path, name: str, ending: str, content: bytes) -> None:
         _write(folder / f"{name}{ending}", content)
 
 
-def writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Raises RegistryError now rather than after hours of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

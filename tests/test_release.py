@@ -35,13 +35,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_who_was_replaced_while_it_exported_does_not_open_the_test_split(
     run: Command, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = release.replaced
+    real = release.is_replaced
 
     def replaced(job: Job) -> bool:
         opened.append("asked")
         return opened == ["asked"] or real(job)  # the first time it was; then it finishes again
 
-    monkeypatch.setattr(release, "replaced", replaced)
+    monkeypatch.setattr(release, "is_replaced", replaced)
     done = run(*DIGITS, *SHORT)
     assert done.returncode == 0, done.stderr
     assert opened == ["asked", "asked", "opened", "asked"]

@@ -258,9 +258,9 @@ def test_a_report_that_cannot_be_made_costs_one_line_and_comes_with_the_next_run
     assert artifacts(tmp_path)
 
 
-def test_the_report_says_what_the_search_was_worth() -> None:
+def test_the_report_states_the_gain_over_the_baselines() -> None:
     old = record(["a", "b"])
-    assert report.worth(old) is None
+    assert report.describe_gain(old) is None
     accuracies = {"winner": [0.8, 1.0], "first": [0.5, 0.7], "median": [0.4, 0.4]}
     worth = {name: {"trial": 0, "accuracies": values} for name, values in accuracies.items()}
     new = old | {"study": old["study"] | {"worth": worth}}

@@ -456,7 +456,7 @@ def test_two_studies_of_one_name_are_refused(run: Command, tmp_path: Path) -> No
 def test_a_network_that_is_too_large_for_the_machine_is_refused(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "memory", lambda: 7_850 * 16 - 1)
+    monkeypatch.setattr(prepare, "total_memory", lambda: 7_850 * 16 - 1)
     done = run(*DIGITS)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "its 7,850 weights are too many to be trained here" in done.stderr
