@@ -198,7 +198,7 @@ def complain(message: str) -> None:
     click.echo(f"predict: {message}", err=True)
 
 
-def guarded(arguments: list[str]) -> int:
+def run_cli(arguments: list[str]) -> int:
     """The whole command; every expected failure is one line on standard error and an exit code."""
     for stream in (sys.stdout, sys.stderr):  # whatever a file is called
         if isinstance(stream, io.TextIOWrapper):
@@ -221,4 +221,4 @@ def guarded(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(sys.argv[1:]))
+    sys.exit(run_cli(sys.argv[1:]))

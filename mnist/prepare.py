@@ -166,7 +166,7 @@ def total_memory() -> int:
 def read_space(options: Options, model: torch.nn.Module) -> spaces.Space:
     """The search space of --space and --param; raises click.UsageError."""
     try:
-        return spaces.read(options.space, options.param, bool(training.dropout_layers(model)))
+        return spaces.read_space(options.space, options.param, bool(training.dropout_layers(model)))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mnist import data, plots
-from run import guarded
+from run import run_cli
 
 ROOT = Path(__file__).parent.parent
 DATA_DIR = Path(os.environ.get("MNIST_DATA_DIR", ROOT / "data")).resolve()
@@ -60,7 +60,7 @@ def run(
 
     def run(*options: str) -> Done:
         capsys.readouterr()
-        return Done(guarded(list(options)), *capsys.readouterr())
+        return Done(run_cli(list(options)), *capsys.readouterr())
 
     return run
 

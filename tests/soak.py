@@ -43,7 +43,7 @@ DIGITS = ["--dataset", "digits", "--model", "linear", "--epochs", "12", "--final
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 DRIVER = """
 import sys, run
-sys.exit(run.guarded(sys.argv[1:]))
+sys.exit(run.run_cli(sys.argv[1:]))
 """
 WORKERS, WHO = 4, ("worker", "parent", "both")
 MOST_REPORTS, MOST_STATEMENTS = 40, 60  # from the end of a trial to a kill

@@ -27,7 +27,7 @@ def ask(
 
     def ask(*arguments: str | Path) -> Done:
         capsys.readouterr()
-        return Done(predict.guarded(list(map(str, arguments))), *capsys.readouterr())
+        return Done(predict.run_cli(list(map(str, arguments))), *capsys.readouterr())
 
     return ask
 

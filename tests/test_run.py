@@ -425,8 +425,8 @@ def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
         if job.options.model == "linear":
             raise search.Unfinished("--timeout: of linear")
 
-    real = run_module.find
-    monkeypatch.setattr(run_module, "find", lambda *a: fail(*a) or real(*a))
+    real = run_module.run_search
+    monkeypatch.setattr(run_module, "run_search", lambda *a: fail(*a) or real(*a))
     done = run("--dataset", "digits", "--model", "linear", "--model", "compact", *SHORT)
     assert done.returncode == 1
     assert "digits-linear: --timeout: of linear" in done.stderr
