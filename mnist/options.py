@@ -58,7 +58,10 @@ class DatasetName(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         if value in data.DATASETS:
             return value
-        prefix, path = data.FOLDER, Path(str(value).removeprefix(data.FOLDER)).expanduser()
+        prefix, path = (
+            data.FOLDER_PREFIX,
+            Path(str(value).removeprefix(data.FOLDER_PREFIX)).expanduser(),
+        )
         if not value.startswith(prefix) or value == prefix:
             if Path(value).expanduser().is_dir():
                 self.fail(f"{value!r} is a folder; write {prefix}{value}", param, ctx)
@@ -207,7 +210,7 @@ class Options:
     @property
     def study_name(self) -> str:
         dataset = self.dataset
-        if dataset.startswith(data.FOLDER):
+        if dataset.startswith(data.FOLDER_PREFIX):
             dataset = Path(dataset).name
         extent = "-quick" if self.quick else "-thorough" if self.thorough else ""
         return self.study or f"{dataset}-{self.model}{extent}"

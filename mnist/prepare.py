@@ -205,7 +205,7 @@ def make_plan(
         if "plan" not in study.user_attrs:  # stored before the fingerprint: after a kill in
             study.set_user_attr("plan", asdict(agreed))  # between, no fingerprint lacks its plan
             study.set_user_attr("origin", describe_origin(options))
-        components = (models.NETWORKS[options.model], data.reader(options.dataset))
+        components = (models.NETWORKS[options.model], data.find_reader(options.dataset))
         from_plugin = any(map(plugins.is_from_plugin, components))
         model = options.model + (plugins.digest(options.import_) if from_plugin else "")
         wanted = studies.fingerprint(dataset, model, agreed.trial_samples, space, options.plain)

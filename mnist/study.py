@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist import budget
-from mnist.data import FOLDER, Dataset
+from mnist.data import FOLDER_PREFIX, Dataset
 from mnist.space import DEFAULT, Space, filter_params
 
 FIRST_PARAMS = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
@@ -106,10 +106,12 @@ def fingerprint(
     plain: bool = False,
 ) -> dict[str, Any]:
     """The properties that all trials of a study share, as only such trials can be compared."""
-    is_folder = dataset.name.startswith(FOLDER)  # a class folder may be renamed, its files the same
+    is_folder = dataset.name.startswith(
+        FOLDER_PREFIX
+    )  # a class folder may be renamed, its files the same
     return ({"classes": ", ".join(dataset.classes)} if is_folder else {}) | {
         "data": dataset.sha256[:16],
-        "split": dataset.cut[:16],
+        "split": dataset.split_sha256[:16],
         "validation images": len(dataset.validation),
         "network": network,
         "layers": "plain" if plain else "in their training form",

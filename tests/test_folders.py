@@ -38,7 +38,7 @@ def _new_process() -> None:
 
 
 def load(root: Path, **settings: object) -> data.Dataset:
-    """With what is remembered beside the folder."""
+    """With the cache beside the folder."""
     return data.load(f"folder:{root}", root.parent / "data", **settings)  # type: ignore[arg-type]
 
 
@@ -118,7 +118,7 @@ def test_names_that_are_not_utf_8_do_no_harm_or_are_told(tmp_path: Path) -> None
 def test_the_same_pictures_have_the_same_checksum_wherever_they_lie(tmp_path: Path) -> None:
     one = load(fill(tmp_path / "a" / "pets", {"cat": 12, "dog": 12}))
     other = load(fill(tmp_path / "b" / "pets", {"cat": 12, "dog": 12}))
-    assert (one.sha256, one.cut) == (other.sha256, other.cut)
+    assert (one.sha256, one.split_sha256) == (other.sha256, other.split_sha256)
     changed = tmp_path / "b" / "pets" / "cat" / "000.png"
     Image.effect_noise((40, 30), 50).save(changed)
     assert load(tmp_path / "b" / "pets").sha256 != one.sha256

@@ -103,7 +103,7 @@ def serve_usps(served: Path, url: str, patch: pytest.MonkeyPatch) -> None:
 
 
 def serve_cifar10(served: Path, url: str, patch: pytest.MonkeyPatch) -> None:
-    contents = {"batches.meta": {"label_names": list(sources.THINGS)}}
+    contents = {"batches.meta": {"label_names": list(sources.CIFAR10_CLASSES)}}
     red = np.zeros((3, 32, 32), np.uint8)
     red[0, :, 16:] = 255  # the right half
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
@@ -214,10 +214,10 @@ def test_fashion_comes_from_debian_s_package_before_the_mirrors(
             sums[name] = hashlib.sha256(gzip.decompress(content)).hexdigest()
     title, other = sources.FASHION.sources
     assert "mirrors" in other
-    here = {title: files.debian(sources.DEBIAN_PACKAGE, tmp_path, sums)}
-    family = replace(sources.FASHION, files=sums, sources=here)
-    read = sources.idx(family, sources.FILES, sources.TEST_FILES)
-    monkeypatch.setitem(data.DATASETS, "fashion", data.Source(read, sources.GARMENTS))
+    here = {title: files.debian_fetcher(sources.DEBIAN_PACKAGE, tmp_path, sums)}
+    file_set = replace(sources.FASHION, files=sums, sources=here)
+    read = sources.idx_reader(file_set, sources.FILES, sources.TEST_FILES)
+    monkeypatch.setitem(data.DATASETS, "fashion", data.Source(read, sources.FASHION_CLASSES))
     found = data.load("fashion", tmp_path / "data")
     assert len(found.open_test()) == 10 * TEST
     laid = tmp_path / "data" / "FashionMNIST" / "raw"
