@@ -100,7 +100,7 @@ def _row(folder: Path, name: str, record: dict[str, Any], p: float | None) -> Ro
         parameters=record["model"]["parameters"],
         training_s=record.get("training", {}).get("seconds"),
         latency_ms=latency_ms(classify, record),
-        bytes=record["files"][inference.FILES[classify.engine]]["bytes"],
+        bytes=record["files"][inference.ENGINE_FILES[classify.engine]]["bytes"],
         p=p,
     )
 

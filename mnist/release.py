@@ -59,7 +59,7 @@ def save(job: Job, trained: TrainedModel, screen: Display) -> dict[str, Any] | N
     scores = training.classification_scores(
         evaluation["probabilities"], evaluation["labels"], dataset.classes
     )
-    served_errors = export.errors(evaluation["served"].numpy(), evaluation["labels"].numpy())
+    served_errors = export.count_errors(evaluation["served"].numpy(), evaluation["labels"].numpy())
     record = {
         "dataset": dataset.record(scores["n"]),
         "model": {"name": options.model, "parameters": models.count_parameters(model)},

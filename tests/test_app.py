@@ -81,7 +81,7 @@ def test_ready_says_which_better_engine_was_passed_over_and_why(
     assert "golden inputs" in answer["passed_over"]["onnx_int8"]
 
 
-@pytest.mark.parametrize("engine", inference.FILES)
+@pytest.mark.parametrize("engine", inference.ENGINE_FILES)
 def test_a_training_image_posted_as_png_gets_the_probabilities_python_gives(
     engine: str, saved: Path, digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

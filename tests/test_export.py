@@ -95,13 +95,13 @@ def test_any_network_answers_in_onnx_as_in_torch_and_in_int8_nearly(
     model = fresh(network, dataset)
     float32 = export.to_onnx(model, dataset)
     int8 = export.to_int8(float32, dataset)
-    wanted = inference.by_torch(model, dataset.mean, dataset.std)
+    wanted = inference.torch_runner(model, dataset.mean, dataset.std)
     for n in (1, 2, 20):  # the size of a batch is free
         images = dataset.validation.images[:n].numpy()
         logits, wanted_features = wanted(images)
         largest = float(np.abs(logits).max())
         for content, tolerance in ((float32, 1e-4), (int8, 0.1)):
-            found, features = inference.by_onnx(content)(images)
+            found, features = inference.onnx_runner(content)(images)
             assert found.shape == (n, classes)
             assert found == pytest.approx(logits, abs=tolerance * largest)
             assert features == pytest.approx(wanted_features, abs=tolerance)
@@ -195,13 +195,13 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     images = dataset.calibration.images.numpy()
     given = {
         engine: inference.load(tmp_path, name, engine=engine).outputs(images)
-        for engine in inference.FILES
+        for engine in inference.ENGINE_FILES
     }
     for logits, features in zip(given["torch"], given["onnx"], strict=True):
         assert logits == pytest.approx(features, abs=1e-4)
-    for engine in inference.FILES:  # one score and one threshold fit all of them
+    for engine in inference.ENGINE_FILES:  # one score and one threshold fit all of them
         _, uncertain = inference.load(tmp_path, name, engine=engine).read(images)
-        assert uncertain.mean() <= 2 * export.UNCERTAIN
+        assert uncertain.mean() <= 2 * export.MAX_UNCERTAIN
 
 
 @pytest.mark.parametrize(("more", "taken"), [(0, True), (1, True), (2, False)])
@@ -212,10 +212,10 @@ def test_int8_may_make_one_more_error(more: int, taken: bool) -> None:
     found = wanted.copy()
     found[5 : 5 + more] = found[5 : 5 + more, ::-1]
     if taken:
-        export._check("onnx_int8", found, wanted, labels)
+        export._check_outputs("onnx_int8", found, wanted, labels)
     else:
         with pytest.raises(ValueError, match="2 more errors"):
-            export._check("onnx_int8", found, wanted, labels)
+            export._check_outputs("onnx_int8", found, wanted, labels)
 
 
 def drawn(n: int, sharper: float) -> tuple[np.ndarray, np.ndarray]:
@@ -274,7 +274,7 @@ def test_at_most_one_in_a_hundred_calibration_images_is_uncertain(
     assert exported.calibration["score"] == score
     assert ("likeness" in exported.files) == (score == "likeness")
     _, uncertain = exported.served.read(dataset.calibration.images.numpy())
-    assert 0.005 < uncertain.mean() <= export.UNCERTAIN
+    assert 0.005 < uncertain.mean() <= export.MAX_UNCERTAIN
     assert exported.calibration["uncertain_below"] == exported.served.uncertain_below
 
 
@@ -287,7 +287,7 @@ def test_noise_is_uncertain() -> None:
     assert exported.served.read(dataset.validation.images.numpy())[1].mean() < 0.1
 
 
-def test_logits_tell_where_the_features_of_an_engine_differ() -> None:
+def test_logits_are_the_score_where_the_features_of_an_engine_differ() -> None:
     dataset = small(1, 16, 3)
     model = trained(dataset)
     exported = export.export(model, dataset)
@@ -295,16 +295,16 @@ def test_logits_tell_where_the_features_of_an_engine_differ() -> None:
     right = exported.served.outputs(images)
     other = (right[0], -right[1])
     engine = exported.served.engine
-    found = export.with_threshold(exported.served, {engine: right, "other": other}, dataset)
-    assert found.ood_score is None
+    classifier = export.set_threshold(exported.served, {engine: right, "other": other}, dataset)
+    assert classifier.ood_score is None
 
 
 @pytest.mark.parametrize("n", [10, 99, 100, 250, 2_500])
 def test_the_threshold_is_as_high_as_may_be(n: int) -> None:
     scores = np.random.default_rng(0).normal(-1, 0.3, n).astype(np.float32)
-    limit = export.threshold(scores)
-    assert (scores < limit).sum() <= export.UNCERTAIN * n
-    assert (scores < limit + 1e-3).sum() >= int(export.UNCERTAIN * n)
+    limit = export.fit_threshold(scores)
+    assert (scores < limit).sum() <= export.MAX_UNCERTAIN * n
+    assert (scores < limit + 1e-3).sum() >= int(export.MAX_UNCERTAIN * n)
     assert limit == round(limit, 4)
 
 
@@ -313,7 +313,7 @@ def test_golden_images_range_from_the_least_to_the_most_certain() -> None:
     exported = export.export(trained(dataset), dataset)
     with np.load(io.BytesIO(exported.files["golden"][1])) as golden:
         assert set(golden) == {"images", "torch", "onnx", "onnx_int8"}
-        assert golden["images"].shape == (export.GOLDEN, 1, 16, 16)
+        assert golden["images"].shape == (export.GOLDEN_IMAGES, 1, 16, 16)
         sure = golden["onnx_int8"].max(1)
         assert np.all(np.diff(sure) >= 0)
         every = exported.served(dataset.calibration.images.numpy()).max(1)
@@ -335,7 +335,7 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
     assert 0 <= calibration["ece"] < 0.5
     with np.load(registry.file(saved, name, "predictions")) as kept:
         assert set(kept) == {"probabilities", "served", "labels", "mistakes", "images"}
-        wrong = export.errors(kept["served"], kept["labels"])
+        wrong = export.count_errors(kept["served"], kept["labels"])
         assert record["metrics"]["test"]["served_errors"] == wrong
         assert kept["served"].shape == kept["probabilities"].shape == (257, 10)
 
@@ -380,11 +380,11 @@ def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path
     images = dataset.calibration.images.numpy()[:8]
     in_torch = inference.Classifier(
         "torch",
-        inference.by_torch(model, dataset.mean, dataset.std),
+        inference.torch_runner(model, dataset.mean, dataset.std),
         temperature=full.calibration["temperature"],
     )
     int8 = inference.Classifier(
-        "onnx_int8", inference.by_onnx(low.files["onnx_int8"][1]), temperature=2.0
+        "onnx_int8", inference.onnx_runner(low.files["onnx_int8"][1]), temperature=2.0
     )
     given = {"torch": in_torch(images), "onnx": in_torch(images), "onnx_int8": int8(images)}
     golden, state = io.BytesIO(), io.BytesIO()

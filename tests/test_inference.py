@@ -63,7 +63,7 @@ def other_golden(folder: Path, engine: str, first: int = 0) -> None:
     rewrite(folder, "golden", stream.getvalue())
 
 
-@pytest.mark.parametrize("engine", inference.FILES)
+@pytest.mark.parametrize("engine", inference.ENGINE_FILES)
 def test_every_engine_reads_pictures_as_the_others_do(
     saved: Path, digits: data.Dataset, engine: str
 ) -> None:
@@ -80,7 +80,7 @@ def test_every_engine_reads_pictures_as_the_others_do(
     assert alone == pytest.approx(found[:20], abs=1e-6)
 
 
-@pytest.mark.parametrize("engine", inference.FILES)
+@pytest.mark.parametrize("engine", inference.ENGINE_FILES)
 def test_every_engine_is_uncertain_of_the_same_pictures(
     saved: Path, digits: data.Dataset, engine: str
 ) -> None:
@@ -128,7 +128,9 @@ def test_torch_answers_several_threads_at_once(saved: Path, digits: data.Dataset
 
 
 def test_more_images_than_one_part_are_all_answered(saved: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (inference.PART + 3, 1, 28, 28), np.uint8)
+    images = np.random.default_rng(0).integers(
+        0, 256, (inference.BATCH_SIZE + 3, 1, 28, 28), np.uint8
+    )
     classify = inference.load(saved)
     parts = [classify(images[:7]), classify(images[7:])]
     assert classify(images) == pytest.approx(np.concatenate(parts))
@@ -148,12 +150,12 @@ def test_an_engine_that_fails_the_golden_inputs_gives_way_to_the_next(folder: Pa
         inference.load(folder)
 
 
-def test_of_a_model_that_was_tried_one_golden_input_is_checked_again(folder: Path) -> None:
+def test_of_a_preflighted_model_one_golden_input_is_checked_again(folder: Path) -> None:
     other_golden(folder, "onnx_int8", first=1)
     assert inference.load(folder).engine == "onnx"
-    assert inference.load(folder, tried=True).engine == "onnx_int8"
+    assert inference.load(folder, preflighted=True).engine == "onnx_int8"
     other_golden(folder, "onnx_int8")
-    assert inference.load(folder, tried=True).engine == "onnx"
+    assert inference.load(folder, preflighted=True).engine == "onnx"
 
 
 def test_a_file_the_runtime_cannot_read_gives_way_to_the_next(folder: Path) -> None:
@@ -217,7 +219,7 @@ def test_an_unknown_engine_is_named_with_those_there_are(saved: Path) -> None:
 def test_the_recorded_temperature_is_applied_in_every_engine(folder: Path) -> None:
     change(folder, lambda record: record["files"].pop("golden"))
     image = np.random.default_rng(0).integers(0, 256, (1, 1, 28, 28), np.uint8)
-    for engine in inference.FILES:
+    for engine in inference.ENGINE_FILES:
         change(folder, lambda record: record.update(calibration={"temperature": 2.0}))
         classify = inference.load(folder, engine=engine)
         wanted = torch.softmax(torch.from_numpy(classify.logits(image)) / 2, 1).numpy()
