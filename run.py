@@ -197,10 +197,10 @@ def print_comparison(options: Options, outcomes: list[dict[str, Any]]) -> None:
     """Compare the models of several studies that are in this registry: a table and a page."""
     local = registry.read(options.output)["models"]
     names = [outcome["name"] for outcome in outcomes if outcome["name"] in local]
-    rows = compare.rows(options.output, names)
-    compare.show(rows, stderr=options.json)
+    rows = compare.compare_models(options.output, names)
+    compare.print_table(rows, stderr=options.json)
     page = options.output / "comparison.html"
-    page.write_text(compare.write(rows), "utf-8")
+    page.write_text(compare.render_page(rows), "utf-8")
     click.echo(f"the same as a page: {page}", err=options.json)
 
 

@@ -91,7 +91,7 @@ def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report with pictures of one pixel: to draw them takes seconds."""
     stream = io.BytesIO()
     Image.new("L", (1, 1)).save(stream, "PNG")
-    monkeypatch.setattr(plots, "png", lambda *_, **__: stream.getvalue())
+    monkeypatch.setattr(plots, "render_png", lambda *_, **__: stream.getvalue())
 
 
 @pytest.fixture(scope="session")

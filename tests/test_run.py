@@ -491,8 +491,8 @@ def test_a_network_of_a_plugin_is_searched_saved_and_answers_without_its_python(
         later.delitem(models.NETWORKS, "tiny")
         picture = tmp_path / "blot.png"
         Image.fromarray(np.pad(np.zeros((20, 9), np.uint8), 15, constant_values=255)).save(picture)
-        (found,) = predict.answers([picture], tmp_path / "saved_models")
-        assert isinstance(found, predict.Answer)
+        (found,) = predict.predict_files([picture], tmp_path / "saved_models")
+        assert isinstance(found, predict.Prediction)
         later.setenv("MODELS", str(tmp_path / "saved_models"))
         with TestClient(app) as client:
             answer = client.post("/predict", content=picture.read_bytes()).json()
