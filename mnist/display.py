@@ -110,16 +110,16 @@ class Display:
             self.print_line(f"{text}; waiting for it")
 
     def show_training(
-        self, what: str, progress: Progress, expected_s: float, after_s: float
+        self, label: str, progress: Progress, expected_s: float, after_s: float
     ) -> None:
         """Show a training outside the search: it takes `expected_s` in all, and the steps after it
         take `after_s`."""
         now, share = time.monotonic(), progress.samples / progress.total
-        start, share_before = self.started.setdefault(what, (now, share))
+        start, share_before = self.started.setdefault(label, (now, share))
         remaining = 1 - share_before  # share of the run after the checkpoint that it resumed from
         completed = (share - share_before) / remaining if remaining else 1.0
         training_s = estimate_training_s(expected_s * remaining, completed, now - start)
-        row = [*self._make_row(what), f"{share:.0%}", f"loss {progress.loss:.3f}"]
+        row = [*self._make_row(label), f"{share:.0%}", f"loss {progress.loss:.3f}"]
         self._render(row, training_s + after_s)
 
     def _make_row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:

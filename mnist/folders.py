@@ -140,8 +140,8 @@ def _describe_ignored(root: Path, classes: tuple[str, ...]) -> list[str]:
 
 
 def _join_names(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(sorted(names)[:MAX_NAMED]) + more
+    suffix = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(sorted(names)[:MAX_NAMED]) + suffix
 
 
 def _check_counts(root: Path, classes: tuple[str, ...], labels: list[int], minimum: int) -> None:

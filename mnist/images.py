@@ -77,8 +77,8 @@ def normalise(
     number of channels.
     """
     if (recipe, channels) not in RECIPES:
-        known = ", ".join(f"{name!r} with {n}" for name, n in RECIPES)
-        raise ValueError(f"recipe {recipe!r} with {channels} channels; known: {known}")
+        names = ", ".join(f"{name!r} with {n}" for name, n in RECIPES)
+        raise ValueError(f"recipe {recipe!r} with {channels} channels; known: {names}")
     if recipe == "plain":
         mode = "L" if channels == 1 else "RGB"
         image = _decode(data, max_pixels, lambda image: _flatten(image, mode), mode, 2 * size)
@@ -181,8 +181,8 @@ def _decode(
         image.draft(mode, (min_side, min_side))
         flat = flatten(image)
         # Read after decoding, as Pillow itself rotates a TIFF and then drops the tag.
-        turn = _EXIF_TRANSPOSES.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-        return flat if turn is None else flat.transpose(Image.Transpose(turn))
+        transpose = _EXIF_TRANSPOSES.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        return flat if transpose is None else flat.transpose(Image.Transpose(transpose))
     except ImageError:
         raise
     except Image.DecompressionBombError as e:  # Pillow's own limit, about 179 million

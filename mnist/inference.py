@@ -233,11 +233,11 @@ def _check_golden(classifier: Classifier, golden: dict[str, Any], classes: int) 
     """Raise ValueError where the classifier differs from the saved one; also a warm-up."""
     images = golden["images"]
     for batch in (images[:1], images):
-        given, _ = classifier.read(batch)
-        if given.shape != (len(batch), classes) or not np.isfinite(given).all():
-            raise ValueError(f"it gives no {classes} probabilities, but {given.shape[1:]}")
+        predicted, _ = classifier.read(batch)
+        if predicted.shape != (len(batch), classes) or not np.isfinite(predicted).all():
+            raise ValueError(f"it gives no {classes} probabilities, but {predicted.shape[1:]}")
         if "torch" in golden:  # probabilities within the tolerance have the same class
-            difference = float(np.abs(given - golden[classifier.engine][: len(batch)]).max())
+            difference = float(np.abs(predicted - golden[classifier.engine][: len(batch)]).max())
             if difference > TOLERANCE[classifier.engine]:
                 limit = TOLERANCE[classifier.engine]
                 raise ValueError(

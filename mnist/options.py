@@ -65,8 +65,8 @@ class DatasetName(click.ParamType):
         if not value.startswith(prefix) or value == prefix:
             if Path(value).expanduser().is_dir():
                 self.fail(f"{value!r} is a folder; write {prefix}{value}", param, ctx)
-            known = ", ".join(data.DATASETS)
-            self.fail(f"{value!r} is no data set; known: {known}, {prefix}PATH", param, ctx)
+            names = ", ".join(data.DATASETS)
+            self.fail(f"{value!r} is no data set; known: {names}, {prefix}PATH", param, ctx)
         if not path.is_dir():
             self.fail(f"{value!r}: there is no folder {path}", param, ctx)
         return f"{prefix}{path.absolute()}"
@@ -88,8 +88,8 @@ class NetworkName(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         if value not in (*models.NETWORKS, ALL):
-            known = ", ".join(models.NETWORKS)
-            self.fail(f"{value!r} is no network; known: {known}, {ALL}", param, ctx)
+            names = ", ".join(models.NETWORKS)
+            self.fail(f"{value!r} is no network; known: {names}, {ALL}", param, ctx)
         return value
 
 

@@ -22,9 +22,9 @@ def load(path: Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:  # a plugin may raise anything
         line = error.__traceback__ and _find_line(error, path)
-        where = f", line {line}" if line else ""
+        position = f", line {line}" if line else ""
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise PluginError(f"{path}{where}: {type(error).__name__}: {reason}") from error
+        raise PluginError(f"{path}{position}: {type(error).__name__}: {reason}") from error
 
 
 def is_from_plugin(component: object) -> bool:

@@ -208,8 +208,10 @@ def make_plan(
         components = (models.NETWORKS[options.model], data.find_reader(options.dataset))
         from_plugin = any(map(plugins.is_from_plugin, components))
         model = options.model + (plugins.digest(options.import_) if from_plugin else "")
-        wanted = studies.fingerprint(dataset, model, agreed.trial_samples, space, options.plain)
-        studies.check_fingerprint(study, wanted, studies.count_finished(study) >= work.trials)
+        fingerprint = studies.fingerprint(
+            dataset, model, agreed.trial_samples, space, options.plain
+        )
+        studies.check_fingerprint(study, fingerprint, studies.count_finished(study) >= work.trials)
         return agreed
 
     plan = member.run_locked(store_plan)

@@ -84,8 +84,8 @@ def record(folder: Path, name: str | None = None) -> tuple[str, Record]:
     if name is None:
         raise RegistryError(f"no current model in {folder}; `python run.py` saves one")
     if not NAME.fullmatch(name) or name not in info["models"]:
-        known = ", ".join(info["models"]) or "none"
-        raise UnknownModel(f"no model {name!r} in {folder}; it has {known}")
+        names = ", ".join(info["models"]) or "none"
+        raise UnknownModel(f"no model {name!r} in {folder}; it has {names}")
     return name, info["models"][name]
 
 

@@ -187,7 +187,7 @@ def render_page(report: Report) -> str:
         record=report.record,
         task=describe_task(report),
         result=describe_result(report),
-        space={name: describe_distribution(each) for name, each in distributions.items()},
+        space={name: describe_distribution(value) for name, value in distributions.items()},
         best=report.best.params,
         failures=count_failures(trials),
         set_aside=report.study.user_attrs.get("set_aside", {}),
@@ -230,7 +230,7 @@ def add_to_dashboard(study: optuna.Study, report: Report, artifacts: Path, locat
 
 
 def attach_artifacts(
-    study: optuna.Study, place: str, pictures: dict[str, bytes], folder: Path
+    study: optuna.Study, prefix: str, pictures: dict[str, bytes], folder: Path
 ) -> None:
     """Store figures as Optuna artifacts; they replace those of an earlier model.
 
@@ -239,10 +239,10 @@ def attach_artifacts(
     """
     storage, store = study._storage, FileSystemArtifactStore(folder)
     for key, png in pictures.items():
-        artifact_id = str(uuid.uuid5(uuid.UUID(study.user_attrs["id"]), place + key))
+        artifact_id = str(uuid.uuid5(uuid.UUID(study.user_attrs["id"]), prefix + key))
         entry = {"artifact_id": artifact_id, "filename": f"{key}.png"}
         media_type = {"mimetype": "image/png", "encoding": None}
         store.write(artifact_id, io.BytesIO(png))
         storage.set_study_system_attr(
-            study._study_id, place + artifact_id, json.dumps(entry | media_type)
+            study._study_id, prefix + artifact_id, json.dumps(entry | media_type)
         )

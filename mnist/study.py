@@ -120,7 +120,7 @@ def fingerprint(
     }
 
 
-def check_fingerprint(study: optuna.Study, wanted: dict[str, Any], finished: bool = False) -> None:
+def check_fingerprint(study: optuna.Study, current: dict[str, Any], finished: bool = False) -> None:
     """Store the fingerprint of a new study; raise StudyError where an existing one differs.
 
     A `finished` study trains nothing more, so it is accepted without "layers": it is older than
@@ -132,12 +132,12 @@ def check_fingerprint(study: optuna.Study, wanted: dict[str, Any], finished: boo
             raise StudyError(
                 f"study {study.study_name} was not made by this command; name another with --study"
             )
-        study.set_user_attr("fingerprint", wanted)
+        study.set_user_attr("fingerprint", current)
         return
-    recorded = {"layers": wanted["layers"] if finished else "plain"} | recorded
+    recorded = {"layers": current["layers"] if finished else "plain"} | recorded
     differences = [
         _describe_difference(key, value, recorded.get(key))
-        for key, value in wanted.items()
+        for key, value in current.items()
         if recorded.get(key) != value
     ]
     if differences:
@@ -174,7 +174,9 @@ class _KnownSpaceTPESampler(optuna.samplers.TPESampler):
     def __init__(self, seed: int, space: Space) -> None:
         super().__init__(seed=seed)
         self._known_space = {
-            name: each for name, each in sorted(space.items()) if not each.single()
+            name: distribution
+            for name, distribution in sorted(space.items())
+            if not distribution.single()
         }
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Space:
