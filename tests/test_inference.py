@@ -71,13 +71,13 @@ def test_every_engine_reads_pictures_as_the_others_do(
     classify = inference.load(saved, engine=engine)
     assert classify.engine == engine
     assert classify.passed_over == {}
-    found = classify(images)
-    assert found.dtype == np.float32
-    assert found.sum(1) == pytest.approx(1, abs=1e-5)
+    predicted = classify(images)
+    assert predicted.dtype == np.float32
+    assert predicted.sum(1) == pytest.approx(1, abs=1e-5)
     wanted = inference.load(saved, engine="torch")(images)
-    assert found == pytest.approx(wanted, abs=0.1 if engine == "onnx_int8" else 1e-5)
+    assert predicted == pytest.approx(wanted, abs=0.1 if engine == "onnx_int8" else 1e-5)
     alone = np.concatenate([classify(image[None]) for image in images[:20]])
-    assert alone == pytest.approx(found[:20], abs=1e-6)
+    assert alone == pytest.approx(predicted[:20], abs=1e-6)
 
 
 @pytest.mark.parametrize("engine", inference.ENGINE_FILES)
@@ -88,11 +88,11 @@ def test_every_engine_is_uncertain_of_the_same_pictures(
     images = np.concatenate([digits.validation.images.numpy(), noise])
     wanted = inference.load(saved, engine="torch")
     classify = inference.load(saved, engine=engine)
-    found = classify.scores(*classify.outputs(images))
-    assert found == pytest.approx(wanted.scores(*wanted.outputs(images)), rel=0.1)
+    predicted = classify.scores(*classify.outputs(images))
+    assert predicted == pytest.approx(wanted.scores(*wanted.outputs(images)), rel=0.1)
     shares, uncertain = classify.read(images)
     assert np.array_equal(shares, classify(images))
-    assert np.array_equal(uncertain, found < classify.uncertain_below)
+    assert np.array_equal(uncertain, predicted < classify.uncertain_below)
 
 
 def test_a_record_of_old_is_never_uncertain(folder: Path) -> None:
@@ -122,8 +122,8 @@ def test_torch_answers_several_threads_at_once(saved: Path, digits: data.Dataset
     images = digits.validation.images[:8].numpy()
     expected, strange = classify.read(images)
     with ThreadPoolExecutor(4) as threads:
-        for found, uncertain in threads.map(lambda _: classify.read(images), range(200)):
-            assert found == pytest.approx(expected, abs=1e-6)
+        for predicted, uncertain in threads.map(lambda _: classify.read(images), range(200)):
+            assert predicted == pytest.approx(expected, abs=1e-6)
             assert (uncertain == strange).all()
 
 
@@ -203,10 +203,10 @@ def test_an_old_record_without_onnx_files_is_served_by_torch(folder: Path) -> No
         "onnx_int8": "there is no onnx_int8 file",
         "onnx": "there is no onnx file",
     }
-    found = inference.probabilities(
+    predicted = inference.probabilities(
         classify.logits(np.zeros((1, 1, 28, 28), np.uint8)), temperature
     )
-    assert found == pytest.approx(wanted, abs=1e-6)
+    assert predicted == pytest.approx(wanted, abs=1e-6)
     with pytest.raises(registry.RegistryError, match="onnx_int8: there is no onnx_int8 file"):
         inference.load(folder, engine="onnx_int8")
 
@@ -280,13 +280,13 @@ def test_a_network_of_a_plugin_is_served_without_its_python(
     exported = export.export(model, digits)
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
-    about = entry(
+    record = entry(
         dataset=digits.record(257),
         model={"name": "plugin"},
         calibration={"temperature": exported.served.temperature},
     )
     files = {"weights": (".pth", weights.getvalue())} | exported.files
-    registry.save(tmp_path / "models", files, about, "always")
+    registry.save(tmp_path / "models", files, record, "always")
     prediction, used, _ = serve(tmp_path / "models", picture)
     assert used == exported.served.engine
     assert used.startswith("onnx")

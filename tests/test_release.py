@@ -21,12 +21,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     evaluate = release.evaluate
 
-    def watched(job: Job, *rest: Any) -> dict[str, torch.Tensor]:
+    def watched(job: Job, *arguments: Any) -> dict[str, torch.Tensor]:
         def open_test() -> data.Split:
             seen.append("opened")
             return job.dataset.open_test()
 
-        return evaluate(replace(job, dataset=replace(job.dataset, open_test=open_test)), *rest)
+        return evaluate(replace(job, dataset=replace(job.dataset, open_test=open_test)), *arguments)
 
     monkeypatch.setattr(release, "evaluate", watched)
     return seen
@@ -64,13 +64,13 @@ def test_without_room_for_its_result_the_test_split_stays_closed(
 def test_a_better_model_becomes_current_and_a_worse_one_does_not(
     run: Command, tmp_path: Path
 ) -> None:
-    found = []
+    outcomes = []
     for study, lr in (("a", "1e-5"), ("b", "0.01"), ("c", "1e-5")):
         done = run(*DIGITS, *SHORT, "--study", study, "--param", f"lr={lr}")
         assert done.returncode == 0, done.stderr
         name, record = registry.record(tmp_path / "saved_models")
-        found.append((record["study"]["name"], f"{name}.pth, current" in done.stdout))
-    assert found == [("a", True), ("b", True), ("b", False)]
+        outcomes.append((record["study"]["name"], f"{name}.pth, current" in done.stdout))
+    assert outcomes == [("a", True), ("b", True), ("b", False)]
 
 
 def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(

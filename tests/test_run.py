@@ -283,7 +283,7 @@ def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
     run: Command, tmp_path: Path
 ) -> None:
     run(*DIGITS, "--trials", "2")
-    kept = [trial.value for trial in study(tmp_path).trials]
+    values = [trial.value for trial in study(tmp_path).trials]
 
     def small(connection: sqlite3.Connection, _: object) -> None:
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
@@ -296,7 +296,7 @@ def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", small)
     assert done.returncode == 1
     assert "database or disk is full; what was finished is kept" in done.stderr.splitlines()[-1]
-    assert [trial.value for trial in study(tmp_path).trials[:2]] == kept
+    assert [trial.value for trial in study(tmp_path).trials[:2]] == values
     more = str(len(states(tmp_path)) + 1)
     assert run(*DIGITS, "--trials", more).returncode == 0
     assert TrialState.RUNNING not in states(tmp_path)
@@ -336,9 +336,13 @@ def test_a_folder_s_model_is_served_without_the_folder_by_its_own_class_names(
     assert json.loads(done.stdout)["study"]["name"] == "pets-linear-quick"
     assert ("--color keeps" in caplog.text) == (not color)
     _, record = registry.record(tmp_path / "saved_models")
-    about = record["dataset"]
-    assert (about["name"], about["classes"]) == ("folder:pets", ["cat", "emu"])
-    assert (about["size"], about["channels"], about["recipe"]) == (20, 3 if color else 1, "plain")
+    dataset = record["dataset"]
+    assert (dataset["name"], dataset["classes"]) == ("folder:pets", ["cat", "emu"])
+    assert (dataset["size"], dataset["channels"], dataset["recipe"]) == (
+        20,
+        3 if color else 1,
+        "plain",
+    )
     assert record["options"]["dataset"] == f"folder:{pets}"
     shutil.rmtree(pets)
     shutil.rmtree(tmp_path / "kept")
@@ -390,7 +394,7 @@ def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> No
         assert f"<td>{cell}</td>" in page
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 2
     both = json.loads(run(*options, "--json").stdout)
-    assert [each["model"]["name"] for each in both] == ["linear", "compact"]
+    assert [model["model"]["name"] for model in both] == ["linear", "compact"]
     refused = run(*options, "--study", "one")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--study names one study; these options make 2" in refused.stderr
@@ -491,12 +495,12 @@ def test_a_network_of_a_plugin_is_searched_saved_and_answers_without_its_python(
         later.delitem(models.NETWORKS, "tiny")
         picture = tmp_path / "blot.png"
         Image.fromarray(np.pad(np.zeros((20, 9), np.uint8), 15, constant_values=255)).save(picture)
-        (found,) = predict.predict_files([picture], tmp_path / "saved_models")
-        assert isinstance(found, predict.Prediction)
+        (prediction,) = predict.predict_files([picture], tmp_path / "saved_models")
+        assert isinstance(prediction, predict.Prediction)
         later.setenv("MODELS", str(tmp_path / "saved_models"))
         with TestClient(app) as client:
             answer = client.post("/predict", content=picture.read_bytes()).json()
-        assert answer["prediction"] == found.top[0][0]
+        assert answer["prediction"] == prediction.top[0][0]
     file.write_text(NETWORK_PLUGIN + "# another one")
     other = run(*options, "--trials", "2", "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert other.returncode == 2
@@ -543,8 +547,8 @@ def test_a_data_set_of_a_plugin_is_searched_saved_and_served_without_its_python(
     done = run(*options, "--final-epochs", "20")
     assert done.returncode == 0, done.stderr
     _, record = registry.record(tmp_path / "saved_models")
-    about = record["dataset"]
-    assert (about["name"], about["size"], about["channels"]) == ("reds", 16, 3)
+    dataset = record["dataset"]
+    assert (dataset["name"], dataset["size"], dataset["channels"]) == ("reds", 16, 3)
     del data.DATASETS["reds"]
     monkeypatch.setenv("MODELS", str(tmp_path / "saved_models"))
     picture = np.random.default_rng(0).integers(0, 100, (60, 90, 3)).astype(np.uint8)

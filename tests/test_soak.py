@@ -133,8 +133,8 @@ def beats(storage: str, host: str) -> int:
 
 def waits(server: Any, host: str) -> bool:
     """Whether a session from there waits for a lock of the database."""
-    asked = f"SELECT 'it waits' FROM pg_stat_activity WHERE application_name = '{host}'"
-    return "it waits" in server.psql(f"{asked} AND wait_event_type = 'Lock'")
+    query = f"SELECT 'it waits' FROM pg_stat_activity WHERE application_name = '{host}'"
+    return "it waits" in server.psql(f"{query} AND wait_event_type = 'Lock'")
 
 
 def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(

@@ -11,8 +11,10 @@ from mnist import splits
 )
 def test_each_class_is_in_each_part_of_small_and_of_unbalanced_data(counts: list[int]) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    train, rest = splits.split_stratified(np.arange(len(labels)), labels, 1 / 8, min_per_class=2)
-    calibration, validation = splits.split_stratified(rest, labels, 2 / 3)
+    train, held_out = splits.split_stratified(
+        np.arange(len(labels)), labels, 1 / 8, min_per_class=2
+    )
+    calibration, validation = splits.split_stratified(held_out, labels, 2 / 3)
     assert sorted([*train, *calibration, *validation]) == list(range(len(labels)))
     for part in (train, validation, calibration):
         assert np.bincount(labels[part], minlength=len(counts)).min() >= 1
