@@ -70,8 +70,8 @@ def configurations(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
 
     The first of them are the same, and spread over the space, whatever n is.
     """
-    first = [studies.FIRST] if space == DEFAULT else []
-    sequence = qmc.Sobol(len(space), rng=studies.seed_of(seed))
+    first = [studies.FIRST_PARAMS] if space == DEFAULT else []
+    sequence = qmc.Sobol(len(space), rng=studies.derive_seed(seed))
     points = sequence.random_base2(max(1, math.ceil(math.log2(n + 1))))
     drawn = [
         {name: value(space[name], share) for name, share in zip(space, point, strict=True)}

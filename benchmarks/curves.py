@@ -31,7 +31,7 @@ from benchmarks.curve_runs import FIDELITIES, SPACES, Run, Settings, carry_out, 
 from mnist import data, folding, training
 from mnist import study as studies
 from mnist.data import Dataset
-from mnist.workers import cores
+from mnist.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
 # --- their record ---------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def opened(storage: str, name: str, settings: Settings, dataset: Dataset) -> dic
         wanted = studies.fingerprint(dataset, settings.network, fidelities[-1], SPACES[part])
         ranks = [folding.CONV_RANK, folding.LINEAR_RANK]
         wanted |= {"fidelities": fidelities, "ranks": ranks}
-        studies.agree(study, wanted | {"dtype": settings.dtype, "seed": settings.seed})
+        studies.check_fingerprint(study, wanted | {"dtype": settings.dtype, "seed": settings.seed})
     return opened_studies
 
 
@@ -260,8 +260,8 @@ def main(
     settings = Settings(**options)
     try:
         if not export:
-            torch.set_num_threads(threads or cores())
-            place = training.device(device)
+            torch.set_num_threads(threads or available_cores())
+            place = training.select_device(device)
             dataset = data.load(settings.dataset, data_dir).to(place)
             found = opened(storage, study, settings, dataset)
             restore(found, path, settings)

@@ -53,7 +53,9 @@ def main(folder: Path) -> None:
     shape = (max(BATCHES), about["channels"], about["size"], about["size"])
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     engines = [
-        engine for engine, kind in reversed(inference.FILES.items()) if kind in record["files"]
+        engine
+        for engine, kind in reversed(inference.ENGINE_FILES.items())
+        if kind in record["files"]
     ]
     click.echo(f"{name}: {record['model']['name']}, {os.cpu_count()} cores")
     speeds([inference.load(folder, name, engine=engine) for engine in engines], images)

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist import budget
 from mnist import study as studies
 from mnist.space import DEFAULT, Space
-from mnist.training import LEAST_PROBABILITY
+from mnist.training import MIN_PROBABILITY
 
 FAR = 10.0  # distance of two optimizers; all else is at most the square root of 2
 CLOSE = 1.1  # by default, a choice is good with at most so many times the least final errors
@@ -70,7 +70,7 @@ def read(path: Path) -> Table:
     if not rows:
         raise ValueError(f"{path} has no configuration of the default space")
     errors = np.array([row["errors"] for row in rows], float)
-    worst = -math.log(LEAST_PROBABILITY)  # of a run that diverged: more than any other has
+    worst = -math.log(MIN_PROBABILITY)  # of a run that diverged: more than any other has
     log_loss = [[worst if each is None else each for each in row["log_loss"]] for row in rows]
     most = max(len(row.get("finals", ())) for row in rows)
     has = np.array([i for i, row in enumerate(rows) if most and len(row.get("finals", ())) == most])
@@ -123,7 +123,7 @@ class Nearest(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: Space
     ) -> dict[str, Any]:
         begins = self.first and trial.number == 0
-        proposal = studies.FIRST if begins else self.proposal(study, trial)
+        proposal = studies.FIRST_PARAMS if begins else self.proposal(study, trial)
         distance = ((self.table.points - point(proposal)) ** 2).sum(1)
         self.taken = int(np.where(self.free, distance, np.inf).argmin())
         self.free[self.taken] = False
@@ -172,7 +172,7 @@ class Trials:
 
     sampler: Callable[[int, Space], BaseSampler]
     rungs: tuple[float, ...] = ()  # shares of a trial
-    reduction: int = budget.REDUCTION
+    reduction: int = budget.REDUCTION_FACTOR
     metric: str = "errors"
     hyperband: bool = False
     first: bool = False  # begin with the published best, as run.py does
@@ -189,7 +189,7 @@ class Trials:
         )
         seen, number = 0, 0
         while nearest.free.any():
-            nearest.sampler = self.sampler(studies.seed_of(seed, number), DEFAULT)
+            nearest.sampler = self.sampler(studies.derive_seed(seed, number), DEFAULT)
             trial = study.ask(DEFAULT)
             values = table.values[self.metric][nearest.taken]
             state, i = self.state(trial, values, fidelities, table)
@@ -252,7 +252,7 @@ class Rounds:
         values = table.values[self.metric]
         order = np.random.default_rng(seed).permutation(len(table.params))
         if self.first:
-            published = table.params.index(studies.FIRST)
+            published = table.params.index(studies.FIRST_PARAMS)
             order = np.array([published, *order[order != published]])
         seen = 0
         for start in range(0, len(order), n):

@@ -44,7 +44,7 @@ from benchmarks.replay import (
 from mnist import budget
 from mnist import study as studies
 from mnist.space import Space
-from mnist.workers import cores
+from mnist.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
 GP_SEEDS = 10  # a search of 32 trials takes 2.5 s of a core, where TPE's takes 0.05
@@ -210,7 +210,9 @@ def print_tau(table: Table, name: str, chosen: np.ndarray, final: np.ndarray) ->
 @click.option("--seeds", default=100, show_default=True)
 @click.option("--gp-seeds", default=GP_SEEDS, show_default=True, help="Of the Gaussian process.")
 @click.option("--trials", default=32, show_default=True, help="Whole ones, that a search may cost.")
-@click.option("--trial", default=budget.LEAST_TRIAL, show_default=True, help="Images of a trial.")
+@click.option(
+    "--trial", default=budget.MIN_TRIAL_SAMPLES, show_default=True, help="Images of a trial."
+)
 @click.option("--close", default=CLOSE, show_default=True, help="Times the least errors: good.")
 @click.option("--processes", type=int, help="By default one a core.")
 def main(
@@ -236,7 +238,7 @@ def main(
         f"Median (quartiles); p: fewer images than {CURRENT}.\n"
     )
     gp_seeds = min(seeds, gp_seeds)
-    print_searches(replays(table, limits, seeds, gp_seeds, processes or cores()), limits)
+    print_searches(replays(table, limits, seeds, gp_seeds, processes or available_cores()), limits)
     everyone = np.arange(len(table.params))
     print_tau(table, table.final_name, everyone, table.final)
     if len(table.with_finals) > 1 and len(table.with_finals) < len(everyone):

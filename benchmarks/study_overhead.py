@@ -87,9 +87,9 @@ def seconds(function: Callable[[], object]) -> float:
 def compare(storage: str, n: int, repeats: int) -> tuple[float, float]:
     """Median milliseconds per trial, ours and bare, with at least n trials in each study."""
     with Member(storage, "ours", threads=1) as member:
-        member.study.pruner = studies.pruner(SAMPLES)
+        member.study.pruner = studies.make_pruner(SAMPLES)
         bare = studies.open_study(storage, "bare")
-        bare.pruner, bare.sampler = studies.pruner(SAMPLES), optuna.samplers.TPESampler(seed=0)
+        bare.pruner, bare.sampler = studies.make_pruner(SAMPLES), optuna.samplers.TPESampler(seed=0)
         for study in (member.study, bare):
             fill(study, n - len(study.get_trials(deepcopy=False)))
         times = [

@@ -78,7 +78,7 @@ def ways(network: str, dataset: Dataset, batch_size: int) -> dict[str, Callable[
 
     def ours(model: nn.Module, bfloat16: bool = False) -> float:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return training.speed(model, dataset, batch_size=batch_size, bfloat16=bfloat16)
+        return training.measure_speed(model, dataset, batch_size=batch_size, bfloat16=bfloat16)
 
     return {
         "usual loop": lambda: usual_loop(network, dataset, batch_size),
@@ -95,7 +95,7 @@ def ways(network: str, dataset: Dataset, batch_size: int) -> dict[str, Callable[
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
 def main(model: str, batch_size: int, rounds: int, data_dir: Path | None) -> None:
     """Compare and print a table."""
-    torch.set_num_threads(workers.cores())
+    torch.set_num_threads(workers.available_cores())
     training.keep_freed_memory()  # which helps the usual loop as well
     dataset = data.load("mnist", data_dir)
     measured: dict[str, list[float]] = {}
@@ -105,7 +105,7 @@ def main(model: str, batch_size: int, rounds: int, data_dir: Path | None) -> Non
     network = models.build(model, dataset.channels, dataset.size, len(dataset.classes))
     limit = matrix_flops() / step_flops(network, dataset)
     usual = statistics.median(measured["usual loop"])
-    click.echo(f"{model}, batch {batch_size}, {workers.cores()} threads, {rounds} rounds")
+    click.echo(f"{model}, batch {batch_size}, {workers.available_cores()} threads, {rounds} rounds")
     click.echo("{:15} {:>9} {:>17} {:>6}".format("", "images/s", "min to max", "ratio"))
     for name, speeds in measured.items():
         median, least, most = statistics.median(speeds), min(speeds), max(speeds)

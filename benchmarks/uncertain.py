@@ -167,7 +167,7 @@ def penultimate(model: torch.nn.Module, dataset: data.Dataset, pictures: np.ndar
 
 def row(name: str, score: Callable[[str], np.ndarray], groups: dict[str, list[str]]) -> None:
     """Per cent flagged of each group, under the threshold that 1 % of `calibration` is below."""
-    limit = export.threshold(score("calibration"))
+    limit = export.fit_threshold(score("calibration"))
     flagged = {
         group: np.concatenate([score(each) for each in members]) < limit
         for group, members in groups.items()
@@ -201,7 +201,7 @@ def main(folder: Path, data_dir: Path | None, seed: int) -> None:
     click.echo(f"{'% flagged':18}" + "".join(f"{group[:9]:>10}" for group in groups))
     number = sum(len(pictures[each]) for each in noise)
     click.echo(f"{'n':18}{number:10}" + "".join(f"{len(pictures[g]):10}" for g in [*groups][1:]))
-    known = dataset.train.head(export.LIKENESS_IMAGES)
+    known = dataset.train.head(export.OOD_IMAGES)
     weights = torch.load(registry.file(folder, name, "weights"), weights_only=True)
     model = models.build(
         record["model"]["name"], dataset.channels, dataset.size, len(dataset.classes)
@@ -211,7 +211,7 @@ def main(folder: Path, data_dir: Path | None, seed: int) -> None:
     ways = scores_by(*penultimate(model, dataset, known.images.numpy()), known.labels.numpy())
     for way, score in ways.items():
         row(way, lambda each, score=score: score(*given[each]), groups)
-    for engine, kind in inference.FILES.items():
+    for engine, kind in inference.ENGINE_FILES.items():
         if kind in record["files"]:
             classify = inference.load(folder, name, threads=1, engine=engine)
             row(f"served: {engine}", partial(served, classify, pictures, {}), groups)

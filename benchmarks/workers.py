@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 
 from mnist import data
-from mnist.search import carry_out
-from mnist.study import FIRST
-from mnist.workers import Pool, Run, Setup, cores
+from mnist.search import execute_runs
+from mnist.study import FIRST_PARAMS
+from mnist.workers import Pool, Run, Setup, available_cores
 
 RUNS = 4  # at once or one after the other
 
@@ -21,15 +21,15 @@ def seconds(
     load: functools.partial[data.Dataset], network: str, workers: int, samples: int
 ) -> float:
     """For RUNS runs of so many images each; the start of the processes does not count."""
-    setup = Setup(load, "cpu", max(1, cores() // workers))
+    setup = Setup(load, "cpu", max(1, available_cores() // workers))
 
     def runs(n: int) -> dict[int, Run]:
-        return {i: Run(network, FIRST, n, seed=i) for i in range(RUNS)}
+        return {i: Run(network, FIRST_PARAMS, n, seed=i) for i in range(RUNS)}
 
     with Pool(workers, setup) as pool:
-        list(carry_out(pool, runs(FIRST["batch_size"])))
+        list(execute_runs(pool, runs(FIRST_PARAMS["batch_size"])))
         start = time.perf_counter()
-        list(carry_out(pool, runs(samples)))
+        list(execute_runs(pool, runs(samples)))
         return time.perf_counter() - start
 
 
@@ -39,7 +39,7 @@ def seconds(
 def main(data_dir: Path | None, repeat: int) -> None:
     """Print the median times and their ratios to one worker's."""
     load = functools.partial(data.load, "mnist", data_dir, None, 500)
-    click.echo(f"{cores()} cores; {RUNS} runs, median of {repeat}")
+    click.echo(f"{available_cores()} cores; {RUNS} runs, median of {repeat}")
     for network, samples in (("parallel", 660), ("cnn", 6_600)):
         found: dict[int, list[float]] = {1: [], 2: [], 4: []}
         for _ in range(repeat):

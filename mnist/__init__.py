@@ -1,1 +1,1 @@
-"""Search, train and keep classifiers of small images; imports nothing from serve/."""
+"""Search, training and storage of image classifiers; imports nothing from serve/."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live table on a terminal, plain lines elsewhere."""
+"""Progress and results in the terminal: a live table, or plain lines without a terminal."""
 
 import shlex
 import statistics
@@ -14,23 +14,23 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from mnist.budget import Plan, left_s, search_left_s, training_left_s
+from mnist.budget import Plan, estimate_remaining_s, estimate_search_s, estimate_training_s
 from mnist.search import Update
-from mnist.study import FINISHED, YARDSTICKS
+from mnist.study import BASELINES, FINISHED
 from mnist.training import Progress
 
-PLAIN_EVERY_S = 10.0
-FORECAST_EVERY_S = 5.0  # of those that are kept
-MOST_FAILURES = 3  # whose reasons are printed; the report has all
-ROWS = 10
+PLAIN_INTERVAL_S = 10.0
+FORECAST_INTERVAL_S = 5.0  # between recorded forecasts
+MAX_FAILURES = 3  # printed with their reasons; the report lists all
+MAX_ROWS = 10
 
 
 class Display:
     """Shows a search and a final training on standard error; a context manager.
 
-    On a terminal it is one live table; else at most one line in PLAIN_EVERY_S seconds. `names` are
-    the hyperparameters; `start` is when the command began, by time.monotonic(). `forecasts` keeps
-    what was announced: seconds since `start`, and seconds that were left then.
+    On a terminal it is a live table, otherwise at most one line in PLAIN_INTERVAL_S seconds.
+    `names` are the hyperparameters; `start` is the start of the command, by time.monotonic().
+    `forecasts` records pairs of seconds since `start` and seconds left by the forecast.
     """
 
     def __init__(self, trials: int, plan: Plan, names: Iterable[str], start: float) -> None:
@@ -39,15 +39,15 @@ class Display:
             Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         )
         self.trials, self.plan, self.names = trials, plan, tuple(names)
-        self.done = self.pruned = self.timed = 0
+        self.done = self.pruned = self.ended_here = 0
         self.best: tuple[float, int] | None = None
         self.rows: list[list[str]] = []
         self.running: dict[int, list[str]] = {}
-        self.accuracy: dict[int, str] = {}  # that a running trial reported last
-        self.said = ""
+        self.accuracies: dict[int, str] = {}  # the last report of each running trial
+        self.last_wait = ""
         self.command_start, self.start = start, time.monotonic()
-        self.last = self.start - PLAIN_EVERY_S
-        self.started: dict[str, tuple[float, float]] = {}  # what: at what time, and share of it
+        self.last_line = self.start - PLAIN_INTERVAL_S
+        self.started: dict[str, tuple[float, float]] = {}  # training -> its start here: time, share
         self.forecasts: list[tuple[float, float]] = []
 
     def __enter__(self) -> "Display":
@@ -59,125 +59,131 @@ class Display:
         if self.live:
             self.live.stop()
 
-    def say(self, text: str) -> None:
-        """One line that stays."""
+    def print_line(self, text: str) -> None:
+        """Print a line above the table."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def earlier(self, state: TrialState, number: int, value: float | None) -> None:
-        """Count a trial that an earlier run finished."""
+    def add_finished(self, state: TrialState, number: int, value: float | None) -> None:
+        """Count a finished trial."""
         self.done += 1
         self.pruned += state == TrialState.PRUNED
         if state == TrialState.COMPLETE and value is not None:
             self.best = max(self.best or (0.0, 0), (value, -number))
 
-    def trial(self, update: Update) -> None:
+    def show_update(self, update: Update) -> None:
         """Show an update of the search."""
         number, params = update.number, update.params
         if number is None or params is None:
-            self._show(None, self._search_left_s())
+            self._render(None, self._estimate_search_s())
         elif update.progress:
             progress = update.progress
             if progress.accuracy is not None:
-                self.accuracy[number] = f"{progress.accuracy:.2%}"
+                self.accuracies[number] = f"{progress.accuracy:.2%}"
             share = f"{progress.samples / progress.total:.0%}"
-            row = [*self._row(number, params), share, self.accuracy.get(number, "")]
+            row = [*self._make_row(number, params), share, self.accuracies.get(number, "")]
             self.running[number] = row
-            self._show(row, self._search_left_s())
+            self._render(row, self._estimate_search_s())
         elif update.state:
-            self.accuracy.pop(number, None)
+            self.accuracies.pop(number, None)
             self.running.pop(number, None)
-            self.timed += 1
+            self.ended_here += 1
             if update.state in FINISHED:
-                self.earlier(update.state, number, update.value)
+                self.add_finished(update.state, number, update.value)
             value = "" if update.value is None else f"{update.value:.2%}"
             state = update.state.name.lower()
-            row = [*self._row(number, params), state, value, f"{update.seconds:.0f} s"]
-            self.rows = [*self.rows, row][-ROWS:]
-            self._show(row, self._search_left_s(), ended=True)
+            row = [*self._make_row(number, params), state, value, f"{update.seconds:.0f} s"]
+            self.rows = [*self.rows, row][-MAX_ROWS:]
+            self._render(row, self._estimate_search_s(), is_end=True)
 
-    def confirmation(self, done: int, total: int) -> None:
-        """Show how many runs on fresh seeds are done."""
-        passed_s = time.monotonic() - self.command_start
-        expected_s = left_s(self.plan, 0.0, self.plan.confirm_s * (1 - done / total), passed_s)
-        self._show([*self._row("confirming"), f"{done} of {total}", ""], expected_s)
+    def show_confirmation(self, done: int, total: int) -> None:
+        """Show the number of finished runs on fresh seeds."""
+        elapsed_s = time.monotonic() - self.command_start
+        expected_s = estimate_remaining_s(
+            self.plan, 0.0, self.plan.confirm_s * (1 - done / total), elapsed_s
+        )
+        self._render([*self._make_row("confirming"), f"{done} of {total}", ""], expected_s)
 
-    def waiting(self, text: str) -> None:
-        """Say once what is being waited for."""
-        if text != self.said:
-            self.said = text
-            self.say(f"{text}; waiting for it")
+    def show_waiting(self, text: str) -> None:
+        """Print once what the command waits for."""
+        if text != self.last_wait:
+            self.last_wait = text
+            self.print_line(f"{text}; waiting for it")
 
-    def training(self, what: str, progress: Progress, expected_s: float, after_s: float) -> None:
-        """Show a training that is no trial, of which all of it is expected to take `expected_s`,
-        and what comes after it `after_s`."""
+    def show_training(
+        self, label: str, progress: Progress, expected_s: float, after_s: float
+    ) -> None:
+        """Show a training outside the search: it takes `expected_s` in all, and the steps after it
+        take `after_s`."""
         now, share = time.monotonic(), progress.samples / progress.total
-        start, before = self.started.setdefault(what, (now, share))
-        rest = 1 - before  # of the run, after the checkpoint with which it began here
-        done = (share - before) / rest if rest else 1.0
-        training_s = training_left_s(expected_s * rest, done, now - start)
-        row = [*self._row(what), f"{share:.0%}", f"loss {progress.loss:.3f}"]
-        self._show(row, training_s + after_s)
+        start, share_before = self.started.setdefault(label, (now, share))
+        remaining = 1 - share_before  # share of the run after the checkpoint that it resumed from
+        completed = (share - share_before) / remaining if remaining else 1.0
+        training_s = estimate_training_s(expected_s * remaining, completed, now - start)
+        row = [*self._make_row(label), f"{share:.0%}", f"loss {progress.loss:.3f}"]
+        self._render(row, training_s + after_s)
 
-    def _row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
-        return [str(first), *(_value((params or {}).get(name, "")) for name in self.names)]
+    def _make_row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
+        return [str(first), *(_format_value((params or {}).get(name, "")) for name in self.names)]
 
-    def _search_left_s(self) -> float:
-        now, todo = time.monotonic(), self.trials - self.done
-        search_s = search_left_s(self.plan, todo, self.timed, now - self.start)
-        return left_s(self.plan, search_s, self.plan.confirm_s, now - self.command_start)
+    def _estimate_search_s(self) -> float:
+        now, remaining = time.monotonic(), self.trials - self.done
+        search_s = estimate_search_s(self.plan, remaining, self.ended_here, now - self.start)
+        return estimate_remaining_s(
+            self.plan, search_s, self.plan.confirm_s, now - self.command_start
+        )
 
-    def _show(self, row: list[str] | None, expected_s: float, ended: bool = False) -> None:
-        passed_s = time.monotonic() - self.command_start
-        if not self.forecasts or passed_s > self.forecasts[-1][0] + FORECAST_EVERY_S:
-            self.forecasts.append((round(passed_s, 1), round(expected_s, 1)))
+    def _render(self, row: list[str] | None, expected_s: float, is_end: bool = False) -> None:
+        elapsed_s = time.monotonic() - self.command_start
+        if not self.forecasts or elapsed_s > self.forecasts[-1][0] + FORECAST_INTERVAL_S:
+            self.forecasts.append((round(elapsed_s, 1), round(expected_s, 1)))
         best = f"best {self.best[0]:.2%} (trial {-self.best[1]})" if self.best else "no best yet"
         summary = (
             f"{self.done} of {self.trials} trials, {self.pruned} pruned, {best}, "
-            f"about {duration(expected_s)} left"
+            f"about {format_duration(expected_s)} left"
         )
         if self.live:
             names = [name.removesuffix("_size") for name in self.names]
             table = Table("trial", *names, "state", "accuracy", "time", box=None)
-            for each in self.rows:
-                table.add_row(*each, style="dim")
-            current = self.running.values() or ([row] if row and not ended else [])
-            for each in current:
-                table.add_row(*each)
+            for cells in self.rows:
+                table.add_row(*cells, style="dim")
+            rows = self.running.values() or ([row] if row and not is_end else [])
+            for cells in rows:
+                table.add_row(*cells)
             bar = ProgressBar(total=self.trials, completed=self.done, width=60)
             self.live.update(Group(table, summary, bar), refresh=True)
-        elif row and time.monotonic() - self.last > PLAIN_EVERY_S:
-            self.last = time.monotonic()
-            self.say(f"trial {' '.join(word for word in row if word)} | {summary}")
+        elif row and time.monotonic() - self.last_line > PLAIN_INTERVAL_S:
+            self.last_line = time.monotonic()
+            self.print_line(f"trial {' '.join(word for word in row if word)} | {summary}")
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
-def words(params: dict[str, Any]) -> str:
+def format_params(params: dict[str, Any]) -> str:
     """ "batch_size 33, optimizer Adam, lr 0.00039" """
-    return ", ".join(f"{name} {_value(value)}" for name, value in params.items())
+    return ", ".join(f"{name} {_format_value(value)}" for name, value in params.items())
 
 
-def on_fresh_seeds(record: dict[str, Any]) -> list[str]:
-    """How the winner's hyperparameters do there; nothing where they were not confirmed."""
-    confirmed, text = record["metrics"]["validation"], worth(record)
-    if confirmed["std"] is None:
+def describe_confirmation(record: dict[str, Any]) -> list[str]:
+    """The winner's accuracy on fresh seeds, in lines; none where it was not confirmed."""
+    validation, gain = record["metrics"]["validation"], describe_gain(record)
+    if validation["std"] is None:
         return []
-    mean, deviation, n = (confirmed[key] for key in ("mean", "std", "seeds"))
+    mean, deviation, n = (validation[key] for key in ("mean", "std", "seeds"))
     line = f"confirmed: {mean:.2%} ± {deviation:.2%} on fresh seeds (n = {n})"
-    return [line, text] if text else [line]
+    return [line, gain] if gain else [line]
 
 
-def worth(record: dict[str, Any]) -> str | None:
-    """What the search was worth, in errors on fresh seeds; None where a record does not say."""
-    study = record["study"].get("worth", {})
-    if not {"winner", *YARDSTICKS} <= set(study):
+def describe_gain(record: dict[str, Any]) -> str | None:
+    """The gain over the baselines, in errors on fresh seeds; None for records without it."""
+    gain = record["study"].get("worth", {})
+    if not {"winner", *BASELINES} <= set(gain):
         return None
     n = record["dataset"]["splits"]["validation"]
     winner, first, median = (
-        round(n * (1 - statistics.fmean(study[name]["accuracies"])))
-        for name in ("winner", *YARDSTICKS)
+        round(n * (1 - statistics.fmean(gain[name]["accuracies"])))
+        for name in ("winner", *BASELINES)
     )
     return (
         f"on the same fresh seeds the winner makes {winner} errors of {n:,} validation images, "
@@ -185,16 +191,18 @@ def worth(record: dict[str, Any]) -> str | None:
     )
 
 
-def duration(seconds: float) -> str:
-    """In words: "40 s", "7 min"."""
+def format_duration(seconds: float) -> str:
+    """ "40 s", "7 min" """
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, place: str) -> None:
-    """Print the result of a study: study.summary() joined with the saved model's record.
+def print_result(
+    outcome: dict[str, Any], folder: str, storage: str, artifacts: str, place: str
+) -> None:
+    """Print the result of a study: study.summarise() joined with the saved model's record.
 
-    `place` says whether the model is "current" or just "saved" in the registry `folder`, or
-    "elsewhere": on the machine that finished the study.
+    `place` is "current" or "saved" for a model in the registry `folder`, or "elsewhere" for one on
+    the machine that finished the study.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
     counts, test = outcome["trials"], outcome["metrics"]["test"]
@@ -203,23 +211,23 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
         f"study {outcome['study']['name']}: {n} complete, {counts['pruned']} pruned, "
         f"{counts['fail']} failed"
     )
-    for number, reason in list(outcome["failures"].items())[:MOST_FAILURES]:
+    for number, reason in list(outcome["failures"].items())[:MAX_FAILURES]:
         console.print(f"trial {number} failed: {reason}")
     names = list(outcome["best"]["params"])
     table = Table("", "trial", *names, "validation accuracy", box=None)
-    for word in ("best", "first"):
-        trial = outcome[word]
-        ended = " (pruned)" if trial["state"] == "pruned" else ""
-        values = [_value(trial["params"][name]) for name in names]
-        table.add_row(word, str(trial["number"]), *values, f"{trial['accuracy']:.2%}{ended}")
+    for label in ("best", "first"):
+        trial = outcome[label]
+        note = " (pruned)" if trial["state"] == "pruned" else ""
+        values = [_format_value(trial["params"][name]) for name in names]
+        table.add_row(label, str(trial["number"]), *values, f"{trial['accuracy']:.2%}{note}")
     console.print(table)
     shares = outcome["importance"]
     if shares is None:
         console.print(f"importance: withheld, too few complete trials (n = {n})")
     else:
-        words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        console.print(f"importance: {words} (n = {n} complete trials)")
-    for text in on_fresh_seeds(outcome):
+        text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        console.print(f"importance: {text} (n = {n} complete trials)")
+    for text in describe_confirmation(outcome):
         console.print(text)
     low, high = test["interval95"]
     console.print(
@@ -239,28 +247,28 @@ def result(outcome: dict[str, Any], folder: str, storage: str, artifacts: str, p
     console.print(f"model: {folder}/{name}.pth" + (", current" if place == "current" else ""))
     if Path(folder, f"{name}.report.html").exists():
         console.print(f"report: {folder}/{name}.report.html, to be opened in a browser")
-    default = folder == "saved_models"
-    where = "" if default else f"--folder {shlex.quote(folder)} "
-    use = [] if place == "current" else [f"python -m mnist.registry {where}use {name}"]
-    if use:
+    is_default = folder == "saved_models"
+    option = "" if is_default else f"--folder {shlex.quote(folder)} "
+    activate = [] if place == "current" else [f"python -m mnist.registry {option}use {name}"]
+    if activate:
         console.print("it is not the current model; the first of these makes it so")
     console.print("next:")
     for command in (
-        *use,
-        ("" if default else f"MODELS={shlex.quote(folder)} ") + "uvicorn serve.app:app",
+        *activate,
+        ("" if is_default else f"MODELS={shlex.quote(folder)} ") + "uvicorn serve.app:app",
         "curl -F file=@picture.png http://127.0.0.1:8000/predict",
         f"optuna-dashboard {shlex.quote(storage)} --artifact-dir {shlex.quote(artifacts)}",
     ):
         console.print(f"  {command}")
 
 
-def said(error: Exception) -> str:
-    """What a person is told of it, in full."""
+def full_message(error: Exception) -> str:
+    """The whole message of an error."""
     return error.format_message() if isinstance(error, click.ClickException) else str(error)
 
 
-def reason(error: BaseException) -> str:
-    """The first line of what is at the bottom of it: "database or disk is full"."""
+def root_cause(error: BaseException) -> str:
+    """The first line of an error's root cause, such as "database or disk is full"."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]

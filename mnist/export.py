@@ -1,4 +1,4 @@
-"""A trained model -> ONNX, int8, temperature, threshold, golden inputs: all that serving needs."""
+"""Export of a trained model: ONNX, int8, temperature, threshold and golden inputs, for serving."""
 
 import copy
 import io
@@ -17,35 +17,35 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import nn
 
-from mnist import inference, likeness, models, training
+from mnist import inference, models, ood, training
 from mnist.data import Dataset
 from mnist.inference import Classifier, Outputs, probabilities
 from mnist.scores import calibration_error
 
-# Layers with weights, and what int8 passes through between them; norms and softmax stay float32.
-QUANTISED = ["Conv", "Gemm", "MatMul", "Relu", "Add", "Concat"]
-QUANTISED += ["MaxPool", "AveragePool", "GlobalAveragePool"]
-RANGE_IMAGES = 512  # training images on which int8 learns the range of every layer
-MORE_ERRORS = 1  # than torch that int8 may make on the calibration split
-GOLDEN = 16  # images
-MOST_TEMPERATURE = 10.0  # and its inverse is the least
-UNCERTAIN = 0.01  # of the calibration images, at most
-MOST_UNCERTAIN = 0.1  # of them by another engine than the one that is served; 1 to 2 % is usual
-LIKENESS_IMAGES = 5_000  # training images; with 2,500 of them 2 % less noise is flagged
+# Layers with weights, and operations between them; norms and softmax stay in float32.
+QUANTISED_OPS = ["Conv", "Gemm", "MatMul", "Relu", "Add", "Concat"]
+QUANTISED_OPS += ["MaxPool", "AveragePool", "GlobalAveragePool"]
+RANGE_IMAGES = 512  # training images that determine the int8 range of each layer
+MAX_EXTRA_ERRORS = 1  # errors of int8 on the calibration split beyond those of torch
+GOLDEN_IMAGES = 16
+MAX_TEMPERATURE = 10.0  # the smallest is its inverse
+MAX_UNCERTAIN = 0.01  # share of the calibration images
+MAX_UNCERTAIN_OTHER = 0.1  # the same in engines that are not served; 1 to 2 % is usual
+OOD_IMAGES = 5_000  # training images; with 2,500 of them 2 % less noise is flagged
 
 log = logging.getLogger(__name__)
 
-Form = tuple[Classifier, Outputs]
-"""A model as one engine carries it out, and what it makes of the calibration images."""
+EngineOutputs = tuple[Classifier, Outputs]
+"""A model in one engine, and its outputs for the calibration images."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a model is saved with beside its weights.
+    """The parts of a saved model besides its weights.
 
-    `files` are as registry.save takes them; `served` is what a server will run; `left_out` has
-    the engines that are not to run this model, and why; `metrics` was measured on the calibration
-    split, with the probabilities that are served; `calibration` is what was decided there.
+    `files` are for registry.save; `served` is the classifier that a server will run; `left_out`
+    maps unusable engines to reasons; `metrics` are those of the served probabilities on the
+    calibration split; `calibration` has the temperature and threshold that were fitted on it.
     """
 
     files: dict[str, tuple[str, bytes]]
@@ -56,98 +56,101 @@ class Export:
 
 
 def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) -> Export:
-    """Bring a trained model into every form it can be served in, and see which of them is right.
+    """Convert a trained model for each engine, check the results, and calibrate the best one.
 
-    ONNX is of `narrow`, which computes what `model` computes with fewer multiplications
-    (mnist.folding), where it is given. In float32 it must give torch's probabilities, in int8 at
-    most MORE_ERRORS more errors than torch on the calibration split, where the temperature is
-    fitted, too, and the score below which a picture is uncertain. What cannot be had, of a network
-    of one's own perhaps, is left out with a warning; torch can always serve.
+    The ONNX files are of `narrow`, if given, which computes the same as `model` with fewer
+    multiplications (mnist.folding). In float32 they must have torch's probabilities, in int8 at
+    most MAX_EXTRA_ERRORS more errors than torch on the calibration split. Temperature and threshold
+    of uncertainty are fitted on the same split. An engine that fails, perhaps for a plugin's
+    network, is left out with a warning; torch always works.
     """
     dataset = dataset.to(torch.device("cpu"))
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
-    model, narrow = _on_cpu(model), _on_cpu(narrow or model)
-    forms, files, left_out = _forms(model, narrow, dataset)
+    model, narrow = _copy_to_cpu(model), _copy_to_cpu(narrow or model)
+    engines, files, left_out = _build_engines(model, narrow, dataset)
     for engine, reason in left_out.items():
         log.warning("the model is saved without %s: %s", engine, reason)
-    served = calibrated(forms, dataset)
-    if served.likeness is None:
-        log.warning("what looks like no class is told by logits, not by features")
+    served = calibrate(engines, dataset)
+    if served.ood_score is None:
+        log.warning("uncertain pictures are found by logits, as features are not usable")
     else:
-        files["likeness"] = (".likeness.npz", served.likeness.to_bytes())
-    given = {
+        files["likeness"] = (".likeness.npz", served.ood_score.to_bytes())
+    predicted = {
         engine: probabilities(outputs[0], served.temperature)
-        for engine, (_, outputs) in forms.items()
+        for engine, (_, outputs) in engines.items()
     }
-    files["golden"] = (".golden.npz", golden(images, given, served.engine))
-    logits = forms[served.engine][1][0]
+    files["golden"] = (".golden.npz", make_golden(images, predicted, served.engine))
+    logits = engines[served.engine][1][0]
     metrics = {
-        "errors": errors(given["torch"], labels),
+        "errors": count_errors(predicted["torch"], labels),
         "n": len(labels),
-        "served_errors": errors(given[served.engine], labels),
-        "ece": calibration_error(given[served.engine], labels),
+        "served_errors": count_errors(predicted[served.engine], labels),
+        "ece": calibration_error(predicted[served.engine], labels),
         "ece_before": calibration_error(probabilities(logits), labels),
     }
     calibration = {
         "temperature": served.temperature,
         "uncertain_below": served.uncertain_below,
-        "score": "likeness" if served.likeness else "logit",
+        "score": "likeness" if served.ood_score else "logit",
     }
     return Export(files, served, left_out, metrics, calibration)
 
 
-def _on_cpu(model: nn.Module) -> nn.Module:
-    """The model, or a copy of it where it is on another device; in evaluation mode."""
-    there = all(part.device.type == "cpu" for part in model.parameters())
-    return (model if there else copy.deepcopy(model).cpu()).eval()
+def _copy_to_cpu(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode on the CPU; a copy if it is on another device."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return (model if on_cpu else copy.deepcopy(model).cpu()).eval()
 
 
-def _forms(
+def _build_engines(
     model: nn.Module, narrow: nn.Module, dataset: Dataset
-) -> tuple[dict[str, Form], dict[str, tuple[str, bytes]], dict[str, str]]:
-    """By engine what is right, the best first, and its file; and why others are left out."""
+) -> tuple[dict[str, EngineOutputs], dict[str, tuple[str, bytes]], dict[str, str]]:
+    """The engines with correct outputs, best first; their files; reasons for those left out."""
     images, labels = dataset.calibration.images.numpy(), dataset.calibration.labels.numpy()
-    in_torch = Classifier("torch", inference.by_torch(model, dataset.mean, dataset.std))
-    forms = {"torch": (in_torch, in_torch.outputs(images))}
+    in_torch = Classifier("torch", inference.torch_runner(model, dataset.mean, dataset.std))
+    engines = {"torch": (in_torch, in_torch.outputs(images))}
     files: dict[str, tuple[str, bytes]] = {}
     left_out: dict[str, str] = {}
     steps: list[tuple[str, str, Callable[[], bytes]]] = [
         ("onnx", ".onnx", lambda: to_onnx(narrow, dataset)),
         ("onnx_int8", ".int8.onnx", lambda: to_int8(files["onnx"][1], dataset)),
     ]
-    for engine, ending, make in steps:
+    for engine, suffix, make in steps:
         try:
             content = make()
-            form = Classifier(engine, inference.by_onnx(content))
-            outputs = form.outputs(images)
-            _check(engine, outputs[0], forms["torch"][1][0], labels)
-        except Exception as error:  # noqa: BLE001 - whatever the exporter or a runtime raises
+            classifier = Classifier(engine, inference.onnx_runner(content))
+            outputs = classifier.outputs(images)
+            _check_outputs(engine, outputs[0], engines["torch"][1][0], labels)
+        except Exception as error:  # noqa: BLE001 - exporter and runtime may raise anything
             left_out[engine] = textwrap.shorten(str(error) or repr(error), 150)
             log.info("%s: %s", engine, left_out[engine])
             if engine == "onnx":
                 break
             continue
-        files[engine], forms[engine] = (ending, content), (form, outputs)
-    best_first = {engine: forms[engine] for engine in inference.FILES if engine in forms}
+        files[engine], engines[engine] = (suffix, content), (classifier, outputs)
+    best_first = {engine: engines[engine] for engine in inference.ENGINE_FILES if engine in engines}
     return best_first, files, left_out
 
 
-def errors(scores: np.ndarray, labels: np.ndarray) -> int:
-    """How many rows of logits or probabilities (N, classes) are highest at another class."""
+def count_errors(scores: np.ndarray, labels: np.ndarray) -> int:
+    """The number of rows of logits or probabilities (N, classes) with a wrong prediction."""
     return int((scores.argmax(1) != labels).sum())
 
 
-def _check(engine: str, found: np.ndarray, wanted: np.ndarray, labels: np.ndarray) -> None:
-    """Raises ValueError where logits are not as right as torch's, which are `wanted`."""
+def _check_outputs(
+    engine: str, logits: np.ndarray, expected: np.ndarray, labels: np.ndarray
+) -> None:
+    """Raise ValueError where logits are worse than torch's, which are `expected`."""
     if engine == "onnx":
-        off = float(np.abs(probabilities(found) - probabilities(wanted)).max())
+        difference = float(np.abs(probabilities(logits) - probabilities(expected)).max())
         limit = inference.TOLERANCE[engine]
-        if not off <= limit:  # nor where it is no number
-            raise ValueError(f"its probabilities are off by {off:.3g}, over {limit}")
+        if not difference <= limit:  # true for nan, too
+            raise ValueError(f"its probabilities are off by {difference:.3g}, over {limit}")
         return
-    more = errors(found, labels) - errors(wanted, labels)
-    if more > MORE_ERRORS:
-        raise ValueError(f"it makes {more} more errors of {len(labels)}; {MORE_ERRORS} is allowed")
+    extra = count_errors(logits, labels) - count_errors(expected, labels)
+    if extra > MAX_EXTRA_ERRORS:
+        text = f"it makes {extra} more errors of {len(labels)}"
+        raise ValueError(f"{text}; {MAX_EXTRA_ERRORS} is allowed")
 
 
 # --- the files -----------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def _check(engine: str, found: np.ndarray, wanted: np.ndarray, labels: np.ndarra
 class _FromPixels(nn.Module):
     """A network that standardises its input: images uint8 (N, C, H, W) -> logits and features.
 
-    So serving need not know how, and cannot do it otherwise than training.
+    So the server cannot standardise differently from the training.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:
@@ -170,11 +173,11 @@ class _FromPixels(nn.Module):
 def to_onnx(model: nn.Module, dataset: Dataset) -> bytes:
     """ONNX in float32: images uint8 (N, C, H, W), any N -> logits float32 (N, classes), features.
 
-    By the older of torch's two exporters: the newer needs onnxscript, takes 2 to 4 s more, and
-    writes this machine's paths into the file. It traces the network; _check sees that what it
-    made is right.
+    Uses the older of torch's two exporters: the newer one needs onnxscript, takes 2 to 4 s longer,
+    and writes this machine's paths into the file. The exporter traces the network; _check_outputs
+    verifies the result.
     """
-    # Where it fails it prints the graph; to standard output, if it is not told otherwise.
+    # A failing exporter prints the graph, by default to standard output.
     torch._C._jit_set_onnx_log_output_stream("stderr")
     network, images = _FromPixels(model, dataset).eval(), dataset.calibration.images[:2]
     with torch.no_grad():
@@ -194,32 +197,32 @@ def to_onnx(model: nn.Module, dataset: Dataset) -> bytes:
 
 
 def to_int8(model: bytes, dataset: Dataset) -> bytes:
-    """The same with weights and activations in int8, as static ranges on training images say.
+    """ONNX with weights and activations in int8, with static ranges from training images.
 
-    Other ways to find the ranges (more images, percentiles), full range and single scales for a
-    layer all made 21 to 23 errors on 2,500 calibration images, and torch 22 (`parallel`).
+    More images, percentiles, the full range, and one scale per layer each made 21 to 23 errors on
+    2,500 calibration images; torch made 22 (`parallel`).
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(quantization.CalibrationDataReader):
-        parts = iter(dataset.train.images[:RANGE_IMAGES].split(inference.PART))
+        parts = iter(dataset.train.images[:RANGE_IMAGES].split(inference.BATCH_SIZE))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             part = next(self.parts, None)
             return None if part is None else {"images": part.numpy()}
 
     with tempfile.TemporaryDirectory() as name:
-        plain, folded, int8 = (Path(name) / stage for stage in ("plain", "folded", "int8"))
-        plain.write_bytes(model)
-        quant_pre_process(plain, folded, skip_symbolic_shape=True)  # folds batch norms
+        original, folded, int8 = (Path(name) / stage for stage in ("plain", "folded", "int8"))
+        original.write_bytes(model)
+        quant_pre_process(original, folded, skip_symbolic_shape=True)  # folds batch norms
         quantization.quantize_static(
             folded,
             int8,
             Images(),
-            op_types_to_quantize=QUANTISED,
+            op_types_to_quantize=QUANTISED_OPS,
             per_channel=True,
-            # 7 bits: then no pair of products overflows 16 bits on x86 processors without VNNI.
+            # 7 bits, so that no pair of products overflows 16 bits on x86 processors without VNNI.
             reduce_range=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -227,19 +230,19 @@ def to_int8(model: bytes, dataset: Dataset) -> bytes:
         return int8.read_bytes()
 
 
-def golden(images: np.ndarray, given: dict[str, np.ndarray], served: str) -> bytes:
-    """An .npz of GOLDEN images and the probabilities that each engine gave for them.
+def make_golden(images: np.ndarray, predicted: dict[str, np.ndarray], served: str) -> bytes:
+    """An .npz file of GOLDEN_IMAGES images and each engine's probabilities for them.
 
-    From the least sure to the surest, most of them unsure: what is certain shows no difference.
-    But none so unsure that its class could be another one within the tolerance.
+    In order of confidence, and most of them of low confidence, as others show no difference; but
+    none whose predicted class could change within the tolerance.
     """
-    margins = [np.diff(np.sort(found)[:, -2:])[:, 0] for found in given.values()]
-    clear = np.min(margins, axis=0) > 2 * max(inference.TOLERANCE.values())
-    order = given[served].max(1).argsort(kind="stable")
-    order = order[clear[order]] if clear.any() else order
-    chosen = order[np.geomspace(1, len(order), GOLDEN).round().astype(int) - 1]
+    margins = [np.diff(np.sort(rows)[:, -2:])[:, 0] for rows in predicted.values()]
+    is_clear = np.min(margins, axis=0) > 2 * max(inference.TOLERANCE.values())
+    order = predicted[served].max(1).argsort(kind="stable")
+    order = order[is_clear[order]] if is_clear.any() else order
+    chosen = order[np.geomspace(1, len(order), GOLDEN_IMAGES).round().astype(int) - 1]
     stream = io.BytesIO()
-    parts: dict[str, Any] = {engine: found[chosen] for engine, found in given.items()}
+    parts: dict[str, Any] = {engine: rows[chosen] for engine, rows in predicted.items()}
     np.savez_compressed(stream, images=images[chosen], **parts)
     return stream.getvalue()
 
@@ -247,58 +250,59 @@ def golden(images: np.ndarray, given: dict[str, np.ndarray], served: str) -> byt
 # --- the temperature -----------------------------------------------------------------------------
 
 
-def calibrated(forms: dict[str, Form], dataset: Dataset) -> Classifier:
-    """The first of these engines, with temperature and threshold."""
-    outputs = {engine: found for engine, (_, found) in forms.items()}
-    first = next(iter(forms))
+def calibrate(engines: dict[str, EngineOutputs], dataset: Dataset) -> Classifier:
+    """The first engine's classifier, with temperature and threshold."""
+    outputs = {engine: output for engine, (_, output) in engines.items()}
+    first = next(iter(engines))
     temperature = fit_temperature(outputs[first][0], dataset.calibration.labels.numpy())
-    return with_threshold(replace(forms[first][0], temperature=temperature), outputs, dataset)
+    return set_threshold(replace(engines[first][0], temperature=temperature), outputs, dataset)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature under which the labels (N,) are likeliest (Guo et al. 2017).
+    """The temperature with the highest likelihood of the labels (N,) (Guo et al. 2017).
 
-    1 where no image is read wrong: the likelihood then only grows as the temperature falls.
+    1 without errors, as the likelihood then grows for ever as the temperature falls.
     """
-    if not errors(logits, labels):
+    if not count_errors(logits, labels):
         return 1.0
 
     def loss(log_temperature: float) -> float:
         shares = log_softmax(logits / np.exp(log_temperature), axis=1)
         return -float(shares[np.arange(len(labels)), labels].mean())
 
-    limit = float(np.log(MOST_TEMPERATURE))
-    found = minimize_scalar(loss, bounds=(-limit, limit), method="bounded")
-    return round(float(np.exp(found.x)), 4)
+    limit = float(np.log(MAX_TEMPERATURE))
+    optimum = minimize_scalar(loss, bounds=(-limit, limit), method="bounded")
+    return round(float(np.exp(optimum.x)), 4)
 
 
-# --- what looks like no class --------------------------------------------------------------------
+# --- the threshold of uncertainty ----------------------------------------------------------------
 
 
-def with_threshold(served: Classifier, outputs: dict[str, Outputs], dataset: Dataset) -> Classifier:
-    """The classifier with what it needs to know a picture that looks like no class.
+def set_threshold(served: Classifier, outputs: dict[str, Outputs], dataset: Dataset) -> Classifier:
+    """The classifier with a score and the threshold below which a picture is uncertain.
 
-    `outputs` has those of each engine for the calibration images. The score is the features'
-    likeness to training images; the largest logit where they do not tell, or differ by engine.
+    `outputs` maps each engine to its outputs for the calibration images. The score is the
+    out-of-distribution score of the features, or the largest logit where features are missing or
+    differ between engines.
     """
-    some = dataset.train.head(LIKENESS_IMAGES)
+    samples = dataset.train.head(OOD_IMAGES)
     try:
-        _, features = served.outputs(some.images.numpy())
-        by_features = replace(served, likeness=likeness.fit(features, some.labels.numpy()))
-        found = {engine: by_features.scores(*output) for engine, output in outputs.items()}
-        limit = threshold(found[served.engine])
-        for engine, scores in found.items():
-            share = float((scores < limit).mean())
-            if share > MOST_UNCERTAIN:
+        _, features = served.outputs(samples.images.numpy())
+        by_features = replace(served, ood_score=ood.fit(features, samples.labels.numpy()))
+        scores = {engine: by_features.scores(*output) for engine, output in outputs.items()}
+        limit = fit_threshold(scores[served.engine])
+        for engine in scores:
+            share = float((scores[engine] < limit).mean())
+            if share > MAX_UNCERTAIN_OTHER:
                 raise ValueError(f"{engine} is uncertain of {share:.1%} of calibration images")
         return replace(by_features, uncertain_below=limit)
     except ValueError as error:
-        log.info("features do not tell what looks like no class: %s", error)
-        limit = threshold(outputs[served.engine][0].max(1))
-        return replace(served, likeness=None, uncertain_below=limit)
+        log.info("no out-of-distribution score: %s", error)
+        limit = fit_threshold(outputs[served.engine][0].max(1))
+        return replace(served, ood_score=None, uncertain_below=limit)
 
 
-def threshold(scores: np.ndarray) -> float:
-    """To four places the highest value that at most UNCERTAIN of the scores (N,) lie below."""
-    lowest = np.sort(scores)[int(UNCERTAIN * len(scores))]
+def fit_threshold(scores: np.ndarray) -> float:
+    """The highest value, to four places, with at most MAX_UNCERTAIN of the scores (N,) below it."""
+    lowest = np.sort(scores)[int(MAX_UNCERTAIN * len(scores))]
     return float(np.floor(np.float64(lowest) * 1e4) / 1e4)

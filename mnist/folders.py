@@ -1,4 +1,4 @@
-"""A folder of pictures as a data set: one sub-folder for each class."""
+"""A folder of pictures as a data set, with a subfolder for each class."""
 
 import contextlib
 import functools
@@ -16,94 +16,96 @@ from PIL import Image
 
 from mnist import images as pictures
 from mnist.files import DataError
-from mnist.reading import Arrays, remembered, shown
-from mnist.sources import TEST, Source
-from mnist.splits import cut
+from mnist.reading import Arrays, load_cached, track_progress
+from mnist.sources import TEST_SHARE, Source
+from mnist.splits import split_stratified
 
-SIZE = 28  # side in pixels, unless --image-size says otherwise: MNIST's
-LEAST = 10  # pictures of a class: one or two for each split, the rest to learn from
-BROKEN = 0.5  # share of a class's files; with more that cannot be read, something else is wrong
-UNBALANCED = 20  # times as many pictures of one class as of another: then the rare one is not seen
-FAR_LARGER = 4  # times the side of what is read: then what is narrower than 4 pixels fades
-COLOURFUL = 0.05  # mean difference (0..1) of a pixel's channels: above the tint of a grey scan
-SAMPLE = 100  # pictures that are looked at for a warning
-NAMED = 5  # files at most that a warning names
-WHY = {"blank": "of one colour", "too_many_pixels": "too large"}  # an ImageError's code, in words
+SIZE = 28  # default of --image-size, in pixels: MNIST's
+MIN_CLASS_PICTURES = 10  # of a class: one or two for each split, the others for training
+MAX_BROKEN_SHARE = 0.5  # of a class's files; more unreadable files have a common cause
+MAX_IMBALANCE = 20  # ratio of class sizes above which the model hardly predicts the rare class
+MAX_REDUCTION = 4  # ratio of a side to the read size; above it, lines under 4 pixels wide fade
+MIN_TINT = 0.05  # mean difference (0..1) of a pixel's channels: above the tint of a grey scan
+WARNING_SAMPLE = 100  # pictures that are examined for warnings
+MAX_NAMED = 5  # files that a warning names
+REASONS = {"blank": "of one colour", "too_many_pixels": "too large"}  # by ImageError.code
 
 log = logging.getLogger(__name__)
 
 Labelled = list[tuple[Path, int]]
 
 
-def source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
-    """The pictures under `path`; classes are called as their folders, sorted.
+def make_source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
+    """The pictures under `path`; the classes are the sorted names of their folders.
 
-    Where `path` has train/ and test/ with the classes' folders in each, they are that; else a
+    If `path` has train/ and test/ with class folders in each, these are the splits; otherwise a
     stratified seventh becomes the test split. Pictures are read by images.normalise, recipe
-    "plain", at size x size pixels, grey or (3 channels) in RGB; files and folders whose name begins
-    with a dot are left out. Raises DataError, here or when it is read, that says what to change.
+    "plain", at size x size pixels, in grey or (3 channels) RGB. Files and folders with a leading
+    dot are left out. Raises DataError, here or in `read`; its message says what to change.
     """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}")
-    halves = {part: path / part for part in ("train", "test")}
-    own_test = all(_folders(half) for half in halves.values())
-    if not own_test and _folders(halves["train"]):
+    parts = {part: path / part for part in ("train", "test")}
+    has_test = all(_list_folders(folder) for folder in parts.values())
+    if not has_test and _list_folders(parts["train"]):
         raise DataError(
             f"{path} has a train/ with classes but no test/ with the same ones; make one (or give "
             f"that name to another part), or put the classes' folders right into {path}"
         )
-    if own_test and (unused := sorted(set(_folders(path)) - set(halves))):
+    if has_test and (unused := sorted(set(_list_folders(path)) - set(parts))):
         _warn(f"{path}: only train/ and test/ are used, not {', '.join(unused)}")
-    classes = _classes(halves["train"] if own_test else path)
-    if own_test and (differ := set(classes) ^ set(_folders(halves["test"]))):
-        names = ", ".join(sorted(differ))
+    classes = _list_classes(parts["train"] if has_test else path)
+    if has_test and (unmatched := set(classes) ^ set(_list_folders(parts["test"]))):
+        names = ", ".join(sorted(unmatched))
         raise DataError(
             f"{path}: train/ and test/ must have the same classes; only one has {names}"
         )
 
-    def read_all(data_dir: Path, root: Path, least: int) -> Arrays:
-        files = _files(root, classes)
-        _enough(root, classes, [label for _, label in files], least)
-        place = hashlib.sha256(str(root).encode()).hexdigest()[:8]
-        kept = data_dir / "folders" / f"{path.name}-{place}-{size}x{channels}.npz"
+    def read_all(data_dir: Path, root: Path, minimum: int) -> Arrays:
+        files = _list_files(root, classes)
+        _check_counts(root, classes, [label for _, label in files], minimum)
+        digest = hashlib.sha256(str(root).encode()).hexdigest()[:8]
+        cache = data_dir / "folders" / f"{path.name}-{digest}-{size}x{channels}.npz"
         names = [file for file, _ in files]
-        images, labels, notes = remembered(
-            kept,
+        images, labels, notes = load_cached(
+            cache,
             names,
             (classes, size, channels),
-            lambda: _read(root, classes, files, size, channels, least),
+            lambda: _read_pictures(root, classes, files, size, channels, minimum),
         )
-        for note in [*_overlooked(root, classes), *notes.tolist()]:
+        for note in [*_describe_ignored(root, classes), *notes.tolist()]:
             _warn(note)
         return images, labels
 
     def read(data_dir: Path, part: str) -> Arrays:
-        if own_test:
-            if part == "train":  # a fault that shows at the end would cost all of it
-                read_all(data_dir, halves["test"], 1)
-            return read_all(data_dir, halves[part], LEAST if part == "train" else 1)
-        images, labels = read_all(data_dir, path, LEAST)
-        train, test = cut(np.arange(len(labels)), labels, TEST)
+        if has_test:
+            if part == "train":  # a fault in the test split must show before the training
+                read_all(data_dir, parts["test"], 1)
+            return read_all(data_dir, parts[part], MIN_CLASS_PICTURES if part == "train" else 1)
+        images, labels = read_all(data_dir, path, MIN_CLASS_PICTURES)
+        train, test = split_stratified(np.arange(len(labels)), labels, TEST_SHARE)
         index = train if part == "train" else test
         return images[index], labels[index]
 
     return Source(read, classes)
 
 
-@functools.cache  # once for each text: train and test may be read from the same files
+@functools.cache  # once per text, as train and test may be read from the same files
 def _warn(text: str) -> None:
-    if multiprocessing.parent_process() is None:  # workers read the same pictures
+    if multiprocessing.parent_process() is None:  # not in workers, which read the same pictures
         log.warning("%s", text)
 
 
-def _folders(path: Path) -> list[str]:
+def _list_folders(path: Path) -> list[str]:
     if not path.is_dir():
         return []
-    return sorted(each.name for each in path.iterdir() if each.is_dir() and each.name[0] != ".")
+    return sorted(
+        folder.name for folder in path.iterdir() if folder.is_dir() and folder.name[0] != "."
+    )
 
 
-def _classes(path: Path) -> tuple[str, ...]:
-    names = _folders(path)
+def _list_classes(path: Path) -> tuple[str, ...]:
+    names = _list_folders(path)
     if not names:
         example = path / "cat" / "1.png"
         raise DataError(f"{path} has no class folders; put each class into one, such as {example}")
@@ -111,12 +113,12 @@ def _classes(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path}: the folder {odd[0]!r} has a name that is not UTF-8; rename it")
     if len(names) == 1:
         inner = path / names[0]
-        hint = f"; are the classes those in {inner}?" if len(_folders(inner)) > 1 else ""
+        hint = f"; are the classes those in {inner}?" if len(_list_folders(inner)) > 1 else ""
         raise DataError(f"{path} has only one class, {names[0]!r}; at least two are needed{hint}")
     return tuple(names)
 
 
-def _files(root: Path, classes: tuple[str, ...]) -> Labelled:
+def _list_files(root: Path, classes: tuple[str, ...]) -> Labelled:
     return [
         (file, label)
         for label, name in enumerate(classes)
@@ -125,80 +127,84 @@ def _files(root: Path, classes: tuple[str, ...]) -> Labelled:
     ]
 
 
-def _overlooked(root: Path, classes: tuple[str, ...]) -> list[str]:
-    """What is said of files and folders in places where none are looked for."""
-    loose = [each.name for each in root.iterdir() if each.is_file() and each.name[0] != "."]
-    inner = [f"{name}/{each}" for name in classes for each in _folders(root / name)]
-    found = {"files beside the class folders": loose, "folders in class folders": inner}
+def _describe_ignored(root: Path, classes: tuple[str, ...]) -> list[str]:
+    """Warnings about files and folders that are ignored because of their place."""
+    loose = [path.name for path in root.iterdir() if path.is_file() and path.name[0] != "."]
+    inner = [f"{name}/{folder}" for name in classes for folder in _list_folders(root / name)]
+    ignored = {"files beside the class folders": loose, "folders in class folders": inner}
     return [
-        f"{root}: {what} are not read: {_some(names)}" for what, names in found.items() if names
+        f"{root}: {kind} are not read: {_join_names(names)}"
+        for kind, names in ignored.items()
+        if names
     ]
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(sorted(names)[:NAMED]) + more
+def _join_names(names: list[str]) -> str:
+    suffix = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(sorted(names)[:MAX_NAMED]) + suffix
 
 
-def _enough(root: Path, classes: tuple[str, ...], labels: list[int], least: int) -> None:
+def _check_counts(root: Path, classes: tuple[str, ...], labels: list[int], minimum: int) -> None:
     counts = Counter(labels)
     fewest = min(range(len(classes)), key=lambda label: counts[label])
-    if counts[fewest] < least:
+    if counts[fewest] < minimum:
         name, n = classes[fewest], counts[fewest]
         raise DataError(
-            f"class {name!r} has {n} pictures; at least {least} are needed: add some to "
+            f"class {name!r} has {n} pictures; at least {minimum} are needed: add some to "
             f"{root / name}, or remove that folder"
         )
 
 
-def _read(
-    root: Path, classes: tuple[str, ...], files: Labelled, size: int, channels: int, least: int
+def _read_pictures(
+    root: Path, classes: tuple[str, ...], files: Labelled, size: int, channels: int, minimum: int
 ) -> Arrays:
-    """All pictures that can be read, their labels, and what is to be said of them: warnings."""
+    """The readable pictures, their labels, and warnings about them."""
     images, labels = list[np.ndarray](), list[int]()
     broken: list[tuple[Path, int, Exception]] = []
-    for file, label in shown(files, f"reading {root}"):
+    for file, label in track_progress(files, f"reading {root}"):
         try:
-            images.append(_picture(file, size, channels))
+            images.append(_read_picture(file, size, channels))
             labels.append(label)
         except (pictures.ImageError, OSError) as error:
             broken.append((file, label, error))
-    notes = _loss([file for file, _ in files], size, channels)
+    notes = _describe_loss([file for file, _ in files], size, channels)
     if broken:
-        notes.append(_left_out(classes, files, broken))
-    _enough(root, classes, labels, least)
-    notes += _unbalance(classes, labels)
+        notes.append(_describe_broken(classes, files, broken))
+    _check_counts(root, classes, labels, minimum)
+    notes += _describe_imbalance(classes, labels)
     return np.stack(images), np.array(labels, np.int64), np.array(notes, str)
 
 
-def _picture(file: Path, size: int, channels: int) -> np.ndarray:
+def _read_picture(file: Path, size: int, channels: int) -> np.ndarray:
     return pictures.normalise(file.read_bytes(), size=size, channels=channels, recipe="plain")
 
 
-def _left_out(
+def _describe_broken(
     classes: tuple[str, ...], files: Labelled, broken: list[tuple[Path, int, Exception]]
 ) -> str:
-    """Names the files that cannot be read; raises DataError where they are most of a class."""
+    """A warning that names unreadable files; raises DataError if most of a class are unreadable."""
     counts, totals = Counter(label for _, label, _ in broken), Counter(label for _, label in files)
     for label, n in counts.items():
-        if n > BROKEN * totals[label]:
-            file, _, error = next(each for each in broken if each[1] == label)
+        if n > MAX_BROKEN_SHARE * totals[label]:
+            file, _, error = next(entry for entry in broken if entry[1] == label)
             raise DataError(
                 f"class {classes[label]!r}: {n} of {totals[label]} files cannot be used "
                 f"({file.name}: {error}); mend or remove them"
             )
-    names = _some([f"{file.parent.name}/{file.name}" for file, _, _ in broken])
-    why = Counter(WHY.get(getattr(error, "code", ""), "unreadable") for _, _, error in broken)
-    reasons = ", ".join(f"{n} {word}" for word, n in why.items())
+    names = _join_names([f"{file.parent.name}/{file.name}" for file, _, _ in broken])
+    reasons = Counter(
+        REASONS.get(getattr(error, "code", ""), "unreadable") for _, _, error in broken
+    )
+    summary = ", ".join(f"{n} {word}" for word, n in reasons.items())
     return (
-        f"{len(broken)} of {len(files)} files cannot be used as pictures ({reasons}), and are left "
+        f"{len(broken)} of {len(files)} files cannot be used as pictures ({summary}), and are left "
         f"out: {names}"
     )
 
 
-def _unbalance(classes: tuple[str, ...], labels: list[int]) -> list[str]:
+def _describe_imbalance(classes: tuple[str, ...], labels: list[int]) -> list[str]:
     (most, n), *_, (least, m) = Counter(labels).most_common()
-    if n < UNBALANCED * m:
+    if n < MAX_IMBALANCE * m:
         return []
     return [
         f"class {classes[most]!r} has {n} pictures, {classes[least]!r} only {m}: the model will "
@@ -207,28 +213,28 @@ def _unbalance(classes: tuple[str, ...], labels: list[int]) -> list[str]:
     ]
 
 
-def _loss(files: list[Path], size: int, channels: int) -> list[str]:
-    """Where pictures are typically far larger than they are read, or colourful."""
+def _describe_loss(files: list[Path], size: int, channels: int) -> list[str]:
+    """Warnings where the typical picture is far larger than its read size, or colourful."""
     sides, tints = list[int](), list[float]()
-    for file in files[:: max(1, len(files) // SAMPLE)]:
-        with contextlib.suppress(Exception):  # which it is, reading will say
+    for file in files[:: max(1, len(files) // WARNING_SAMPLE)]:
+        with contextlib.suppress(Exception):  # _read_pictures() reports unreadable files
             if channels == 1:
-                colours = _picture(file, size, 3).astype(int)
+                colours = _read_picture(file, size, 3).astype(int)
                 tints.append(float((colours.max(0) - colours.min(0)).mean() / 255))
-            sides.append(_side(file))
+            sides.append(_longest_side(file))
     notes = []
-    if sides and (side := round(statistics.median(sides))) > FAR_LARGER * size:
+    if sides and (side := round(statistics.median(sides))) > MAX_REDUCTION * size:
         notes.append(
             f"the pictures are typically {side} pixels long and are read at {size}: fine detail is "
             "lost; a larger --image-size keeps more of it"
         )
-    if tints and statistics.median(tints) > COLOURFUL:
+    if tints and statistics.median(tints) > MIN_TINT:
         notes.append("the pictures are colourful and are read as grey; --color keeps their colors")
     return notes
 
 
-def _side(file: Path) -> int:
-    """The longest side in pixels."""
+def _longest_side(file: Path) -> int:
+    """A picture's longest side in pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(file, formats=pictures.FORMATS) as image:

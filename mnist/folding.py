@@ -1,8 +1,8 @@
-"""Training forms: a network as it is trained, and back to the network as it is saved.
+"""Training forms: networks for training that fold back into the plain networks that are saved.
 
-In its training form a large layer is a product of narrow layers with nothing between them, and each
-layer that a network names in NORMALISED is followed by a batch norm. Both are linear in evaluation
-mode, so the trained form folds into the plain network exactly.
+In a training form, a large layer is a product of narrow layers without activations between them,
+and each layer that the network names in NORMALISED is followed by a batch norm. Both are linear in
+evaluation mode, so the training form folds into the plain network exactly.
 """
 
 import copy
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-# Weights from which a layer is factored. A linear layer uses each of its weights once an image, a
-# convolution at every position.
-LARGE_CONV, LARGE_LINEAR = 100_000, 1_000_000
-GAIN = 0.5  # most of a layer's weights that its factors may have together
-CONV_RANK, LINEAR_RANK = 32, 16  # docs/lab-log.md has the ranks that were tried
+# Number of weights from which a layer is factorised. A linear layer uses each weight once per
+# image, a convolution at every position.
+MIN_CONV_WEIGHTS, MIN_LINEAR_WEIGHTS = 100_000, 1_000_000
+MAX_WEIGHT_SHARE = 0.5  # largest share of a layer's weights that its factors may have together
+CONV_RANK, LINEAR_RANK = 32, 16  # docs/lab-log.md lists the ranks that were tried
 
 Layer = nn.Conv2d | nn.Linear
 
 
 class Factors(nn.Sequential):
-    """One layer as a product of narrow layers, or as itself, and then perhaps a batch norm."""
+    """A layer as a product of narrow layers, or as itself; a batch norm may follow."""
 
     @property
     def layers(self) -> list[Layer]:
@@ -36,57 +36,57 @@ class Factors(nn.Sequential):
 
 
 def training_form(model: nn.Module) -> nn.Module:
-    """A copy of a new network as it is to be trained, if it has NORMALISED; else `model` itself.
+    """A copy of a new network in its training form; `model` itself if it has no NORMALISED.
 
-    NORMALISED names the layers that get a batch norm; none may be in it. Layers that are replaced
-    are initialised anew, by torch's global random state (He et al. 2015, arXiv 1502.01852); all
-    others are copied.
+    NORMALISED names the layers that get a batch norm; it may be empty. Replaced layers are
+    initialised anew, with torch's global random state (He et al. 2015, arXiv 1502.01852); all other
+    layers are copied.
     """
     normalised = getattr(model, "NORMALISED", None)
-    if normalised is None:  # its layers may be pre-trained, or used otherwise than by being called
+    if normalised is None:  # its layers may be pre-trained, or not be called as modules
         return model
-    return _replaced(model, lambda name, module: _factors(module, name in normalised))
+    return _replace_modules(model, lambda name, module: _factorise(module, name in normalised))
 
 
 def fold(form: nn.Module) -> nn.Module:
-    """The plain network: it computes what the training form computes in evaluation mode."""
-    return _replaced(merge_norms(form), lambda _, module: _product(module))
+    """The plain network, which computes the same as the training form in evaluation mode."""
+    return _replace_modules(merge_norms(form), lambda _, module: _multiply_factors(module))
 
 
 def merge_norms(form: nn.Module) -> nn.Module:
-    """The training form with its batch norms folded into its narrow layers, which stay apart.
+    """The training form with its batch norms folded into its narrow layers, which stay separate.
 
-    It computes what the plain network computes with fewer multiplications: this is what is served.
+    It computes the same as the plain network with fewer multiplications. The server runs this form.
     """
-    return _replaced(form, lambda _, module: _without_norm(module))
+    return _replace_modules(form, lambda _, module: _merge_norm(module))
 
 
 def has_factors(model: nn.Module) -> bool:
-    """Whether a model is a training form that differs from its plain network."""
+    """Whether a model is a training form with at least one factorised or normalised layer."""
     return any(isinstance(module, Factors) for module in model.modules())
 
 
-def _replaced(
+def _replace_modules(
     model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
-    """A copy of `model`, with the replacement of each named module for which there is one."""
-    made = {id(module): replacement(name, module) for name, module in model.named_modules()}
-    memo: dict[int, Any] = {key: module for key, module in made.items() if module is not None}
-    return copy.deepcopy(model, memo)  # it takes what the memo has instead of a copy
+    """A copy of `model` in which `replacement` replaces modules by name; None keeps a module."""
+    replacements = {id(module): replacement(name, module) for name, module in model.named_modules()}
+    memo: dict[int, Any] = {key: new for key, new in replacements.items() if new is not None}
+    return copy.deepcopy(model, memo)  # deepcopy takes a memo's entry instead of a copy
 
 
 # --- into a training form ------------------------------------------------------------------------
 
 
-def _factors(module: nn.Module, norm: bool) -> Factors | None:
-    """What a layer is trained as; None where it stays as it is."""
+def _factorise(module: nn.Module, norm: bool) -> Factors | None:
+    """The factors that replace a layer in training; None where the layer stays."""
     if type(module) not in (nn.Conv2d, nn.Linear) or getattr(module, "groups", 1) > 1:
         return None
     assert isinstance(module, Layer)
-    layers, norm = _narrow(module), norm and module.bias is not None
+    layers, norm = _make_factors(module), norm and module.bias is not None
     if not layers and not norm:
         return None
-    layers = layers or [_like(module, *module.weight.shape[1::-1])]
+    layers = layers or [_make_like(module, *module.weight.shape[1::-1])]
     for layer in layers[:-1]:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
     nn.init.kaiming_normal_(layers[-1].weight, nonlinearity="relu")
@@ -99,23 +99,23 @@ def _factors(module: nn.Module, norm: bool) -> Factors | None:
     return Factors(*layers)
 
 
-def _narrow(layer: Layer) -> list[Layer]:
-    """The layer as the product of two or three new ones, without bias; none where it is no gain."""
+def _make_factors(layer: Layer) -> list[Layer]:
+    """Two or three new layers without bias whose product replaces the layer; [] without a gain."""
     outputs, inputs = layer.weight.shape[:2]
     if isinstance(layer, nn.Linear):
-        rank, large = LINEAR_RANK, LARGE_LINEAR
-        layers: list[Layer] = [_like(layer, inputs, rank), _like(layer, rank, outputs)]
+        rank, min_weights = LINEAR_RANK, MIN_LINEAR_WEIGHTS
+        layers: list[Layer] = [_make_like(layer, inputs, rank), _make_like(layer, rank, outputs)]
     else:
-        rank, large = CONV_RANK, LARGE_CONV
+        rank, min_weights = CONV_RANK, MIN_CONV_WEIGHTS
         first = [nn.Conv2d(inputs, rank, 1, bias=False)] if inputs >= 4 * rank else []
-        middle = _like(layer, rank if first else inputs, rank)
+        middle = _make_like(layer, rank if first else inputs, rank)
         layers = [*first, middle, nn.Conv2d(rank, outputs, 1, bias=False)]
-    weights, fewer = layer.weight.numel(), sum(each.weight.numel() for each in layers)
-    return [] if weights < large or fewer > GAIN * weights else layers
+    before, after = layer.weight.numel(), sum(factor.weight.numel() for factor in layers)
+    return [] if before < min_weights or after > MAX_WEIGHT_SHARE * before else layers
 
 
-def _like(layer: Layer, inputs: int, outputs: int) -> Layer:
-    """A new layer of the same kind and geometry, between so many channels or features, no bias."""
+def _make_like(layer: Layer, inputs: int, outputs: int) -> Layer:
+    """A new layer of the same kind and geometry without bias, of these channels or features."""
     if isinstance(layer, nn.Linear):
         return nn.Linear(inputs, outputs, bias=False)
     geometry = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
@@ -123,12 +123,12 @@ def _like(layer: Layer, inputs: int, outputs: int) -> Layer:
     return nn.Conv2d(inputs, outputs, bias=False, **options)
 
 
-# --- and back ------------------------------------------------------------------------------------
+# --- back to the plain network -------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _without_norm(module: nn.Module) -> Factors | None:
-    """Factors whose last layer does what their batch norm did; None where there is none."""
+def _merge_norm(module: nn.Module) -> Factors | None:
+    """Factors with the batch norm folded into the last layer; None where there is no batch norm."""
     if not isinstance(module, Factors) or (norm := module.norm) is None:
         return None
     assert norm.running_mean is not None
@@ -143,29 +143,29 @@ def _without_norm(module: nn.Module) -> Factors | None:
 
 
 @torch.no_grad()
-def _product(module: nn.Module) -> Layer | None:
-    """The one layer that Factors without a norm are; None for any other module."""
+def _multiply_factors(module: nn.Module) -> Layer | None:
+    """The product of Factors without a batch norm, as one layer; None for any other module."""
     if not isinstance(module, Factors):
         return None
     layers = module.layers
-    weight = reduce(_multiplied, [layer.weight for layer in layers])
+    weight = reduce(_multiply_weights, [layer.weight for layer in layers])
     outputs, inputs = weight.shape[:2]
-    product = _like(max(layers, key=_extent), inputs, outputs)
+    product = _make_like(max(layers, key=_geometry), inputs, outputs)
     product.weight = nn.Parameter(weight)
     product.bias = layers[-1].bias
     return product
 
 
-def _extent(layer: Layer) -> tuple[tuple[int, ...], ...]:
-    """All factors of a convolution but the one with its geometry are 1x1, of stride 1."""
+def _geometry(layer: Layer) -> tuple[tuple[int, ...], ...]:
+    """The geometry of a layer. All factors of a convolution but one are 1x1, of stride 1."""
     if isinstance(layer, nn.Linear):
         return ()
     padding = layer.padding if isinstance(layer.padding, tuple) else ()
     return layer.kernel_size, layer.stride, padding
 
 
-def _multiplied(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The weight of `second` after `first` as one layer; of two kernels one is 1x1."""
+def _multiply_weights(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The weight of one layer equal to `first`, then `second`; at least one kernel is 1x1."""
     if first.dim() == 2:
         return second @ first
     product = torch.einsum("orhw,rixy->oihxwy", second, first)

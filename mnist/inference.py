@@ -1,4 +1,4 @@
-"""A saved record -> a function from images to probabilities; torch is imported only if needed."""
+"""Saved model -> a function from images to probabilities; imports torch only if needed."""
 
 import math
 import os
@@ -11,76 +11,76 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist import likeness, registry
-from mnist.likeness import Likeness
+from mnist import ood, registry
+from mnist.ood import OutOfDistributionScore
 
 if TYPE_CHECKING:
     from torch import nn
 
-FILES = {"onnx_int8": "onnx_int8", "onnx": "onnx", "torch": "weights"}
+ENGINE_FILES = {"onnx_int8": "onnx_int8", "onnx": "onnx", "torch": "weights"}
 """Engine -> the kind of file it runs, in the order in which "auto" tries them on a CPU."""
-NVIDIA = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of which one is there where a GPU is
+NVIDIA = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # a machine with a GPU has one of these
 
-# Largest difference of a golden probability. Where the same files were carried out in another way
-# (ONNX Runtime without its optimisations), it was 0.007 in int8 and 1e-6 else, over 2,500 images.
+# Largest difference of a golden probability. Between ONNX Runtime with and without optimisations,
+# the same files differed by 0.007 in int8 and by 1e-6 otherwise, over 2,500 images.
 TOLERANCE = {"onnx_int8": 0.02, "onnx": 1e-4, "torch": 1e-4}
-PART = 64  # images at a time; more are no faster, and take memory
+BATCH_SIZE = 64  # larger batches are no faster and take more memory
 
 Outputs = tuple[np.ndarray, np.ndarray]
-"""Logits (N, classes) and features (N, d), both float32; old models have none: d is 0."""
-Run = Callable[[np.ndarray], Outputs]
-"""images uint8 (N, channels, size, size), as images.normalise gives -> Outputs"""
+"""Logits (N, classes) and features (N, d), both float32; d is 0 for old models."""
+Runner = Callable[[np.ndarray], Outputs]
+"""Images uint8 (N, channels, size, size), as images.normalise returns them -> Outputs."""
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Called with images uint8 (N, channels, size, size), it gives their probabilities.
+    """A function from images uint8 (N, channels, size, size) to probabilities.
 
-    `engine` carries it out; `passed_over` has the better engines that do not, and why. What has a
-    score below `uncertain_below` does not look like any class; the score is that of `likeness`,
-    or, where there is none, the largest logit.
+    `engine` is the one that runs; `passed_over` maps better engines to the reasons why they do not.
+    A picture whose score is below `uncertain_below` does not look like any class; the score is that
+    of `ood_score`, or without one the largest logit.
     """
 
     engine: str
-    run: Run
+    run: Runner
     temperature: float = 1.0
     passed_over: Mapping[str, str] = field(default_factory=dict)
-    likeness: Likeness | None = None
+    ood_score: OutOfDistributionScore | None = None
     uncertain_below: float = -math.inf
 
     def outputs(self, images: np.ndarray) -> Outputs:
         """Logits (N, classes), before the temperature, and features (N, d); float32."""
-        parts = [self.run(images[i : i + PART]) for i in range(0, len(images), PART)]
+        parts = [self.run(images[i : i + BATCH_SIZE]) for i in range(0, len(images), BATCH_SIZE)]
         logits, features = zip(*parts, strict=True)
         return np.concatenate(logits), np.concatenate(features)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """(N, classes) float32, before the temperature."""
+        """Logits (N, classes) float32, before the temperature."""
         return self.outputs(images)[0]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(N, classes) float32, each row of which has the sum 1."""
+        """Probabilities (N, classes) float32; each row has the sum 1."""
         return probabilities(self.logits(images), self.temperature)
 
     def read(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The probabilities, and whether each image is uncertain: (N,) bool."""
+        """Probabilities, and whether each image is uncertain: (N,) bool."""
         logits, features = self.outputs(images)
         uncertain = self.scores(logits, features) < self.uncertain_below
         return probabilities(logits, self.temperature), uncertain
 
     def scores(self, logits: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """(N,) float32, high for what looks like a class."""
-        return self.likeness(features) if self.likeness else logits.max(1)
+        """Scores (N,) float32, high for pictures that look like a class."""
+        return self.ood_score(features) if self.ood_score else logits.max(1)
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """The softmax of logits (N, classes) over the temperature: the one place where that is done.
+    """The softmax of logits (N, classes) divided by the temperature, for training and serving.
 
-    A temperature above 1 makes a model less sure (Guo et al. 2017, arXiv 1706.04599).
+    A temperature above 1 lowers the confidence (Guo et al. 2017, arXiv 1706.04599).
     """
     scaled = (logits - logits.max(1, keepdims=True)) / np.float32(temperature)
-    shares = np.exp(scaled)
-    return shares / shares.sum(1, keepdims=True)
+    exponentials = np.exp(scaled)
+    return exponentials / exponentials.sum(1, keepdims=True)
 
 
 def load(
@@ -88,91 +88,93 @@ def load(
     name: str | None = None,
     threads: int | None = None,
     engine: str = "auto",
-    tried: bool = False,
+    preflighted: bool = False,
 ) -> Classifier:
-    """The classifier of one saved model, the current one by default.
+    """The classifier of a saved model, by default the current one.
 
-    `engine` is one of FILES, or "auto" for the first of them that can, where there is a GPU torch
-    before the others, which run on the CPU. An engine can if its file is there and gives for the
-    golden inputs what it gave when the model was saved, to within TOLERANCE. For processors
-    differ: int8 sums overflow on some. The golden inputs are the warm-up, too; if another process
-    has just `tried` the same, the first of them is enough.
+    `engine` is one of ENGINE_FILES, or "auto" for the first usable one; on a GPU, torch comes
+    before the others, which run on the CPU. An engine is usable if its file exists and its
+    probabilities for the golden inputs are those of the time of saving, to within TOLERANCE, as
+    processors differ: on some, int8 sums overflow. The golden inputs also warm the engine up. If
+    another process has just checked the same model (`preflighted`), the first of them is enough.
 
-    Raises ValueError for an unknown engine; registry.RegistryError where there is no such model,
-    a file of it is missing or altered, or no engine can run it.
+    Raises ValueError for an unknown engine; registry.RegistryError where the model does not exist,
+    one of its files is missing or altered, or no engine can run it.
     """
-    if engine not in ("auto", *FILES):
-        raise ValueError(f"unknown engine {engine!r}; known: auto, {', '.join(FILES)}")
+    if engine not in ("auto", *ENGINE_FILES):
+        raise ValueError(f"unknown engine {engine!r}; known: auto, {', '.join(ENGINE_FILES)}")
     name, record = registry.record(folder, name)
-    golden = _golden(folder, name, record)
-    if tried:
+    golden = _load_golden(folder, name, record)
+    if preflighted:
         golden = {key: part[:1] for key, part in golden.items()}
     left_out = record.get("engines", {}).get("left_out", {})
-    why: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     candidates = [engine]
     if engine == "auto":
-        candidates = sorted(FILES, key="torch".__ne__) if _has_gpu() else [*FILES]
+        candidates = sorted(ENGINE_FILES, key="torch".__ne__) if _has_gpu() else [*ENGINE_FILES]
     for candidate in candidates:
-        if FILES[candidate] not in record["files"]:
-            why[candidate] = left_out.get(candidate, f"there is no {FILES[candidate]} file")
+        kind = ENGINE_FILES[candidate]
+        if kind not in record["files"]:
+            reasons[candidate] = left_out.get(candidate, f"there is no {kind} file")
             continue
-        path = registry.file(folder, name, FILES[candidate])
-        calibrated = _calibrated(folder, name, record, candidate)
+        path = registry.file(folder, name, kind)
+        calibration = _load_calibration(folder, name, record, candidate)
         try:
-            run = _torch(path, record, threads) if candidate == "torch" else by_onnx(path, threads)
-            classifier = Classifier(candidate, run, passed_over=why, **calibrated)
-            _verify(classifier, golden, len(record["dataset"]["classes"]))
+            is_torch = candidate == "torch"
+            run = _load_torch(path, record, threads) if is_torch else onnx_runner(path, threads)
+            classifier = Classifier(candidate, run, passed_over=reasons, **calibration)
+            _check_golden(classifier, golden, len(record["dataset"]["classes"]))
             return classifier
-        except Exception as error:  # noqa: BLE001 - of a pickle or a runtime: no common class
-            why[candidate] = textwrap.shorten(str(error), 150)  # torch writes paragraphs
-    reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in why.items())
-    raise registry.RegistryError(f"model {name} cannot be loaded: {reasons}")
+        except Exception as error:  # noqa: BLE001 - errors of pickles and runtimes share no class
+            reasons[candidate] = textwrap.shorten(str(error), 150)  # torch writes paragraphs
+    text = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+    raise registry.RegistryError(f"model {name} cannot be loaded: {text}")
 
 
-def by_onnx(model: Path | bytes, threads: int | None = None) -> Run:
-    """An ONNX file, or its content, carried out by ONNX Runtime."""
+def onnx_runner(model: Path | bytes, threads: int | None = None) -> Runner:
+    """Run an ONNX file, or its content, with ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or _cores()
-    # Threads wait busily within a run, but not for the next one.
+    options.intra_op_num_threads = threads or _available_cores()
+    # Threads spin within a run, but not until the next run.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3  # errors; what it warns of is not for who serves a model
+    options.log_severity_level = 3  # only errors, as the warnings do not concern serving
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: _joined(*session.run(None, {name: images}))
+    return lambda images: _normalise_features(*session.run(None, {name: images}))
 
 
-def by_torch(model: "nn.Module", mean: float, std: float) -> Run:
-    """A network in torch, where it is; `mean` and `std` are those of its data set."""
+def torch_runner(model: "nn.Module", mean: float, std: float) -> Runner:
+    """Run a network with torch, on its device; `mean` and `std` are those of its data set."""
     import torch
 
     from mnist import models
 
-    watched = models.WithFeatures(model).eval()
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
-    alone = threading.Lock()  # `watched` hangs what it looks for on the network's own layers
+    network = models.WithFeatures(model).eval()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    lock = threading.Lock()  # WithFeatures registers hooks on the layers for each call
 
     @torch.inference_mode()
     def run(images: np.ndarray) -> Outputs:
-        with alone:
-            outputs = watched((torch.from_numpy(images).to(device).float() / 255 - mean) / std)
-        return _joined(*(each.cpu().numpy() for each in outputs))
+        with lock:
+            outputs = network((torch.from_numpy(images).to(device).float() / 255 - mean) / std)
+        return _normalise_features(*(output.cpu().numpy() for output in outputs))
 
     return run
 
 
-def _joined(logits: np.ndarray, *features: np.ndarray) -> Outputs:
-    """Each layer's features brought to the length 1, in one row."""
+def _normalise_features(logits: np.ndarray, *features: np.ndarray) -> Outputs:
+    """Scale the features of each layer to unit length, and join the layers."""
     if not features:
         return logits, np.empty((len(logits), 0), np.float32)
     joined, widths = np.concatenate(features, 1), [part.shape[1] for part in features]
     starts = np.cumsum([0, *widths[:-1]])
-    lengths = np.sqrt(np.add.reduceat(joined**2, starts, axis=1))
-    return logits, joined / np.repeat(np.maximum(lengths, 1e-9), widths, axis=1)
+    norms = np.sqrt(np.add.reduceat(joined**2, starts, axis=1))
+    return logits, joined / np.repeat(np.maximum(norms, 1e-9), widths, axis=1)
 
 
-def _torch(path: Path, record: registry.Record, threads: int | None) -> Run:
+def _load_torch(path: Path, record: registry.Record, threads: int | None) -> Runner:
     import torch
 
     from mnist import models
@@ -182,16 +184,16 @@ def _torch(path: Path, record: registry.Record, threads: int | None) -> Run:
         torch.set_num_threads(threads)
     network = record["model"]["name"]
     model = models.build(network, data["channels"], data["size"], len(data["classes"]))
-    # Mapped: to read a large layer in one call keeps a processor from all others for a while.
+    # Memory-mapped: reading a large layer in one call would block a processor for a while.
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     if _has_gpu():
-        torch.backends.cudnn.allow_tf32 = False  # it would be off by more than TOLERANCE
+        torch.backends.cudnn.allow_tf32 = False  # TF32 exceeds TOLERANCE
         model.cuda()
-    return by_torch(model, data["mean"], data["std"])
+    return torch_runner(model, data["mean"], data["std"])
 
 
 def _has_gpu() -> bool:
-    """Whether torch can use one. Importing torch takes seconds, so the machine is asked first."""
+    """Whether torch can use a GPU. Checks device files first, as importing torch takes seconds."""
     if not any(path.exists() for path in NVIDIA):
         return False
     try:
@@ -201,23 +203,25 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _calibrated(folder: Path, name: str, record: registry.Record, engine: str) -> dict[str, Any]:
-    """What a Classifier takes of the record's `calibration`; old records say less.
+def _load_calibration(
+    folder: Path, name: str, record: registry.Record, engine: str
+) -> dict[str, Any]:
+    """A Classifier's arguments from the record's `calibration`; old records lack some.
 
-    In models of before there were training forms int8 was another network than the others, which
-    have a `full` entry.
+    Records from before training forms have a `full` entry for float32, as int8 was of another
+    network.
     """
-    about, kind = record.get("calibration", {}), "likeness"
-    if engine != "onnx_int8" and "full" in about:
-        about, kind = about["full"], "full_likeness"
-    found = {key: about[key] for key in ("temperature", "uncertain_below") if key in about}
+    entry, kind = record.get("calibration", {}), "likeness"
+    if engine != "onnx_int8" and "full" in entry:
+        entry, kind = entry["full"], "full_likeness"
+    settings = {key: entry[key] for key in ("temperature", "uncertain_below") if key in entry}
     if kind in record["files"]:
-        found["likeness"] = likeness.load(registry.file(folder, name, kind))
-    return found
+        settings["ood_score"] = ood.load(registry.file(folder, name, kind))
+    return settings
 
 
-def _golden(folder: Path, name: str, record: registry.Record) -> dict[str, np.ndarray]:
-    """`images`, and for each engine the probabilities it gave; a blank image in old records."""
+def _load_golden(folder: Path, name: str, record: registry.Record) -> dict[str, np.ndarray]:
+    """`images`, and each engine's probabilities for them; old records: only a blank image."""
     if "golden" in record["files"]:
         with np.load(registry.file(folder, name, "golden")) as golden:
             return dict(golden)
@@ -225,22 +229,24 @@ def _golden(folder: Path, name: str, record: registry.Record) -> dict[str, np.nd
     return {"images": np.zeros((1, data["channels"], data["size"], data["size"]), np.uint8)}
 
 
-def _verify(classifier: Classifier, golden: dict[str, Any], classes: int) -> None:
-    """Raises ValueError where the classifier is not what was saved; serves as warm-up as well."""
+def _check_golden(classifier: Classifier, golden: dict[str, Any], classes: int) -> None:
+    """Raise ValueError where the classifier differs from the saved one; also a warm-up."""
     images = golden["images"]
     for batch in (images[:1], images):
-        found, _ = classifier.read(batch)
-        if found.shape != (len(batch), classes) or not np.isfinite(found).all():
-            raise ValueError(f"it gives no {classes} probabilities, but {found.shape[1:]}")
-        if "torch" in golden:  # the probabilities are close, so the classes are the same
-            off = float(np.abs(found - golden[classifier.engine][: len(batch)]).max())
-            if off > TOLERANCE[classifier.engine]:
+        predicted, _ = classifier.read(batch)
+        if predicted.shape != (len(batch), classes) or not np.isfinite(predicted).all():
+            raise ValueError(f"it gives no {classes} probabilities, but {predicted.shape[1:]}")
+        if "torch" in golden:  # probabilities within the tolerance have the same class
+            difference = float(np.abs(predicted - golden[classifier.engine][: len(batch)]).max())
+            if difference > TOLERANCE[classifier.engine]:
                 limit = TOLERANCE[classifier.engine]
-                raise ValueError(f"golden inputs: probabilities are off by {off:.3g}, over {limit}")
+                raise ValueError(
+                    f"golden inputs: probabilities are off by {difference:.3g}, over {limit}"
+                )
 
 
-def _cores() -> int:
-    """That this process may use."""
+def _available_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

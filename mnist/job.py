@@ -1,4 +1,4 @@
-"""What one command works on: a study, its data and its plan, and what has come of it."""
+"""The state of one command: its study, data and plan, and the study's result."""
 
 import contextlib
 import importlib.metadata
@@ -18,15 +18,15 @@ from mnist import study as studies
 from mnist.members import Member
 from mnist.options import Options
 from mnist.space import Space
-from mnist.workers import Run, cores
+from mnist.workers import Run, available_cores
 
-TINY_LR = 1e-8  # with which a machine is measured: no step of it diverges
-ABANDONED_S = 600  # writing a checkpoint takes seconds
+MEASURE_LR = 1e-8  # of speed measurements: no step diverges
+STALE_AFTER_S = 600  # age at which a temporary file is abandoned; writing one takes seconds
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one command works on."""
+    """The state of one command."""
 
     options: Options
     member: Member
@@ -35,10 +35,10 @@ class Job:
     device: torch.device
     plan: budget.Plan
     trials: int
-    confirmed: int  # so many of the best trials are confirmed on fresh seeds
-    work: budget.Work
+    confirm: int  # number of best trials that are confirmed on fresh seeds
+    work: budget.Workload
     start: float
-    latest: float
+    deadline: float
 
     @property
     def study(self) -> optuna.Study:
@@ -46,96 +46,99 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """For the checkpoints of this study; sweep() removes what no longer matters."""
+        """The folder of this study's checkpoints; remove_stale_files() cleans it."""
         return self.options.artifacts / f"{self.study.study_name}-{self.member.study_id[:8]}"
 
-    def in_time(self, otherwise: str) -> None:
-        """Raises search.Unfinished once --timeout is over."""
-        if time.monotonic() > self.latest:
-            raise search.Unfinished(f"--timeout: {otherwise}")
+    def check_timeout(self, unfinished: str) -> None:
+        """Raise search.Unfinished after the deadline of --timeout."""
+        if time.monotonic() > self.deadline:
+            raise search.Unfinished(f"--timeout: {unfinished}")
 
 
-def network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
-    """A new network for the data, in its training form unless --plain."""
+def build_network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
+    """Build a new network for the data, in its training form unless --plain."""
     model = models.build(options.model, dataset.channels, dataset.size, len(dataset.classes))
     return (model if options.plain else folding.training_form(model)).to(device)
 
 
-def speed_run(options: Options, params: dict[str, Any]) -> Run:
-    """A few steps by all cores, to measure how fast they are."""
-    params = params | {"lr": TINY_LR}
-    return Run(options.model, params, 0, 0, measure=True, plain=options.plain, threads=cores())
+def make_speed_run(options: Options, params: dict[str, Any]) -> Run:
+    """A run that measures the speed of a few steps on all cores."""
+    params = params | {"lr": MEASURE_LR}
+    return Run(
+        options.model, params, 0, 0, measure=True, plain=options.plain, threads=available_cores()
+    )
 
 
-def winner(job: Job) -> FrozenTrial | None:
-    return job.member.update(lambda study: studies.winner(study, job.confirmed))
+def select_winner(job: Job) -> FrozenTrial | None:
+    return job.member.run_locked(lambda study: studies.select_winner(study, job.confirm))
 
 
-def result(job: Job) -> dict[str, Any] | None:
-    """Name and record of the model that was saved from the study's winner, if there is one.
+def find_result(job: Job) -> dict[str, Any] | None:
+    """The name and record of the model saved from the study's winner; None where there is none.
 
-    It may be in the registry of another machine: then the study itself has its record.
+    The model may be in another machine's registry; the study then has a copy of the record.
     """
-    best, asked = winner(job), job.options.final_epochs
+    best, final_epochs = select_winner(job), job.options.final_epochs
     if best is None:
         return None
-    here = registry.read(job.options.output)["models"]
-    elsewhere = job.member.update(lambda study: study.user_attrs.get("result", {}))
-    for name, record in [*reversed(here.items()), *elsewhere.items()]:
-        about = record["study"]
-        same = (about.get("id"), about.get("trial")) == (job.member.study_id, best.number)
-        if same and asked in (None, record.get("options", {}).get("final_epochs")):
+    local = registry.read(job.options.output)["models"]
+    remote = job.member.run_locked(lambda study: study.user_attrs.get("result", {}))
+    for name, record in [*reversed(local.items()), *remote.items()]:
+        study = record["study"]
+        is_winner = (study.get("id"), study.get("trial")) == (job.member.study_id, best.number)
+        if is_winner and final_epochs in (None, record.get("options", {}).get("final_epochs")):
             return record | {"name": name}
     return None
 
 
-def replaced(job: Job) -> bool:
-    """Whether another member finishes the study by now, or has finished it: this one was silent."""
-    return not job.member.finisher() or result(job) is not None
+def is_replaced(job: Job) -> bool:
+    """Whether another member has the lead or has finished the study, as this one was silent."""
+    return not job.member.become_leader() or find_result(job) is not None
 
 
-def publish(job: Job, done: dict[str, Any]) -> None:
-    """Let members on other machines know the result."""
-    entry = {done["name"]: {key: value for key, value in done.items() if key != "name"}}
+def publish_result(job: Job, result: dict[str, Any]) -> None:
+    """Store the result with the study, for members on other machines."""
+    entry = {result["name"]: {key: value for key, value in result.items() if key != "name"}}
 
     def change(study: optuna.Study) -> None:
         if list(study.user_attrs.get("result", {})) != list(entry):
             study.set_user_attr("result", entry)
 
-    job.member.update(change)
+    job.member.run_locked(change)
 
 
-def sweep(job: Job) -> None:
-    """Remove checkpoints that no longer matter; where the study is finished, these are all but
-    those of trials that wait for a larger --trials."""
-    paths = list(job.folder.glob("*"))  # first: what others begin from now on is not among them
-    trials = job.member.update(lambda study: study.get_trials(deepcopy=False))
-    wanted = {f"trial-{trial.number}.pt" for trial in trials if not trial.state.is_finished()}
-    over = result(job) is not None and all(trial.state != TrialState.RUNNING for trial in trials)
+def remove_stale_files(job: Job) -> None:
+    """Remove checkpoints of finished trials; of a finished study all checkpoints, except those of
+    trials that wait for a larger --trials."""
+    paths = list(job.folder.glob("*"))  # before the trials: files of later trials are not listed
+    trials = job.member.run_locked(lambda study: study.get_trials(deepcopy=False))
+    needed = {f"trial-{trial.number}.pt" for trial in trials if not trial.state.is_finished()}
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    finished = find_result(job) is not None and not running
     for path in paths:
-        with contextlib.suppress(OSError):  # it is gone, or no file of ours
-            killed = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > ABANDONED_S
-            if path.name not in wanted and (over or killed or path.name.startswith("trial-")):
+        with contextlib.suppress(OSError):  # another process removed it, or it is a folder
+            stale = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > STALE_AFTER_S
+            if path.name not in needed and (finished or stale or path.name.startswith("trial-")):
                 path.unlink()
-    if over:
-        with contextlib.suppress(OSError):  # one is wanted, or the folder is gone
+    if finished:
+        with contextlib.suppress(OSError):  # a file is needed, or the folder does not exist
             job.folder.rmdir()
 
 
-def origin(options: Options) -> dict[str, Any]:
-    """What else produced a study or a model: options, own files, seed, versions, commit."""
+def describe_origin(options: Options) -> dict[str, Any]:
+    """How a study or a model was made: options, plugins, seed, versions, commit."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "optuna")}
     return {
         "versions": {"python": platform.python_version()} | versions,
         "options": options.record(),
         "imports": {path.name: path.read_text() for path in options.import_},
         "seed": options.seed,
-        "commit": commit(),
+        "commit": git_commit(),
     }
 
 
-def commit() -> str | None:
-    """The commit of this code, where git knows it."""
+def git_commit() -> str | None:
+    """The git commit of this code; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

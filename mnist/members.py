@@ -1,4 +1,4 @@
-"""Who works on a study: each command is a member. Turns, leases, the exact budget, the finisher."""
+"""Processes that share a study: locks, leases, heartbeats, the exact trial budget, the leader."""
 
 import contextlib
 import hashlib
@@ -24,148 +24,152 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from mnist import study as studies
 from mnist.space import DEFAULT, Space
 
-BEAT_S = 10.0
-GRACE_S = 60.0  # a member on another machine that was silent for so long is taken for dead
-RETRY_S = 180.0  # how long a lost database is asked again
-OPEN_S = 30.0  # how long one that does not answer yet is
-# What is said then, or where this process was stopped; not of a wrong password.
-AWAY = ("refused", "starting up", "shutting down", "transaction timeout", "lock timeout")
-TRIES = 3  # at least: a process may have been stopped in its first one for longer than all that
+HEARTBEAT_S = 10.0
+GRACE_PERIOD_S = 60.0  # silence after which a member on another machine counts as dead
+RETRY_S = 180.0  # duration of retries after a lost database connection
+OPEN_RETRY_S = 30.0  # duration of retries while a database does not accept connections
+# Texts of errors from a server that is starting or stopping, or of a stalled process; a wrong
+# password has none of them.
+TRANSIENT_ERRORS = (
+    *("refused", "starting up", "shutting down"),
+    *("transaction timeout", "lock timeout"),
+)
+MIN_ATTEMPTS = 3  # the process may be suspended in its first attempt for longer than the retries
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Lost(RuntimeError):
-    """The trial is no longer this member's: it was silent for too long, and another one took it."""
+class ClaimLost(RuntimeError):
+    """The member was silent for too long, and another member has its trial."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that one member runs; `owner` is the member's id when it took it."""
+    """A trial that one member runs; `owner` is the member's id at the time of the claim."""
 
     number: int
     trial_id: int
     params: dict[str, Any]
     owner: str
-    threads: int  # those that it began with: others would give other roundings
+    threads: int  # of the first run of this trial: another number rounds differently
     attrs: dict[str, Any]
 
 
 class Member:
-    """One command's part in a study, from `with` to its end.
+    """One command's membership in a study, for the duration of a `with` block.
 
-    Every change of a trial is made in a turn, which one process at a time has, and only where the
-    trial is still this member's. While it lives, a member holds a file lock that the operating
-    system frees with the process, and a thread counts up its `beat` in the study. Others on this
-    machine (`host`) look at the lock, so that slowness never counts as death; others elsewhere
-    look at the beat, by their own clock and only while they reach the database themselves. What a
-    dead member left RUNNING becomes WAITING: it is asked for first, keeps its number, parameters
-    and checkpoint.
+    A member changes a trial only under the study's lock, and only while it owns the trial. A living
+    member holds a file lock, which the operating system releases with the process, and a thread
+    increments the member's `beat` in the study. Members on the same machine (`host`) check the file
+    lock, so a slow member never counts as dead. Members on other machines watch the beat, by their
+    own clock, and only while they reach the database themselves. A dead member's RUNNING trials
+    become WAITING: they are the next to be claimed, with the same number, parameters and
+    checkpoint.
     """
 
     def __init__(self, storage: str, name: str, threads: int) -> None:
-        """`threads` are those of one training process. Raises StudyError."""
+        """`threads`: of one training process. Raises StudyError."""
         file = studies.sqlite_file(storage)
         folder = file.parent if file else Path(tempfile.gettempdir())
-        if not folder.is_dir():  # its lock's file would make it
-            raise studies.unusable(storage, f"there is no folder {folder}")
-        # Not by the URL: one database server has many spellings.
+        if not folder.is_dir():  # creating the lock file would create the folder
+            raise studies.unusable_storage(storage, f"there is no folder {folder}")
+        # Not from the URL: one database server has many spellings.
         key = hashlib.sha256(f"{file or ''} {name}".encode()).hexdigest()[:12]
         self._folder, self._prefix = folder, f".study-{key}"
         self._claims: dict[int, Claim] = {}
-        self._remote = file is None
+        self._is_remote = file is None
         try:
             self._engine = create_engine(storage, **studies.engine_kwargs(storage))
-            self._turns = turns(self._engine, folder / f"{self._prefix}.lock")
-            self.study = self._opened(storage, name)
+            self._lock = make_lock(self._engine, folder / f"{self._prefix}.lock")
+            self.study = self._open_study(storage, name)
             self.study_id: str = self.study.user_attrs["id"]
-            self._host = host(folder)
+            self._host = host_id(folder)
         except (OSError, ImportError, *studies.STORAGE_ERRORS) as error:
-            raise studies.unusable(storage, str(error.__cause__ or error)) from error
-        self._trials = self.study._storage
+            raise studies.unusable_storage(storage, str(error.__cause__ or error)) from error
+        self._storage = self.study._storage
         self.threads = threads
-        self._silent: dict[str, tuple[int, float]] = {}  # id -> beat, seconds without a new one
-        self._looked = time.monotonic()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="beat", daemon=True)
+        self._silence: dict[str, tuple[int, float]] = {}  # id -> last beat, seconds since then
+        self._polled_at = time.monotonic()
+        self._stopping = threading.Event()
+        self._heartbeat = threading.Thread(target=self._run_heartbeat, name="beat", daemon=True)
         self._join()
 
-    def _opened(self, storage: str, name: str) -> optuna.Study:
-        """The study; a server that is just restarting is waited for."""
+    def _open_study(self, storage: str, name: str) -> optuna.Study:
+        """Open the study; retries while the server is starting."""
 
-        def attempt() -> optuna.Study:
-            # Tables are made once a database, whatever the study.
-            with turns(self._engine, self._folder / ".study-open.lock")():
+        def open_locked() -> optuna.Study:
+            # Creates the database's tables, which all studies share.
+            with make_lock(self._engine, self._folder / ".study-open.lock")():
                 return studies.open_study(storage, name)
 
-        def away(error: BaseException) -> bool:
-            return self._remote and any(words in str(error) for words in AWAY)
+        def is_transient(error: BaseException) -> bool:
+            return self._is_remote and any(words in str(error) for words in TRANSIENT_ERRORS)
 
         return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(away),
+            retry=tenacity.retry_if_exception(is_transient),
             wait=tenacity.wait_fixed(1),
-            stop=_after(OPEN_S),
+            stop=_stop_after(OPEN_RETRY_S),
             reraise=True,
-        )(attempt)
+        )(open_locked)
 
     def _join(self) -> None:
         self.id = uuid4().hex[:12]
-        self._alive = FileLock(self._folder / f"{self._prefix}-{self.id}.lock")
-        self._alive.acquire(timeout=0)
+        self._liveness_lock = FileLock(self._folder / f"{self._prefix}-{self.id}.lock")
+        self._liveness_lock.acquire(timeout=0)
 
     def __enter__(self) -> "Member":
-        self.look()
-        self._thread.start()
+        self.poll()
+        self._heartbeat.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave; what this member still ran waits for whoever asks next."""
-        self._stop.set()
-        self._thread.join()
-        with contextlib.suppress(*studies.STORAGE_ERRORS), self._turns():
-            members = self._members()
+        """Leave the study; trials that this member still runs are requeued."""
+        self._stopping.set()
+        self._heartbeat.join()
+        with contextlib.suppress(*studies.STORAGE_ERRORS), self._lock():
+            members = self._read_members()
             members.pop(self.id, None)
             self.study.set_user_attr("members", members)
             self._claims.clear()
-            self._free(self.study.get_trials(deepcopy=False), members)
+            self._requeue_orphans(self.study.get_trials(deepcopy=False), members)
         self._leave()
-        self._trials.remove_session()
-        for engine in (self._engine, self._trials._backend.engine):  # type: ignore[attr-defined]
+        self._storage.remove_session()
+        for engine in (self._engine, self._storage._backend.engine):  # type: ignore[attr-defined]
             engine.dispose()
 
     def _leave(self) -> None:
-        self._alive.release()
-        Path(self._alive.lock_file).unlink(missing_ok=True)
+        self._liveness_lock.release()
+        Path(self._liveness_lock.lock_file).unlink(missing_ok=True)
 
     # --- trials
 
     def ask(
         self, trials: int, seed: int, sampler: str = "tpe", space: Space = DEFAULT
     ) -> Claim | None:
-        """The next trial to run; None where finished and running ones already make `trials`."""
+        """Claim the next trial; None where finished and running trials already make `trials`."""
 
-        def attempt() -> Claim | None:
-            known = dict(self._claims)
+        def claim_locked() -> Claim | None:
+            claims_before = dict(self._claims)
             try:
-                with self._turns():
+                with self._lock():
                     return self._claim(trials, seed, sampler, space)
-            except BaseException:  # the turn was lost before its end: a trial of it is nobody's
-                self._claims = known
+            except BaseException:  # the transaction failed: a trial claimed in it has no owner
+                self._claims = claims_before
                 raise
 
-        return self._steadily(attempt)
+        return self._retry(claim_locked)
 
     def _claim(self, trials: int, seed: int, sampler: str, space: Space) -> Claim | None:
-        """What ask() does in its turn."""
-        past = self.study.get_trials(deepcopy=False)
-        if self._free(past):
-            past = self.study.get_trials(deepcopy=False)
-        taken = (*studies.FINISHED, TrialState.RUNNING)
-        if sum(trial.state in taken for trial in past) >= trials:
+        """The part of ask() under the lock."""
+        existing = self.study.get_trials(deepcopy=False)
+        if self._requeue_orphans(existing):
+            existing = self.study.get_trials(deepcopy=False)
+        counted = (*studies.FINISHED, TrialState.RUNNING)
+        if sum(trial.state in counted for trial in existing) >= trials:
             return None
-        trial = studies.ask(self.study, seed, sampler, past, space)
-        attrs = past[trial.number].user_attrs if trial.number < len(past) else {}
+        trial = studies.ask(self.study, seed, sampler, existing, space)
+        attrs = existing[trial.number].user_attrs if trial.number < len(existing) else {}
         threads = attrs.get("run", {}).get("threads", self.threads)
         trial.set_user_attr("run", {"by": self.id, "threads": threads})
         claim = Claim(trial.number, trial._trial_id, trial.params, self.id, threads, attrs)
@@ -173,187 +177,192 @@ class Member:
         return claim
 
     def report(self, claim: Claim, samples: int, accuracy: float) -> bool:
-        """Record an accuracy in mid-trial; whether the trial is to be pruned. Raises Lost."""
+        """Record an intermediate accuracy; returns whether to prune. Raises ClaimLost."""
 
-        def attempt() -> bool:
-            with self._turns():
-                trial = self._mine(claim)
-                if samples in trial.intermediate_values:  # told before, but the verdict was lost
-                    # with a process or a connection; the pruner is not to take it for passed
+        def report_locked() -> bool:
+            with self._lock():
+                trial = self._get_claimed_trial(claim)
+                if samples in trial.intermediate_values:  # reported before, but a process or a
+                    # connection ended before the decision: the pruner must not count the rung as
+                    # completed
                     for key, value in list(trial.system_attrs.items()):
                         if key.startswith("completed_rung_") and value == accuracy:
                             del trial.system_attrs[key]
-                self._trials.set_trial_intermediate_value(claim.trial_id, samples, accuracy)
-                trial.intermediate_values[samples] = accuracy  # of a copy: spares a query
+                self._storage.set_trial_intermediate_value(claim.trial_id, samples, accuracy)
+                trial.intermediate_values[samples] = accuracy  # in this copy: saves a query
                 return self.study.pruner.prune(self.study, trial)
 
-        return self._steadily(attempt)
+        return self._retry(report_locked)
 
     def tell(
         self, claim: Claim, state: TrialState, value: float | None = None, **attrs: Any
     ) -> float | None:
-        """End a trial; returns its value, for a pruned one the last reported. Raises Lost."""
+        """End a trial; returns its value, of a pruned trial the last report. Raises ClaimLost."""
 
-        def attempt() -> float | None:
-            with self._turns():
-                trial, told = self._mine(claim, state), value
+        def tell_locked() -> float | None:
+            with self._lock():
+                trial, final_value = self._get_claimed_trial(claim, state), value
                 if state == TrialState.PRUNED and trial.last_step is not None:
-                    told = trial.intermediate_values[trial.last_step]
+                    final_value = trial.intermediate_values[trial.last_step]
                 if not trial.state.is_finished():
                     for key, content in attrs.items():
-                        self._trials.set_trial_user_attr(claim.trial_id, key, content)
-                    values = None if told is None else [told]
-                    self._trials.set_trial_state_values(claim.trial_id, state, values)
+                        self._storage.set_trial_user_attr(claim.trial_id, key, content)
+                    values = None if final_value is None else [final_value]
+                    self._storage.set_trial_state_values(claim.trial_id, state, values)
                 self._claims.pop(claim.trial_id, None)
-                return told
+                return final_value
 
-        return self._steadily(attempt)
+        return self._retry(tell_locked)
 
-    def give_back(self, claim: Claim, **attrs: Any) -> None:
-        """Let the trial wait for whoever asks next. Raises Lost."""
+    def requeue(self, claim: Claim, **attrs: Any) -> None:
+        """Set a trial to WAITING, so that any member can claim it. Raises ClaimLost."""
 
-        def attempt() -> None:
-            with self._turns():
-                self._mine(claim, TrialState.WAITING)
+        def requeue_locked() -> None:
+            with self._lock():
+                self._get_claimed_trial(claim, TrialState.WAITING)
                 for key, content in attrs.items():
-                    self._trials.set_trial_user_attr(claim.trial_id, key, content)
-                self._trials.set_trial_state_values(claim.trial_id, TrialState.WAITING)
+                    self._storage.set_trial_user_attr(claim.trial_id, key, content)
+                self._storage.set_trial_state_values(claim.trial_id, TrialState.WAITING)
                 self._claims.pop(claim.trial_id, None)
 
-        self._steadily(attempt)
+        self._retry(requeue_locked)
 
-    def abandon(self) -> None:
-        """Let all that this member runs wait for whoever asks next; tried once, at an end."""
+    def requeue_all(self) -> None:
+        """Requeue all trials of this member; a single attempt, as the command is ending."""
         self._claims.clear()
-        with contextlib.suppress(*studies.STORAGE_ERRORS):  # nor hide why it ended
-            self._look()
+        with contextlib.suppress(*studies.STORAGE_ERRORS):  # must not hide why the command ends
+            self._poll_once()
 
-    def _mine(self, claim: Claim, then: TrialState | None = None) -> FrozenTrial:
-        """The trial, if it is still this claim's; `then`: or already is what it should become."""
-        trial = self._trials.get_trial(claim.trial_id)
+    def _get_claimed_trial(self, claim: Claim, new_state: TrialState | None = None) -> FrozenTrial:
+        """The trial if the claim still holds: RUNNING, or already in `new_state`."""
+        trial = self._storage.get_trial(claim.trial_id)
         if trial.user_attrs.get("run", {}).get("by") != claim.owner or trial.state not in (
             TrialState.RUNNING,
-            then,
+            new_state,
         ):
-            raise Lost(f"trial {claim.number} was taken over")
+            raise ClaimLost(f"trial {claim.number} was taken over")
         return trial
 
     # --- the study
 
-    def update(self, change: Callable[[optuna.Study], T]) -> T:
-        """Read or change the study while no other member does, also where its server was lost."""
+    def run_locked(self, change: Callable[[optuna.Study], T]) -> T:
+        """Call `change` with the study under its lock, to read or change it; with retries."""
 
-        def attempt() -> T:
-            with self._turns():
+        def change_locked() -> T:
+            with self._lock():
                 return change(self.study)
 
-        return self._steadily(attempt)
+        return self._retry(change_locked)
 
-    def finisher(self) -> bool:
-        """Whether this member is the one that finishes the study, or is it from now on.
+    def become_leader(self) -> bool:
+        """Whether this member finishes the study; it takes the lead where no living member has it.
 
-        Not after it was taken for dead, until its next look().
+        False after other members have taken this one for dead, until its next poll().
         """
 
-        def attempt(study: optuna.Study) -> bool:
-            holder, members = study.user_attrs.get("finisher"), self._members()
-            if self.id not in members or (holder in members and holder != self.id):
+        def take_lead(study: optuna.Study) -> bool:
+            leader, members = study.user_attrs.get("finisher"), self._read_members()
+            if self.id not in members or (leader in members and leader != self.id):
                 return False
-            if holder != self.id:
+            if leader != self.id:
                 study.set_user_attr("finisher", self.id)
             return True
 
-        return self.update(attempt)
+        return self.run_locked(take_lead)
 
-    # --- who lives
+    # --- liveness
 
-    def look(self) -> None:
-        """Show that this member lives, find those that do not, and free what they left RUNNING."""
-        self._steadily(self._look)
+    def poll(self) -> None:
+        """Send a heartbeat, remove dead members, and requeue their RUNNING trials."""
+        self._retry(self._poll_once)
 
-    def _look(self) -> None:
-        with self._turns():
+    def _poll_once(self) -> None:
+        with self._lock():
             now = time.monotonic()
-            passed, self._looked = min(now - self._looked, 2 * BEAT_S), now
-            members = self._members()
-            if self.id in self._silent and self.id not in members:  # it was taken for dead
+            elapsed, self._polled_at = min(now - self._polled_at, 2 * HEARTBEAT_S), now
+            members = self._read_members()
+            if self.id in self._silence and self.id not in members:  # others took it for dead
                 self._leave()
                 self._join()
             beat = members.get(self.id, {"beat": 0})["beat"] + 1
-            lock = Path(self._alive.lock_file).name
+            lock = Path(self._liveness_lock.lock_file).name
             members[self.id] = {"host": self._host, "lock": lock, "beat": beat}
-            self._silent[self.id] = (beat, 0.0)
+            self._silence[self.id] = (beat, 0.0)
             others = [name for name in members if name != self.id]
             for name in others:
-                if self._dead(name, members[name], passed):
+                if self._is_dead(name, members[name], elapsed):
                     del members[name]
             self.study.set_user_attr("members", members)
-            self._free(self.study.get_trials(deepcopy=False), members)
+            self._requeue_orphans(self.study.get_trials(deepcopy=False), members)
 
-    def _dead(self, name: str, about: dict[str, Any], passed: float) -> bool:
-        lock = self._folder / about["lock"]
-        if about["host"] == self._host and lock.exists():
-            return _freed(lock)
-        beat, silent = self._silent.get(name, (None, 0.0))
-        silent = silent + passed if beat == about["beat"] else 0.0
-        self._silent[name] = (about["beat"], silent)
-        return silent > GRACE_S
+    def _is_dead(self, name: str, entry: dict[str, Any], elapsed: float) -> bool:
+        lock = self._folder / entry["lock"]
+        if entry["host"] == self._host and lock.exists():
+            return _remove_if_free(lock)
+        beat, silence = self._silence.get(name, (None, 0.0))
+        silence = silence + elapsed if beat == entry["beat"] else 0.0
+        self._silence[name] = (entry["beat"], silence)
+        return silence > GRACE_PERIOD_S
 
-    def _free(self, trials: list[FrozenTrial], members: dict[str, Any] | None = None) -> bool:
-        """Let RUNNING trials that nobody runs wait: those of no member, and those that are said
-        to be this member's but are not, because it was stopped or cut off in mid-turn."""
-        freed = False
+    def _requeue_orphans(
+        self, trials: list[FrozenTrial], members: dict[str, Any] | None = None
+    ) -> bool:
+        """Requeue RUNNING trials without a process: those of no member, and those recorded as this
+        member's without a claim, because it was suspended or disconnected in a transaction."""
+        requeued = False
         for trial in (trial for trial in trials if trial.state == TrialState.RUNNING):
-            by, claim = trial.user_attrs.get("run", {}).get("by"), self._claims.get(trial._trial_id)
-            mine = claim is not None and by == self.id == claim.owner
-            others = by != self.id and (members is None or by in members)
-            if not mine and not others:
-                self._trials.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-                freed = True
-        return freed
+            owner = trial.user_attrs.get("run", {}).get("by")
+            claim = self._claims.get(trial._trial_id)
+            is_mine = claim is not None and owner == self.id == claim.owner
+            is_others = owner != self.id and (members is None or owner in members)
+            if not is_mine and not is_others:
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+                requeued = True
+        return requeued
 
-    def _members(self) -> dict[str, Any]:
+    def _read_members(self) -> dict[str, Any]:
         return self.study.user_attrs.get("members", {})
 
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_S):
+    def _run_heartbeat(self) -> None:
+        while not self._stopping.wait(HEARTBEAT_S):
             try:
-                self._look()
-            except Exception as error:  # noqa: BLE001 - without a beat it would lose its trials
-                log.debug("no beat: %s", error)
+                self._poll_once()
+            except Exception as error:  # noqa: BLE001 - without heartbeats it loses its trials
+                log.debug("no heartbeat: %s", error)
 
-    def _steadily(self, attempt: Callable[[], T]) -> T:
-        """Try for RETRY_S where a database server was lost; a full disk is no such case."""
+    def _retry(self, action: Callable[[], T]) -> T:
+        """Retry for RETRY_S while the database server is lost; other errors are raised at once."""
 
-        def lost(error: BaseException) -> bool:
-            # InternalError: the server ended the session of a process that had stalled in its turn.
+        def is_connection_lost(error: BaseException) -> bool:
+            # InternalError: the server ended the session of a process that stalled under the lock.
             kinds = OperationalError | InterfaceError | InternalError
             while error is not None and not isinstance(error, kinds):
                 error = error.__cause__  # type: ignore[assignment]
-            return self._remote and error is not None
+            return self._is_remote and error is not None
 
         return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lost),
-            wait=tenacity.wait_random_exponential(max=BEAT_S),
-            stop=_after(RETRY_S),
+            retry=tenacity.retry_if_exception(is_connection_lost),
+            wait=tenacity.wait_random_exponential(max=HEARTBEAT_S),
+            stop=_stop_after(RETRY_S),
             reraise=True,
-        )(attempt)
+        )(action)
 
 
-def _after(seconds: float) -> tenacity.stop.stop_base:
-    return tenacity.stop_all(tenacity.stop_after_delay(seconds), tenacity.stop_after_attempt(TRIES))
+def _stop_after(seconds: float) -> tenacity.stop.stop_base:
+    attempts = tenacity.stop_after_attempt(MIN_ATTEMPTS)
+    return tenacity.stop_all(tenacity.stop_after_delay(seconds), attempts)
 
 
-def host(folder: Path) -> str:
-    """This machine, for locks in `folder`: containers that share a name do not share the folder."""
-    boot, place = Path("/proc/sys/kernel/random/boot_id"), folder.stat()
-    parts = [socket.gethostname(), boot.read_text() if boot.exists() else ""]
-    parts += [str(place.st_dev), str(place.st_ino)]
+def host_id(folder: Path) -> str:
+    """An id of this machine for locks in `folder`: containers of one name have other folders."""
+    boot_id, status = Path("/proc/sys/kernel/random/boot_id"), folder.stat()
+    parts = [socket.gethostname(), boot_id.read_text() if boot_id.exists() else ""]
+    parts += [str(status.st_dev), str(status.st_ino)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
-def _freed(path: Path) -> bool:
-    """Whether nobody holds the lock, which is deleted then."""
+def _remove_if_free(path: Path) -> bool:
+    """Delete a lock file that no process holds; returns whether it did."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -364,46 +373,49 @@ def _freed(path: Path) -> bool:
     return True
 
 
-def turns(engine: Engine, file: Path) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """What one process at a time can enter: the file's lock, or on PostgreSQL an advisory lock."""
+def make_lock(engine: Engine, file: Path) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A lock between processes: on the file, or on PostgreSQL an advisory lock."""
     if engine.dialect.name != "postgresql":
 
         @contextlib.contextmanager
-        def turn() -> Iterator[None]:
-            with FileLock(file), uninterrupted():  # a new one each time: it holds off threads too
+        def file_locked() -> Iterator[None]:
+            with FileLock(file), defer_signals():  # a new object each time: also excludes threads
                 yield
 
-        return turn
+        return file_locked
     key = int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:8], "big", signed=True)
 
     @contextlib.contextmanager
-    def advised() -> Iterator[None]:
+    def advisory_locked() -> Iterator[None]:
         with engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-            with uninterrupted():
+            with defer_signals():
                 yield
 
-    return advised
+    return advisory_locked
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end of the block: in mid-statement they break connections."""
+def defer_signals() -> Iterator[None]:
+    """Defer Ctrl-C and SIGTERM to the end of the block: within a statement they break connections.
+
+    A second signal raises KeyboardInterrupt at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught: list[int] = []
+    pending: list[int] = []
 
-    def later(number: int, _: Any) -> None:
-        if caught:  # asked twice: the database may hang
+    def defer(number: int, _: Any) -> None:
+        if pending:  # the database may hang
             raise KeyboardInterrupt
-        caught.append(number)
+        pending.append(number)
 
-    before = {sign: signal.signal(sign, later) for sign in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.signal(signum, defer) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
-        if caught:
-            signal.raise_signal(caught[0])
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        if pending:
+            signal.raise_signal(pending[0])

@@ -1,4 +1,4 @@
-"""The architectures, built by name for a data set's channels, size and classes."""
+"""The networks by name, built for the channels, size and classes of a data set."""
 
 import math
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from mnist.folding import Factors
 
 
-def _start(model: nn.Module) -> None:
-    """He et al. 2015 (arXiv 1502.01852): weights that keep the signal's size through ReLUs.
+def _initialise(model: nn.Module) -> None:
+    """Set weights by He et al. 2015 (arXiv 1502.01852), which keeps activations' size in ReLU nets.
 
-    Against torch's default: 99 errors instead of 116 of 7,500 after 26,000 images (batch 64, Adam,
-    lr 0.001, one seed each), and 109 instead of 122 at batch 33 and lr 0.00039.
+    Compared with torch's default: 99 errors instead of 116 on 7,500 images after 26,000 training
+    images (batch 64, Adam, lr 0.001, one seed each), 109 instead of 122 at batch 33, lr 0.00039.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -33,7 +33,7 @@ class Parallel(nn.Module):
     Images (N, channels, size, size) float32, standardised -> logits (N, classes).
     """
 
-    # In its training form, see mnist.folding.
+    # Layers that get a batch norm in the training form (mnist.folding).
     NORMALISED = ("conv1", "conv2_1", "conv2_2", "conv3_1", "conv3_2", "fc1", "fc2")
 
     def __init__(self, channels: int, size: int, classes: int) -> None:
@@ -47,7 +47,7 @@ class Parallel(nn.Module):
         self.fc1 = nn.Linear(512 * side * side, 1000)
         self.fc2 = nn.Linear(1000, 500)
         self.output = nn.Linear(500, classes)
-        _start(self)
+        _initialise(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = F.max_pool2d(F.relu_(self.conv1(images)), 2)  # (N, 32, 14, 14) for 28x28
@@ -60,7 +60,7 @@ class Parallel(nn.Module):
 class ParallelSplit(nn.Module):
     """Another reading of TASK.md's drawing: the two branches stay apart through the third stage.
 
-    Each has a convolution of its own there, half as wide; what they find is joined.
+    Each branch has a convolution there, half as wide; their outputs are concatenated.
     """
 
     NORMALISED = Parallel.NORMALISED
@@ -74,7 +74,7 @@ class ParallelSplit(nn.Module):
         self.fc1 = nn.Linear(2 * 256 * side * side, 1000)
         self.fc2 = nn.Linear(1000, 500)
         self.output = nn.Linear(500, classes)
-        _start(self)
+        _initialise(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = F.max_pool2d(F.relu_(self.conv1(images)), 2)
@@ -85,7 +85,7 @@ class ParallelSplit(nn.Module):
 
 
 class Linear(nn.Module):
-    """One layer, the least that learns: a yardstick, and quick enough for trying things out."""
+    """A single linear layer: a baseline, and fast in tests."""
 
     def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
@@ -100,8 +100,8 @@ def _block(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 def cnn(channels: int, size: int, classes: int) -> nn.Module:
-    """Three blocks of convolution and batch norm, then what is left of each map on average."""
-    return _started(
+    """Three blocks of convolution and batch norm, the mean of each map, then two linear layers."""
+    return _sequential(
         *(*_block(channels, 32), nn.MaxPool2d(2)),
         *(*_block(32, 64), nn.MaxPool2d(2)),
         *(*_block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -111,8 +111,8 @@ def cnn(channels: int, size: int, classes: int) -> nn.Module:
 
 
 def compact(channels: int, size: int, classes: int) -> nn.Module:
-    """Convolutions only: seven narrow ones, and the mean of each class's map as its logit."""
-    return _started(
+    """Convolutions only: six narrow ones, and a mean map per class as its logit."""
+    return _sequential(
         *(*_block(channels, 16), *_block(16, 16), nn.MaxPool2d(2)),
         *(*_block(16, 24), *_block(24, 24), nn.MaxPool2d(2)),
         *(*_block(24, 32), nn.Dropout(0.1)),
@@ -121,8 +121,8 @@ def compact(channels: int, size: int, classes: int) -> nn.Module:
 
 
 def large(channels: int, size: int, classes: int) -> nn.Module:
-    """Three ever wider convolutions, each halving the sides, then three layers with dropout."""
-    return _started(
+    """Three convolutions of growing width, each with pooling, then three linear layers."""
+    return _sequential(
         *(*_block(channels, 64), nn.MaxPool2d(2)),
         *(*_block(64, 128), nn.MaxPool2d(2)),
         *(*_block(128, 256), nn.MaxPool2d(2), nn.Flatten()),
@@ -132,9 +132,9 @@ def large(channels: int, size: int, classes: int) -> nn.Module:
     )
 
 
-def _started(*layers: nn.Module) -> nn.Module:
+def _sequential(*layers: nn.Module) -> nn.Module:
     model = nn.Sequential(*layers)
-    _start(model)
+    _initialise(model)
     return model
 
 
@@ -146,7 +146,7 @@ NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "compact": compact,
     "large": large,
 }
-"""By name: (channels, size, classes) -> a network; one of your own can be added (--import)."""
+"""Name -> (channels, size, classes) -> a network; a plugin (--import) may add one."""
 
 
 def build(name: str, channels: int, size: int, classes: int) -> nn.Module:
@@ -160,22 +160,21 @@ def build(name: str, channels: int, size: int, classes: int) -> nn.Module:
     return NETWORKS[name](channels, size, classes)
 
 
-# Flagged of noise, letters and Fashion-MNIST with 1, 2, 3, 4 and 5 (WIDEST 512): 91, 95, 95,
-# 96 and 96 %; 67, 71, 78, 79 and 80 %; 61, 62, 67, 70 and 69 % (`parallel`, seed 0 of
-# benchmarks/uncertain.py, 2026-11-21). In `cnn` and `compact` 4 did better than 3, too.
+# Share flagged of noise with 1, 2, 3, 4 and 5 layers (MAX_FEATURES 512): 91, 95, 95, 96 and 96 %;
+# of letters: 67, 71, 78, 79 and 80 %; of Fashion-MNIST: 61, 62, 67, 70 and 69 % (`parallel`, seed 0
+# of benchmarks/uncertain.py, 2026-11-21). In `cnn` and `compact`, too, 4 did better than 3.
 FEATURE_LAYERS = 4
-WIDEST = (
-    256  # features of one layer; with 128, 256 and 512: 95, 96, 96 %; 81, 78, 79 %; 72, 71, 70 %
-)
+# Features of one layer. With 128, 256 and 512: 95, 96, 96 %; 81, 78, 79 %; 72, 71, 70 %.
+MAX_FEATURES = 256
 
 
 class WithFeatures(nn.Module):
-    """A network that also gives what it has made of the images in the end.
+    """A network that returns features with its logits.
 
     Images (N, channels, size, size) float32 -> logits (N, classes), and for each of the last
-    FEATURE_LAYERS linear and 2-d convolutional layers features (N, d) float32, d at most WIDEST:
-    that layer's input. A network without such layers, or of fewer, gives fewer. Factors are one
-    layer, so that a training form has the features of its plain network.
+    FEATURE_LAYERS linear and 2-d convolutional layers the layer's input as features (N, d) float32,
+    d at most MAX_FEATURES. A network with fewer such layers returns fewer. Factors count as one
+    layer, so that a training form has the same features as its plain network.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -183,42 +182,42 @@ class WithFeatures(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        seen: list[torch.Tensor] = []
+        features: list[torch.Tensor] = []
 
-        def keep(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        def record_input(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             if inputs and len(inputs[0]) == len(images):
-                seen.append(_features(layer, inputs[0]))
-                del seen[:-FEATURE_LAYERS]
+                features.append(_extract_features(layer, inputs[0]))
+                del features[:-FEATURE_LAYERS]
 
         modules = [*self.model.modules()]
-        later = {layer for m in modules if isinstance(m, Factors) for layer in [*m][1:]}
-        layers = [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d) and m not in later]
-        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+        inner = {layer for m in modules if isinstance(m, Factors) for layer in [*m][1:]}
+        layers = [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d) and m not in inner]
+        hooks = [layer.register_forward_pre_hook(record_input) for layer in layers]
         try:
-            return self.model(images), *seen
+            return self.model(images), *features
         finally:
             for hook in hooks:
                 hook.remove()
 
 
-def _features(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What a layer is given, as (N, d): the mean over the places of a map, or over tokens.
+def _extract_features(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A layer's input as (N, d): the mean over the positions of a map, or over tokens.
 
-    Where it is wider than WIDEST, the means of neighbours; in a flattened map these are places.
+    Where it is wider than MAX_FEATURES, means of adjacent values: positions, in a flattened map.
     """
     if isinstance(layer, nn.Conv2d):
         x = x.mean((2, 3))
     elif x.dim() > 2:
         x = x.flatten(1, -2).mean(1)
     width = int(x.shape[1])
-    group = math.ceil(width / WIDEST)
+    group = math.ceil(width / MAX_FEATURES)
     if group == 1:
         return x
-    if rest := -width % group:  # to pad by nothing would be a step of its own in ONNX
-        x = F.pad(x, (0, rest))
+    if padding := -width % group:  # in ONNX a padding of 0 is a step, too
+        x = F.pad(x, (0, padding))
     return x.reshape(-1, math.ceil(width / group), group).mean(2)
 
 
-def parameters(model: nn.Module) -> int:
-    """How many numbers the training adjusts."""
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable parameters."""
     return sum(p.numel() for p in model.parameters())

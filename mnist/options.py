@@ -1,4 +1,4 @@
-"""The options of run.py: each is written once, and is command line, record and default at once."""
+"""The options of run.py: one definition for the command line, the record and the default."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from mnist import data, folding, models, own
+from mnist import data, folding, models, plugins
 from mnist import space as spaces
 from mnist import study as studies
 
@@ -21,56 +21,59 @@ def option(default: Any, text: str, **settings: Any) -> Any:
 
 
 class Duration(click.ParamType):
-    """Seconds, or a number with s, m or h: 90, 90s, 15m, 2h."""
+    """A duration in seconds, or with s, m or h: 90, 90s, 15m, 2h."""
 
     name = "time"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
-        if not found or not float(found[1]):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
+        if not match or not float(match[1]):
             self.fail(f"{value!r} is not a time such as 90s, 15m or 2h", param, ctx)
-        return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-LEAST_SIZE = 20 * 10**6
+MIN_QUOTA = 20 * 10**6
 
 
 class Size(click.ParamType):
-    """Bytes, or a number with kB, MB or GB: 500MB, 2GB; not too few for any run."""
+    """A size in bytes, or with kB, MB or GB: 500MB, 2GB; at least MIN_QUOTA, for any run to fit."""
 
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)B?", str(value))
-        if not found or not float(found[1]):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)B?", str(value))
+        if not match or not float(match[1]):
             self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
-        size = int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]])
-        if size < LEAST_SIZE:
-            self.fail(f"{value!r} is under {LEAST_SIZE // 10**6}MB", param, ctx)
+        size = int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]])
+        if size < MIN_QUOTA:
+            self.fail(f"{value!r} is under {MIN_QUOTA // 10**6}MB", param, ctx)
         return size
 
 
 class DatasetName(click.ParamType):
-    """A known data set, or folder:PATH; its path becomes absolute, so that workers find it."""
+    """A known data set, or folder:PATH; the path becomes absolute, so that workers find it."""
 
     name = "name"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         if value in data.DATASETS:
             return value
-        prefix, path = data.FOLDER, Path(str(value).removeprefix(data.FOLDER)).expanduser()
+        prefix, path = (
+            data.FOLDER_PREFIX,
+            Path(str(value).removeprefix(data.FOLDER_PREFIX)).expanduser(),
+        )
         if not value.startswith(prefix) or value == prefix:
             if Path(value).expanduser().is_dir():
                 self.fail(f"{value!r} is a folder; write {prefix}{value}", param, ctx)
-            known = ", ".join(data.DATASETS)
-            self.fail(f"{value!r} is no data set; known: {known}, {prefix}PATH", param, ctx)
+            names = ", ".join(data.DATASETS)
+            self.fail(f"{value!r} is no data set; known: {names}, {prefix}PATH", param, ctx)
         if not path.is_dir():
             self.fail(f"{value!r}: there is no folder {path}", param, ctx)
         return f"{prefix}{path.absolute()}"
 
 
 class Folder(click.Path):
-    """A folder on this machine, also one that is mounted."""
+    """A local or mounted folder, not a URL."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if "://" in str(value):
@@ -79,22 +82,22 @@ class Folder(click.Path):
 
 
 class NetworkName(click.ParamType):
-    """A known network, looked up late: --import may have added one; or all of them."""
+    """A known network, or all of them; looked up late, as --import may add one."""
 
     name = "name"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         if value not in (*models.NETWORKS, ALL):
-            known = ", ".join(models.NETWORKS)
-            self.fail(f"{value!r} is no network; known: {known}, {ALL}", param, ctx)
+            names = ", ".join(models.NETWORKS)
+            self.fail(f"{value!r} is no network; known: {names}, {ALL}", param, ctx)
         return value
 
 
-def _load_own(ctx: click.Context, param: click.Parameter, paths: tuple[Path, ...]) -> Any:
+def _load_plugins(ctx: click.Context, param: click.Parameter, paths: tuple[Path, ...]) -> Any:
     try:
         for path in paths:
-            own.load(path)
-    except own.OwnError as error:
+            plugins.load(path)
+    except plugins.PluginError as error:
         raise click.BadParameter(str(error), ctx, param) from error
     return paths
 
@@ -106,7 +109,7 @@ POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command and, as they are, a part of the model's record."""
+    """The options of one study, which are also part of its model's record."""
 
     dataset: str = option(
         "mnist",
@@ -189,10 +192,10 @@ class Options:
     )
     import_: tuple[Path, ...] = option(
         (),
-        "Python file with a network or data set of one's own.",
+        "Python file with a network or data set of your own.",
         multiple=True,
         is_eager=True,
-        callback=_load_own,
+        callback=_load_plugins,
         type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
     )
     quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
@@ -207,13 +210,13 @@ class Options:
     @property
     def study_name(self) -> str:
         dataset = self.dataset
-        if dataset.startswith(data.FOLDER):
+        if dataset.startswith(data.FOLDER_PREFIX):
             dataset = Path(dataset).name
         extent = "-quick" if self.quick else "-thorough" if self.thorough else ""
         return self.study or f"{dataset}-{self.model}{extent}"
 
     def record(self) -> dict[str, Any]:
-        """As JSON values, without what is only about this command's output."""
+        """The options as JSON values, except those that only concern the command's output."""
         values = asdict(self) | {
             "data_dir": str(self.data_dir),
             "output": str(self.output),
@@ -224,61 +227,65 @@ class Options:
         return {key.rstrip("_"): value for key, value in values.items() if key != "json"}
 
 
-def command(main: Callable[[list[Options]], None]) -> click.Command:
-    """The command line of run.py, which calls `main` with the Options of each study."""
+def make_command(main: Callable[[list[Options]], None]) -> click.Command:
+    """The command line of run.py; it calls `main` with the Options of each study."""
 
-    def each(dataset: tuple[str, ...], model: tuple[str, ...], **values: Any) -> None:
+    def parse(dataset: tuple[str, ...], model: tuple[str, ...], **values: Any) -> None:
         if values["quick"] and values["thorough"]:
             raise click.UsageError("--quick and --thorough exclude each other")
         networks = dict.fromkeys(model)
-        if ALL in model:  # small ones first: of --timeout they leave some to the large ones
+        if ALL in model:  # small ones first: they leave more of --timeout to the large ones
             networks = dict.fromkeys(
-                sorted(models.NETWORKS, key=lambda name: _parameters(name) or 0)
+                sorted(models.NETWORKS, key=lambda name: _count_parameters(name) or 0)
             )
         pairs = [(d, m) for m in networks for d in dict.fromkeys(dataset)]
         if len(pairs) > 1 and values["study"]:
             raise click.UsageError(f"--study names one study; these options make {len(pairs)}")
-        studies_asked = [Options(dataset=d, model=m, **values) for d, m in pairs]
-        for name, n in Counter(options.study_name for options in studies_asked).items():
+        option_sets = [Options(dataset=d, model=m, **values) for d, m in pairs]
+        for name, n in Counter(options.study_name for options in option_sets).items():
             if n > 1:
                 text = f"{n} of these would be the study {name}; run one at a time, with --study"
                 raise click.UsageError(text)
-        main(studies_asked)
+        main(option_sets)
 
     parameters: list[click.Parameter] = []
-    for known in fields(Options):
-        name = f"--{known.name.strip('_').replace('_', '-')}"
-        one = known.metadata.get("multiple") and isinstance(known.default, str)
-        default = [known.default] if one else known.default
-        parameters.append(click.Option([name, known.name], default=default, **known.metadata))
-    text = "Find the best hyperparameters, keep every trial, and save one verified model."
-    return Command("run.py", params=parameters, callback=each, help=text)
+    for entry in fields(Options):
+        name = f"--{entry.name.strip('_').replace('_', '-')}"
+        one_of_several = entry.metadata.get("multiple") and isinstance(entry.default, str)
+        default = [entry.default] if one_of_several else entry.default
+        parameters.append(click.Option([name, entry.name], default=default, **entry.metadata))
+    help_text = "Find the best hyperparameters, keep every trial, and save one verified model."
+    return Command("run.py", params=parameters, callback=parse, help=help_text)
 
 
 class Command(click.Command):
-    """Its help also lists what --dataset, --model and --param know."""
+    """A command whose help also lists data sets, networks and hyperparameters."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Data sets"):
             formatter.write_text(", ".join(data.DATASETS))
         with formatter.section("Networks, with their parameters (28x28, grey, 10 classes)"):
-            formatter.write_dl([(name, _described(name)) for name in models.NETWORKS])
+            formatter.write_dl([(name, _describe_network(name)) for name in models.NETWORKS])
         with formatter.section("Hyperparameters, for --space and --param"):
-            known = spaces.HYPERPARAMETERS.items()
-            formatter.write_dl([(name, f"{each.text} ({each.limits()})") for name, each in known])
+            rows = [
+                (name, f"{param.description} ({param.describe_limits()})")
+                for name, param in spaces.HYPERPARAMETERS.items()
+            ]
+            formatter.write_dl(rows)
 
 
-def _described(name: str) -> str:
-    """Its parameters, and those of its training form if it has one."""
+def _describe_network(name: str) -> str:
+    """The network's number of parameters, and that of its training form if it has one."""
     with contextlib.suppress(Exception), torch.device("meta"):
         model = models.build(name, 1, 28, 10)
-        plain, trained = map(models.parameters, (model, folding.training_form(model)))
-        return f"{plain:,}" + ("" if plain == trained else f"; {trained:,} in training (--plain)")
+        plain, in_training = map(models.count_parameters, (model, folding.training_form(model)))
+        note = "" if plain == in_training else f"; {in_training:,} in training (--plain)"
+        return f"{plain:,}{note}"
     return "?"
 
 
-def _parameters(name: str) -> int | None:
-    """None for a network of one's own that such images are not for."""
+def _count_parameters(name: str) -> int | None:
+    """The parameters for 28x28 grey images; None where a plugin's network does not take these."""
     with contextlib.suppress(Exception), torch.device("meta"):
-        return models.parameters(models.build(name, 1, 28, 10))
+        return models.count_parameters(models.build(name, 1, 28, 10))
     return None

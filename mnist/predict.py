@@ -1,4 +1,4 @@
-"""Pictures from the shell, read by a saved model. `python -m mnist.predict --help`"""
+"""Predictions in the shell, by a saved model. `python -m mnist.predict --help`"""
 
 import io
 import json
@@ -14,15 +14,15 @@ import numpy as np
 
 from mnist import images, inference, plots, registry
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-TOP = 3
-MOST_PLOTTED = 240  # a picture of more would be taller than matplotlib draws
+SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+TOP_CLASSES = 3
+MAX_PLOTTED = 240  # pictures in a figure; matplotlib limits its height
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one file is: `picture` uint8 (channels, size, size), as the model saw it; `top` are
-    the most likely classes with their probabilities, the first one is the answer; `uncertain` if
+class Prediction:
+    """The prediction for one file: `picture` uint8 (channels, size, size), as the model sees it;
+    `top`, the most likely classes with their probabilities, the predicted one first; `uncertain` if
     the picture does not look like any class."""
 
     file: Path
@@ -33,36 +33,37 @@ class Answer:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file without an answer: a code for scripts, and the reason in words."""
+    """A file without a prediction: a code for scripts, and the reason in words."""
 
     file: Path
     code: str
     reason: str
 
 
-def answers(
+def predict_files(
     files: Sequence[Path], folder: Path, name: str | None = None
-) -> Iterator[Answer | Unreadable]:
-    """One answer for each file, in order, by one model of the registry `folder`.
+) -> Iterator[Prediction | Unreadable]:
+    """Yield a prediction for each file, in order, by a model of the registry `folder`.
 
-    The current model by default. A folder stands for all pictures in and below it. Raises
-    registry.RegistryError where the model cannot be used.
+    By default the current model. A folder stands for all pictures in and below it. Raises
+    registry.RegistryError where the model is unusable.
     """
     name, record = registry.record(folder, name)
     classify = inference.load(folder, name)
     for file in files:
-        for path in pictures(file) if file.is_dir() else [file]:
-            yield answer(path, record["dataset"], classify)
+        for path in find_pictures(file) if file.is_dir() else [file]:
+            yield predict_file(path, record["dataset"], classify)
 
 
-def pictures(folder: Path) -> list[Path]:
-    """All pictures in a folder and those below it, sorted, by their endings; the folder itself if
-    there are none."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS) or [folder]
+def find_pictures(folder: Path) -> list[Path]:
+    """The pictures in and below a folder, by suffix, sorted; the folder itself if it has none."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES) or [folder]
 
 
-def answer(file: Path, data: dict[str, Any], classify: inference.Classifier) -> Answer | Unreadable:
-    """`data` is the record of the model's data set."""
+def predict_file(
+    file: Path, data: dict[str, Any], classify: inference.Classifier
+) -> Prediction | Unreadable:
+    """Predict the class of one file; `data` is the record of the model's data set."""
     if file.is_dir():
         return Unreadable(file, "empty", "no picture is in this folder")
     try:
@@ -75,33 +76,33 @@ def answer(file: Path, data: dict[str, Any], classify: inference.Classifier) -> 
         return Unreadable(file, error.code, str(error))
     (probabilities,), (uncertain,) = classify.read(picture[None])
     shares = zip(data["classes"], map(float, probabilities), strict=True)
-    top = sorted(shares, key=lambda pair: -pair[1])[:TOP]
-    return Answer(file, picture, top, bool(uncertain))
+    top = sorted(shares, key=lambda pair: -pair[1])[:TOP_CLASSES]
+    return Prediction(file, picture, top, bool(uncertain))
 
 
-# --- what is shown
+# --- output
 
 
-def line(answer: Answer) -> str:
-    """ "3.png  3  99.8%  (3 99.8%, 5 0.1%, 8 0.0%)", and "  not sure" where it is uncertain."""
-    found, share = answer.top[0]
-    likely = ", ".join(f"{name} {share:.1%}" for name, share in answer.top)
-    doubt = "  not sure" if answer.uncertain else ""
-    return f"{answer.file}  {found}  {share:.1%}  ({likely}){doubt}"
+def format_line(prediction: Prediction) -> str:
+    """ "3.png  3  99.8%  (3 99.8%, 5 0.1%, 8 0.0%)", and "  not sure" for an uncertain picture."""
+    name, share = prediction.top[0]
+    likely = ", ".join(f"{name} {share:.1%}" for name, share in prediction.top)
+    doubt = "  not sure" if prediction.uncertain else ""
+    return f"{prediction.file}  {name}  {share:.1%}  ({likely}){doubt}"
 
 
-def entry(answer: Answer | Unreadable) -> dict[str, Any]:
-    """As JSON values, with the names that the server's answer has."""
-    if isinstance(answer, Unreadable):
-        error = {"code": answer.code, "message": answer.reason}
-        return {"filename": str(answer.file), "error": error}
-    found, share = answer.top[0]
-    about = {"filename": str(answer.file), "prediction": found, "probability": share}
-    return about | {"top": answer.top, "uncertain": answer.uncertain}
+def to_json(prediction: Prediction | Unreadable) -> dict[str, Any]:
+    """A prediction as JSON values, with the names of the server's answer."""
+    if isinstance(prediction, Unreadable):
+        error = {"code": prediction.code, "message": prediction.reason}
+        return {"filename": str(prediction.file), "error": error}
+    name, share = prediction.top[0]
+    entries = {"filename": str(prediction.file), "prediction": name, "probability": share}
+    return entries | {"top": prediction.top, "uncertain": prediction.uncertain}
 
 
-def show(picture: np.ndarray, stream: TextIO) -> None:
-    """Two pixels a letter, in the terminal's colours; in black and white where it has none."""
+def print_picture(picture: np.ndarray, stream: TextIO) -> None:
+    """Print a picture, two pixels per letter, in colours or, if the stream has none, in levels."""
     from rich.color import Color
     from rich.console import Console
     from rich.style import Style
@@ -122,16 +123,16 @@ def show(picture: np.ndarray, stream: TextIO) -> None:
     console.print(text, end="")
 
 
-def plot(found: Sequence[Answer], file: Path) -> None:
-    """A PNG file with all pictures, as the model saw them, and their answers."""
-    names = plots.written([answer.file.name for answer in found])
-    classes = plots.written([answer.top[0][0] for answer in found])
+def plot_predictions(predictions: Sequence[Prediction], file: Path) -> None:
+    """Write a PNG file of all pictures, as the model sees them, with their predictions."""
+    names = plots.printable_names([prediction.file.name for prediction in predictions])
+    classes = plots.printable_names([prediction.top[0][0] for prediction in predictions])
     captions = [
-        f"{name}\n{read}: {'not sure' if answer.uncertain else f'{answer.top[0][1]:.1%}'}"
-        for name, read, answer in zip(names, classes, found, strict=True)
+        f"{name}\n{read}: {'not sure' if prediction.uncertain else f'{prediction.top[0][1]:.1%}'}"
+        for name, read, prediction in zip(names, classes, predictions, strict=True)
     ]
-    shown = np.stack([answer.picture for answer in found])
-    file.write_bytes(plots.png(lambda: plots.grid(shown, captions), colours=None))
+    pictures = np.stack([prediction.picture for prediction in predictions])
+    file.write_bytes(plots.render_png(lambda: plots.plot_grid(pictures, captions), colours=None))
 
 
 # --- python -m mnist.predict
@@ -146,14 +147,14 @@ def plot(found: Sequence[Answer], file: Path) -> None:
     help="The registry. [default: saved_models, or a sample while it has no model]",
 )
 @click.option("--model", help="One of its models. [default: the current one]")
-@click.option("--show", "shown", is_flag=True, help="Each picture in the terminal, as it is read.")
+@click.option("--show", is_flag=True, help="Each picture in the terminal, as it is read.")
 @click.option("--plot", "file", type=click.Path(path_type=Path), help="A PNG file of them all.")
 @click.option("--json", "as_json", is_flag=True, help="The answers as JSON.")
 def main(
     files: tuple[Path, ...],
     models: Path | None,
     model: str | None,
-    shown: bool,
+    show: bool,
     file: Path | None,
     as_json: bool,
 ) -> int:
@@ -166,54 +167,54 @@ def main(
         raise click.BadParameter(f"{file} does not end in .png", param_hint="--plot")
     if file and not file.parent.is_dir():
         raise click.BadParameter(f"there is no folder {file.parent}", param_hint="--plot")
-    everything: list[Answer | Unreadable] = []
-    for found in answers(files, models or default_registry(), model):
-        everything.append(found)
-        if isinstance(found, Unreadable):
-            complain(f"{found.file}: {found.reason}")
+    results: list[Prediction | Unreadable] = []
+    for result in predict_files(files, models or choose_registry(), model):
+        results.append(result)
+        if isinstance(result, Unreadable):
+            print_error(f"{result.file}: {result.reason}")
             continue
-        if shown:
-            show(found.picture, sys.stderr if as_json else sys.stdout)
+        if show:
+            print_picture(result.picture, sys.stderr if as_json else sys.stdout)
         if not as_json:
-            click.echo(line(found))
-    read = [found for found in everything if isinstance(found, Answer)]
+            click.echo(format_line(result))
+    predictions = [result for result in results if isinstance(result, Prediction)]
     if as_json:
-        click.echo(json.dumps([entry(found) for found in everything], ensure_ascii=False))
-    if file and read:
-        plot(read[:MOST_PLOTTED], file)
-    if file and len(read) > MOST_PLOTTED:
-        complain(f"{file}: only the first {MOST_PLOTTED} pictures are in it")
-    return int(len(read) < len(everything))
+        click.echo(json.dumps([to_json(result) for result in results], ensure_ascii=False))
+    if file and predictions:
+        plot_predictions(predictions[:MAX_PLOTTED], file)
+    if file and len(predictions) > MAX_PLOTTED:
+        print_error(f"{file}: only the first {MAX_PLOTTED} pictures are in it")
+    return int(len(predictions) < len(results))
 
 
-def default_registry() -> Path:
-    """The registry that is used where none is named; says so if it is the sample."""
+def choose_registry() -> Path:
+    """The default registry; prints a note if it is the sample."""
     folder = registry.default_folder()
     if folder == registry.SAMPLE:
-        complain(registry.SAMPLE_NOTE)
+        print_error(registry.SAMPLE_NOTE)
     return folder
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     click.echo(f"predict: {message}", err=True)
 
 
-def guarded(arguments: list[str]) -> int:
-    """The whole command; every expected failure is one line on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):  # whatever a file is called
+def run_cli(arguments: list[str]) -> int:
+    """Run the command; each expected error is one line on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # file names may have any bytes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         return main.main(arguments, "python -m mnist.predict", standalone_mode=False)
     except click.ClickException as error:
-        complain(error.format_message())
+        print_error(error.format_message())
     except registry.RegistryError as error:
-        complain(str(error))
-    except BrokenPipeError:  # as `| head` leaves it: there is nobody to tell
+        print_error(str(error))
+    except BrokenPipeError:  # e.g. after `| head`: nobody reads a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # --plot
-        complain(f"{error.filename or 'output'}: {error.strerror}")
+        print_error(f"{error.filename or 'output'}: {error.strerror}")
         return 1
     except (KeyboardInterrupt, click.Abort):
         return 130
@@ -221,4 +222,4 @@ def guarded(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(sys.argv[1:]))
+    sys.exit(run_cli(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What comes before a study: data, network and hyperparameters, and a plan for this machine."""
+"""Preparation of a study: data, network, search space, and the plan for this machine."""
 
 import contextlib
 import functools
@@ -15,20 +15,20 @@ import optuna
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mnist import budget, data, folding, models, own, search, training
+from mnist import budget, data, folding, models, plugins, search, training
 from mnist import space as spaces
 from mnist import study as studies
-from mnist.display import reason, said
-from mnist.job import Job, network, origin, speed_run
+from mnist.display import full_message, root_cause
+from mnist.job import Job, build_network, describe_origin, make_speed_run
 from mnist.members import Member
 from mnist.options import Options
 from mnist.workers import Pool
 
-BYTES_A_WEIGHT = 16  # itself, its gradient, and what Adam keeps of it, in float32
-TRIALS, QUICK_TRIALS = 32, 3
-CONFIRM, QUICK_CONFIRM = 2, 0
-BFLOAT16_GAIN = 1.2  # least ratio of speeds for which rounding to 8 bits is worth it
-SPEED_BATCHES = (64, 8)  # with which the machine is measured: the second where the first fails
+BYTES_PER_WEIGHT = 16  # the weight, its gradient and Adam's two moments, in float32
+DEFAULT_TRIALS, QUICK_TRIALS = 32, 3
+DEFAULT_CONFIRM, QUICK_CONFIRM = 2, 0
+MIN_BFLOAT16_SPEEDUP = 1.2  # bfloat16 rounds to 8 bits; a smaller speed-up does not justify that
+SPEED_BATCH_SIZES = (64, 8)  # of the speed measurement; the second is used if the first fails
 
 
 def prepare(
@@ -38,47 +38,47 @@ def prepare(
     device: torch.device,
     times: tuple[float, float],
 ) -> Job:
-    """Load the data; see how much trials and the final model may see, and that trials compare.
+    """Load the data, check network and space, make the plan, check the study's fingerprint.
 
-    `times`: when the study began, and when it must be over.
+    `times`: start and deadline of the command.
     """
-    dataset = loaded(options).to(device)
-    model = sound(options, dataset, device)
-    space = choices(options, model)
-    trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
-    confirmed = options.confirm
-    if confirmed is None:
-        confirmed = QUICK_CONFIRM if options.quick else CONFIRM
-    work = budget.Work(
+    dataset = load_dataset(options).to(device)
+    model = validate_network(options, dataset, device)
+    space = read_space(options, model)
+    trials = options.trials or (QUICK_TRIALS if options.quick else DEFAULT_TRIALS)
+    confirm = options.confirm
+    if confirm is None:
+        confirm = QUICK_CONFIRM if options.quick else DEFAULT_CONFIRM
+    work = budget.Workload(
         trials,
-        (confirmed + len(studies.YARDSTICKS)) * studies.CONFIRM_SEEDS if confirmed else 0,
+        (confirm + len(studies.BASELINES)) * studies.CONFIRM_SEEDS if confirm else 0,
         len(dataset.train),
         len(dataset.validation),
-        min(training.SUBSET, len(dataset.validation)),
-        training.NORM_IMAGES if training.norms(model) else 0,
+        min(training.VALIDATION_SUBSET, len(dataset.validation)),
+        training.NORM_IMAGES if training.batch_norms(model) else 0,
         options.thorough,
     )
-    may_round = may_be_bfloat16(options, device, model)
-    plan = fit_to_machine(options, member, pool, dataset, space, work, times[0], may_round)
+    try_bfloat16 = may_use_bfloat16(options, device, model)
+    plan = make_plan(options, member, pool, dataset, space, work, times[0], try_bfloat16)
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
-    return Job(options, member, dataset, space, device, plan, trials, confirmed, work, *times)
+    return Job(options, member, dataset, space, device, plan, trials, confirm, work, *times)
 
 
-def check(each: list[Options]) -> None:
-    """Raises what `prepare` would for any of these, after reading each data set once."""
-    device = choose_device(each[0])
-    for name in dict.fromkeys(options.dataset for options in each):
-        some = [options for options in each if options.dataset == name]
-        dataset = loaded(some[0])
-        for options in some:
+def check_all(option_sets: list[Options]) -> None:
+    """Raise the errors that prepare() would raise for these options; loads each data set once."""
+    device = choose_device(option_sets[0])
+    for name in dict.fromkeys(options.dataset for options in option_sets):
+        same_data = [options for options in option_sets if options.dataset == name]
+        dataset = load_dataset(same_data[0])
+        for options in same_data:
             try:
-                choices(options, sound(options, dataset, device))
+                read_space(options, validate_network(options, dataset, device))
             except click.UsageError as error:
-                raise click.UsageError(f"{options.study_name}: {said(error)}") from error
+                raise click.UsageError(f"{options.study_name}: {full_message(error)}") from error
 
 
-def writable(artifacts: Path) -> None:
-    """Make the folder; raises click.UsageError where nothing can be written there."""
+def check_writable(artifacts: Path) -> None:
+    """Create the folder; raises click.UsageError where it is not writable."""
     try:
         artifacts.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=artifacts):
@@ -89,16 +89,16 @@ def writable(artifacts: Path) -> None:
 
 
 def choose_device(options: Options) -> torch.device:
-    """Of --device; raises click.UsageError where this machine has no such one."""
+    """The device of --device; raises click.UsageError where this machine lacks it."""
     try:
-        return training.device(options.device)
+        return training.select_device(options.device)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
 
-def source(options: Options) -> functools.partial[data.Dataset]:
-    """What loads the data set, here and in each worker."""
-    validation = training.SUBSET if options.quick else None
+def make_loader(options: Options) -> functools.partial[data.Dataset]:
+    """A function that loads the data set, for this process and each worker."""
+    validation = training.VALIDATION_SUBSET if options.quick else None
     return functools.partial(
         data.load,
         options.dataset,
@@ -110,29 +110,32 @@ def source(options: Options) -> functools.partial[data.Dataset]:
     )
 
 
-def loaded(options: Options) -> data.Dataset:
-    """Raises data.DataError, or click.UsageError where --image-size or the like is not for it."""
+def load_dataset(options: Options) -> data.Dataset:
+    """Load the data set. Raises data.DataError, or click.UsageError for options it rejects."""
     try:
-        return source(options)()
+        return make_loader(options)()
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
 
-def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
-    """A new network that was seen to give a logit for each class.
+def validate_network(
+    options: Options, dataset: data.Dataset, device: torch.device
+) -> torch.nn.Module:
+    """Build a network and check its output for two images: one logit per class.
 
-    Raises click.UsageError: with a network of one's own anything can be wrong.
+    Raises click.UsageError: a plugin's network may fail in any way.
     """
     images, classes = dataset.train.images[:2].to(device), len(dataset.classes)
+    on_cpu = device.type == "cpu"
     try:
-        if device.type == "cpu" and (n := weights(options, dataset)) * BYTES_A_WEIGHT > memory():
+        if on_cpu and (n := count_weights(options, dataset)) * BYTES_PER_WEIGHT > total_memory():
             text = f"its {n:,} weights are too many to be trained here"
             raise MemoryError(f"{text}; try --model cnn or a smaller --image-size")
-        model = network(options, dataset, device)
+        model = build_network(options, dataset, device)
         with torch.no_grad():
             shape = tuple(model.eval()(training.standardise(images, dataset)).shape)
-    except Exception as error:  # whatever it is
-        raise unsound(options, error) from error
+    except Exception as error:  # a plugin's network may raise anything
+        raise network_error(options, error) from error
     if shape != (2, classes):
         text = f"2 images give {shape}, not {(2, classes)}"
         raise click.UsageError(f"network {options.model!r} cannot be used: {text}")
@@ -140,7 +143,7 @@ def sound(options: Options, dataset: data.Dataset, device: torch.device) -> torc
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out `normal_`: on the device "meta" torch imports its compiler for it, 64 MB."""
+    """Skips `normal_`: on the device "meta", torch imports its compiler for it, 64 MB."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -148,98 +151,101 @@ class _Uninitialised(TorchFunctionMode):
         return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
-def weights(options: Options, dataset: data.Dataset) -> int:
-    """How many the network has, before it is built; 0 where it cannot tell."""
+def count_weights(options: Options, dataset: data.Dataset) -> int:
+    """The number of the network's weights, without allocating them; 0 where that fails."""
     with contextlib.suppress(Exception), torch.device("meta"), _Uninitialised():
-        return models.parameters(network(options, dataset, torch.device("meta")))
+        return models.count_parameters(build_network(options, dataset, torch.device("meta")))
     return 0
 
 
-def memory() -> int:
-    """Bytes that this machine has."""
+def total_memory() -> int:
+    """The bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def choices(options: Options, model: torch.nn.Module) -> spaces.Space:
-    """What trials choose from; raises click.UsageError."""
+def read_space(options: Options, model: torch.nn.Module) -> spaces.Space:
+    """The search space of --space and --param; raises click.UsageError."""
     try:
-        return spaces.read(options.space, options.param, bool(training.dropouts(model)))
+        return spaces.read_space(options.space, options.param, bool(training.dropout_layers(model)))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
 
-def fit_to_machine(
+def make_plan(
     options: Options,
     member: Member,
     pool: Pool,
     dataset: data.Dataset,
     space: spaces.Space,
-    work: budget.Work,
+    work: budget.Workload,
     start: float,
-    may_round: bool,
+    try_bfloat16: bool,
 ) -> budget.Plan:
-    """The study's own plan, or one by the speed of this machine, in bfloat16 if it `may_round`."""
-    kept = member.update(lambda study: study.user_attrs.get("plan"))
-    asked = round(options.epochs * len(dataset.train)) if options.epochs else None
-    if kept and asked in (None, kept["trial_samples"]):
-        plan = budget.Plan(**kept)
+    """The study's stored plan, or one from a speed measurement, which may `try_bfloat16`."""
+    stored = member.run_locked(lambda study: study.user_attrs.get("plan"))
+    requested = round(options.epochs * len(dataset.train)) if options.epochs else None
+    if stored and requested in (None, stored["trial_samples"]):
+        plan = budget.Plan(**stored)
     else:
-        images_per_s, bfloat16 = measured(options, pool, may_round)
-        plan = budget.plan(
+        images_per_s, bfloat16 = measure_speed(options, pool, try_bfloat16)
+        plan = budget.make_plan(
             work,
             images_per_s,
             time.monotonic() - start,
             timeout_s=options.timeout or math.inf,
-            trial_samples=asked,
+            trial_samples=requested,
             quick=options.quick,
             bfloat16=bfloat16,
         )
 
-    def agree(study: optuna.Study) -> budget.Plan:
-        """By the first member's plan, if another one came first."""
+    def store_plan(study: optuna.Study) -> budget.Plan:
+        """Store the plan, or return the plan of the member that stored one first."""
         first = study.user_attrs.get("plan", asdict(plan))
-        chosen = budget.Plan(**first) if asked in (None, first["trial_samples"]) else plan
-        if "plan" not in study.user_attrs:  # before the fingerprint: a kill in between must not
-            study.set_user_attr("plan", asdict(chosen))  # leave one without its plan
-            study.set_user_attr("origin", origin(options))
-        parts = (models.NETWORKS[options.model], data.reader(options.dataset))
-        model = options.model + (own.digest(options.import_) if any(map(own.made, parts)) else "")
-        wanted = studies.fingerprint(dataset, model, chosen.trial_samples, space, options.plain)
-        studies.agree(study, wanted, studies.finished(study) >= work.trials)
-        return chosen
+        agreed = budget.Plan(**first) if requested in (None, first["trial_samples"]) else plan
+        if "plan" not in study.user_attrs:  # stored before the fingerprint: after a kill in
+            study.set_user_attr("plan", asdict(agreed))  # between, no fingerprint lacks its plan
+            study.set_user_attr("origin", describe_origin(options))
+        components = (models.NETWORKS[options.model], data.find_reader(options.dataset))
+        from_plugin = any(map(plugins.is_from_plugin, components))
+        model = options.model + (plugins.digest(options.import_) if from_plugin else "")
+        fingerprint = studies.fingerprint(
+            dataset, model, agreed.trial_samples, space, options.plain
+        )
+        studies.check_fingerprint(study, fingerprint, studies.count_finished(study) >= work.trials)
+        return agreed
 
-    plan = member.update(agree)
+    plan = member.run_locked(store_plan)
     if options.final_epochs:
         samples = options.final_epochs * (len(dataset.train) + len(dataset.validation))
         plan = replace(plan, final_s=samples / plan.images_per_s, total_s=0.0)
     return plan
 
 
-def measured(options: Options, pool: Pool, may_round: bool) -> tuple[float, bool]:
-    """Training images a second of a worker with all cores, and whether that is in bfloat16.
+def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[float, bool]:
+    """Training images per second of a worker on all cores, and whether with bfloat16.
 
     Raises click.UsageError where the network cannot be trained.
     """
-    for batch_size in SPEED_BATCHES:
-        run = speed_run(options, {"batch_size": batch_size, "optimizer": "Adam"})
+    for batch_size in SPEED_BATCH_SIZES:
+        run = make_speed_run(options, {"batch_size": batch_size, "optimizer": "Adam"})
         try:
-            speed = search.speed(pool, run)
+            speed = search.measure_speed(pool, run)
             break
-        except search.RunFailed as error:  # for lack of memory, perhaps
-            failure = error
+        except search.RunFailed as error:  # e.g. for lack of memory
+            last_error = error
     else:
-        raise click.UsageError(f"network {options.model!r} cannot be used: {failure}")
-    if may_round:
-        with contextlib.suppress(search.RunFailed):  # an operation that has no bfloat16
-            faster = search.speed(pool, replace(run, bfloat16=True))
-            if faster > BFLOAT16_GAIN * speed:
-                return faster, True
+        raise click.UsageError(f"network {options.model!r} cannot be used: {last_error}")
+    if try_bfloat16:
+        with contextlib.suppress(search.RunFailed):  # an operation without bfloat16
+            bfloat16_speed = search.measure_speed(pool, replace(run, bfloat16=True))
+            if bfloat16_speed > MIN_BFLOAT16_SPEEDUP * speed:
+                return bfloat16_speed, True
     return speed, False
 
 
-def may_be_bfloat16(options: Options, device: torch.device, model: torch.nn.Module) -> bool:
-    """Whether bfloat16 is worth a try: for a training form, where the device has it, unless others
-    on the same study may lack it and are to get the same results."""
+def may_use_bfloat16(options: Options, device: torch.device, model: torch.nn.Module) -> bool:
+    """Whether to measure bfloat16: for training forms on devices that have it, in studies that no
+    other machine shares, as a machine without bfloat16 would get other results."""
     if not folding.has_factors(model) or studies.sqlite_file(options.storage) is None:
         return False
     if device.type == "cuda":
@@ -248,6 +254,6 @@ def may_be_bfloat16(options: Options, device: torch.device, model: torch.nn.Modu
     return device.type == "cpu" and any(capable.get(f"{kind}_bf16") for kind in ("avx512", "amx"))
 
 
-def unsound(options: Options, error: Exception) -> click.UsageError:
-    text = f"{type(error).__name__}: {reason(error)}"
+def network_error(options: Options, error: Exception) -> click.UsageError:
+    text = f"{type(error).__name__}: {root_cause(error)}"
     return click.UsageError(f"network {options.model!r} cannot be used: {text}")

@@ -1,4 +1,4 @@
-"""Reading many pictures: with the time left in sight, and only once."""
+"""Progress while many pictures are read, and a cache of the result."""
 
 import contextlib
 import hashlib
@@ -15,48 +15,48 @@ from rich.progress import track
 
 from mnist import images as pictures
 
-PLAIN_EVERY_S = 5.0
+PLAIN_INTERVAL_S = 5.0
 
 Arrays = tuple[np.ndarray, ...]
-"""Images and labels, and whatever else is to be remembered with them."""
+"""Images and labels, and further arrays that are cached with them."""
 T = TypeVar("T")
 
 
-def shown(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items, with a bar on standard error; without a terminal, a line now and then."""
+def track_progress(items: Sequence[T], label: str) -> Iterator[T]:
+    """Yield the items; shows a bar on standard error, or lines without a terminal."""
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
-        yield from track(items, what, console=console, transient=True)
+        yield from track(items, label, console=console, transient=True)
         return
-    last = time.monotonic()
+    last_line = time.monotonic()
     for i, item in enumerate(items):
-        if time.monotonic() - last > PLAIN_EVERY_S:
-            last = time.monotonic()
-            console.print(f"{what}: {i:,} of {len(items):,}", soft_wrap=True)
+        if time.monotonic() - last_line > PLAIN_INTERVAL_S:
+            last_line = time.monotonic()
+            console.print(f"{label}: {i:,} of {len(items):,}", soft_wrap=True)
         yield item
 
 
-def remembered(
-    path: Path, origin: Iterable[Path], settings: object, make: Callable[[], Arrays]
+def load_cached(
+    path: Path, inputs: Iterable[Path], settings: object, make: Callable[[], Arrays]
 ) -> Arrays:
-    """Arrays as `make` gives them, or as an earlier call kept them in the file `path`.
+    """The arrays of `make`, or those that an earlier call stored in the file `path`.
 
-    That is: while the files they are made from (`origin`), the settings and mnist/images.py are
-    the same. Where the file cannot be written, nothing is kept.
+    The cache is valid while the `inputs` that `make` reads, the settings and mnist/images.py are
+    unchanged. Where the file cannot be written, nothing is cached.
     """
     key = hashlib.sha256(Path(pictures.__file__).read_bytes() + repr(settings).encode())
-    for each in origin:
-        status = each.stat()
-        key.update(os.fsencode(each) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    for file in inputs:
+        status = file.stat()
+        key.update(os.fsencode(file) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     # A damaged file may raise anything: OSError, ValueError, zipfile.BadZipFile, zlib.error.
-    with contextlib.suppress(Exception), np.load(path) as kept:
-        if str(kept["key"]) == key.hexdigest():
-            return tuple(kept[f"arr_{i}"] for i in range(len(kept.files) - 1))
-    made = make()
+    with contextlib.suppress(Exception), np.load(path) as cached:
+        if str(cached["key"]) == key.hexdigest():
+            return tuple(cached[f"arr_{i}"] for i in range(len(cached.files) - 1))
+    arrays = make()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as temporary:
             new = Path(temporary) / "new.npz"
-            np.savez(new, *made, key=key.hexdigest())
+            np.savez(new, *arrays, key=key.hexdigest())
             new.replace(path)
-    return made
+    return arrays

@@ -1,4 +1,7 @@
-"""saved_models/: immutable model files and model_info.json. `python -m mnist.registry --help`."""
+"""The registry (saved_models/): immutable model files and model_info.json.
+
+`python -m mnist.registry --help`.
+"""
 
 import hashlib
 import json
@@ -17,13 +20,13 @@ if TYPE_CHECKING:
 
 INFO = "model_info.json"
 FOLDER = Path("saved_models")
-SAMPLE = Path(__file__).parent.parent / "serve" / "sample_model"  # a registry of one small model
+SAMPLE = Path(__file__).parent.parent / "serve" / "sample_model"  # a registry with one small model
 SAMPLE_NOTE = "this is a sample model; `python run.py` makes your own"
 NAME = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
 Record = dict[str, Any]
 
-# What readers rely on, with its JSON type; "*" is every key. Anything else may be there or not.
+# The keys that readers rely on, with JSON types; "*" stands for every key. Others are optional.
 _NUMBER: Any = int | float
 _FILE: Any = {"file": str, "sha256": str}
 _ERRORS: Any = {"errors": int, "n": int}
@@ -40,17 +43,17 @@ _RECORD: Any = {
 
 
 class RegistryError(RuntimeError):
-    """A registry, record or file that cannot be used; the message says which and what to do."""
+    """A registry, record or file is unusable; the message says which one and what to do."""
 
 
 class UnknownModel(RegistryError):
-    """A name that is no model of the registry."""
+    """The registry has no model of this name."""
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """All of model_info.json; one without models where there is none yet.
+    """The content of model_info.json; without models where the file does not exist yet.
 
-    Raises RegistryError where it is no JSON or lacks what readers rely on.
+    Raises RegistryError where it is not JSON or lacks a key that readers rely on.
     """
     try:
         info = json.loads((folder / INFO).read_text("utf-8"))
@@ -60,34 +63,34 @@ def read(folder: Path) -> dict[str, Any]:
         raise RegistryError(f"{folder / INFO} cannot be read: {error}") from error
     if not isinstance(info, dict) or info.get("schema") != 1:
         raise RegistryError(f"{folder / INFO} is not of schema 1; a newer version wrote it")
-    _check(info, {"models": {"*": _RECORD}}, f"{folder / INFO}:")
+    _check_shape(info, {"models": {"*": _RECORD}}, f"{folder / INFO}:")
     if info.get("current", "") not in (None, *info["models"]):
         raise RegistryError(f"{folder / INFO}: `current` names none of its models; correct it")
     return info
 
 
 def default_folder() -> Path:
-    """FOLDER, or SAMPLE as long as FOLDER has no model. Raises RegistryError as read() does."""
+    """FOLDER, or SAMPLE while FOLDER has no model. Raises RegistryError like read()."""
     return FOLDER if read(FOLDER)["models"] else SAMPLE
 
 
 def record(folder: Path, name: str | None = None) -> tuple[str, Record]:
-    """The name and record of one model, the current one by default.
+    """The name and record of a model, by default the current one.
 
-    Raises RegistryError where there is none, UnknownModel where the name is not the registry's.
+    Raises RegistryError where there is no current model, UnknownModel for an unknown name.
     """
     info = read(folder)
     name = info["current"] if name is None else name
     if name is None:
         raise RegistryError(f"no current model in {folder}; `python run.py` saves one")
     if not NAME.fullmatch(name) or name not in info["models"]:
-        there = ", ".join(info["models"]) or "none"
-        raise UnknownModel(f"no model {name!r} in {folder}; it has {there}")
+        names = ", ".join(info["models"]) or "none"
+        raise UnknownModel(f"no model {name!r} in {folder}; it has {names}")
     return name, info["models"][name]
 
 
 def file(folder: Path, name: str, kind: str = "weights") -> Path:
-    """The path of one of a model's files, after its checksum was compared with the record's.
+    """The path of a model's file, after a check of its checksum.
 
     Raises RegistryError where the file is missing or altered.
     """
@@ -107,37 +110,36 @@ def file(folder: Path, name: str, kind: str = "weights") -> Path:
 
 
 def versions(paths: Iterable[Path]) -> list[tuple[int, ...] | None]:
-    """What tells each file from what it was before; None where there is none."""
-    found: list[tuple[int, ...] | None] = []
+    """A stamp for each file that changes with it; None for a missing file."""
+    stamps: list[tuple[int, ...] | None] = []
     for path in paths:
         try:
             status = path.stat()
         except OSError:
-            found.append(None)
+            stamps.append(None)
         else:
-            found.append((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
-    return found
+            stamps.append((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
+    return stamps
 
 
 def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, promote: str) -> str:
-    """Keep a new model and return its name.
+    """Save a new model; returns its name.
 
-    `files` maps a kind ("weights") to the file's ending (".pth") and content; `entry` is the
-    record without `created`, `files` and `golden`; `promote` is "better", "always" or "never".
-    Files come first, the record last, each under its final name only when it is complete: a crash
-    at any moment leaves the registry as it was, and what it left in the folder goes with the next
-    save.
+    `files` maps a kind ("weights") to the file's suffix (".pth") and content; `entry` is the record
+    without `created`, `files` and `golden`; `promote` is "better", "always" or "never". Files are
+    written first, the record last, and each gets its final name only when it is complete: a crash
+    at any moment leaves the registry unchanged, and the next save removes orphaned files.
     """
-    with _locked(folder):
+    with _lock(folder):
         info = read(folder)
-        _clear(folder, info)
+        _remove_orphans(folder, info)
         now = datetime.now(UTC)
         name = _new_name(folder, info, now)
         entry = entry | {"created": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "files": {}}
-        (folder / f".{name}.tmp").touch()  # until _clear, its files may have no record
-        for kind, (ending, content) in files.items():
-            path = folder / f"{name}{ending}"
-            _write(path, content)
+        (folder / f".{name}.tmp").touch()  # marks files without a record for _remove_orphans
+        for kind, (suffix, content) in files.items():
+            path = folder / f"{name}{suffix}"
+            _write_file(path, content)
             digest = hashlib.sha256(content).hexdigest()
             entry["files"][kind] = {"file": path.name, "sha256": digest, "bytes": len(content)}
         if "golden" in files:
@@ -147,16 +149,16 @@ def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, pr
         if promote == "always" or (promote == "better" and better(entry, current)):
             info["current"] = name
         _write_info(folder, info)
-        _clear(folder, info)
+        _remove_orphans(folder, info)
     return name
 
 
 def better(new: Record, current: Record | None) -> bool:
-    """Whether `new` may become current in place of `current`, by its own merit.
+    """Whether `new` may replace `current` as the current model.
 
-    It may where there is none, or for the same data and classes when it makes no larger share of
-    errors on the calibration split, neither with its weights nor as it is served; but a --quick
-    model never replaces one that is not.
+    It may where there is no current model, or for the same data and classes if its error rate on
+    the calibration split is no higher, with its weights and as served; but a --quick model never
+    replaces a model without --quick.
     """
     if current is None:
         return True
@@ -170,8 +172,8 @@ def better(new: Record, current: Record | None) -> bool:
 
 
 def use(folder: Path, name: str) -> None:
-    """Make `name` the current model, after its files were verified."""
-    with _locked(folder):
+    """Make `name` the current model, after a check of its files."""
+    with _lock(folder):
         for kind in record(folder, name)[1]["files"]:
             file(folder, name, kind)
         _write_info(folder, read(folder) | {"current": name})
@@ -179,31 +181,31 @@ def use(folder: Path, name: str) -> None:
 
 def remove(folder: Path, name: str) -> None:
     """Delete a model that is not the current one: its record first, then its files."""
-    with _locked(folder):
+    with _lock(folder):
         entry = record(folder, name)[1]
         info = read(folder)
         if name == info["current"]:
             raise RegistryError(f"{name} is the current model; `use` another one first")
         del info["models"][name]
-        (folder / f".{name}.tmp").touch()  # until _clear, its files may have no record
+        (folder / f".{name}.tmp").touch()  # marks files without a record for _remove_orphans
         _write_info(folder, info)
         for part in entry["files"].values():
             (folder / Path(part["file"]).name).unlink(missing_ok=True)
-        _clear(folder, info)
+        _remove_orphans(folder, info)
 
 
-def put_beside(folder: Path, name: str, ending: str, content: bytes) -> None:
-    """Keep a file about a model that can be made again; it is not in the record, and goes with it.
+def put_beside(folder: Path, name: str, suffix: str, content: bytes) -> None:
+    """Save a reproducible file about a model, which the record does not list; removed with it.
 
     Raises UnknownModel where the model was removed meanwhile.
     """
-    with _locked(folder):
+    with _lock(folder):
         record(folder, name)
-        _write(folder / f"{name}{ending}", content)
+        _write_file(folder / f"{name}{suffix}", content)
 
 
-def writable(folder: Path) -> None:
-    """Raises RegistryError now rather than after hours of training."""
+def check_writable(folder: Path) -> None:
+    """Raise RegistryError for a folder that save() could not write to, before the training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -213,26 +215,27 @@ def writable(folder: Path) -> None:
     read(folder)
 
 
-def _check(found: Any, shape: Any, where: str) -> None:
-    """Raises RegistryError where a part of `shape` is missing in `found`, or of another type."""
-    if not isinstance(found, dict if isinstance(shape, dict) else shape):
-        raise RegistryError(f"{where} is missing or malformed; correct it, or put a copy back")
+def _check_shape(value: Any, shape: Any, location: str) -> None:
+    """Raise RegistryError where `value` lacks a part of `shape`, or has another type."""
+    if not isinstance(value, dict if isinstance(shape, dict) else shape):
+        raise RegistryError(f"{location} is missing or malformed; correct it, or put a copy back")
     if isinstance(shape, dict):
         for key, inner in shape.items():
-            for part in found if key == "*" else [key]:
-                _check(found.get(part), inner, f"{where} {part}")
+            for part in value if key == "*" else [key]:
+                _check_shape(value.get(part), inner, f"{location} {part}")
 
 
-def _clear(folder: Path, info: dict[str, Any]) -> None:
-    """Delete what half a save or removal left; not just any file without a record, for it may be
-    a person's, or the record may have been lost.
+def _remove_orphans(folder: Path, info: dict[str, Any]) -> None:
+    """Delete the files of an interrupted save or removal, which a marker file names.
+
+    Other files without a record stay: they may be a person's, or the record may be lost.
     """
-    for left in folder.glob(".*.tmp"):
-        name = left.name[1:-4]
+    for marker in folder.glob(".*.tmp"):
+        name = marker.name[1:-4]
         if NAME.fullmatch(name) and name not in info["models"]:
             for orphan in folder.glob(f"{name}.*"):
                 orphan.unlink()
-        left.unlink()
+        marker.unlink()
 
 
 def _new_name(folder: Path, info: dict[str, Any], now: datetime) -> str:
@@ -244,19 +247,19 @@ def _new_name(folder: Path, info: dict[str, Any], now: datetime) -> str:
     return name
 
 
-def _locked(folder: Path) -> "FileLock":
-    from filelock import FileLock  # who only reads, as the server does, starts faster without
+def _lock(folder: Path) -> "FileLock":
+    from filelock import FileLock  # imported late: the server only reads, and starts faster
 
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / ".lock")
 
 
 def _write_info(folder: Path, info: dict[str, Any]) -> None:
-    _write(folder / INFO, json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n")
+    _write_file(folder / INFO, json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def _write(path: Path, content: bytes) -> None:
-    """All of the content under the path, or nothing; on the disk when this returns."""
+def _write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically; its content is on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as stream:
         stream.write(content)

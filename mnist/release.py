@@ -1,4 +1,4 @@
-"""The final model as a user gets it: folded, exported, evaluated once, saved."""
+"""The release of the final model: folding, export, one evaluation, saving."""
 
 import hashlib
 import io
@@ -13,24 +13,22 @@ import numpy as np
 import torch
 from optuna.trial import FrozenTrial
 
-from mnist import export, folding, models, own, registry, training
+from mnist import export, folding, models, plugins, registry, training
 from mnist import study as studies
 from mnist.display import Display
-from mnist.job import Job, network, origin, replaced
-from mnist.workers import keep, restore, used
+from mnist.job import Job, build_network, describe_origin, is_replaced
+from mnist.workers import folder_bytes, load_checkpoint, save_checkpoint
 
-MISTAKES = 24  # whose images are kept, to be looked at
-EVALUATION_BYTES = 10_000_000  # more than what is kept of it
+MAX_MISTAKES = 24  # whose images are saved for the report
+EVALUATION_BYTES = 10_000_000  # an upper bound on the size of a saved evaluation
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Weights of a training form, trained as `best` was on training and validation images.
-
-    `seconds` of all that training; None where it was over when this process came.
-    """
+class TrainedModel:
+    """Weights of a training form, with the hyperparameters of `best`, trained on training and
+    validation images. `seconds`: the training time; None if an earlier process finished it."""
 
     best: FrozenTrial
     weights: dict[str, torch.Tensor]
@@ -38,14 +36,14 @@ class Trained:
     seconds: float | None
 
 
-def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
-    """Measure the finished model, open the test split this one time, save; the result().
+def save(job: Job, trained: TrainedModel, screen: Display) -> dict[str, Any] | None:
+    """Export the model, evaluate it once on the test split and save it; returns the result.
 
-    None where this member was replaced meanwhile.
+    None where another member has replaced this one as the leader.
     """
     options, dataset, best = job.options, job.dataset, trained.best
-    screen.say("evaluating, once, and saving")
-    form = network(options, dataset, torch.device("cpu"))
+    screen.print_line("evaluating, once, and saving")
+    form = build_network(options, dataset, torch.device("cpu"))
     form.load_state_dict(trained.weights)
     form.eval()
     model = folding.fold(form).to(job.device)
@@ -55,14 +53,16 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
     files = {"weights": (".pth", state.getvalue())} | exported.files
     digest = hashlib.sha256(files["weights"][1])
     digest.update(files.get(exported.served.engine, ("", b""))[1])
-    if replaced(job):
+    if is_replaced(job):
         return None
-    found = evaluate(job, model, exported, job.folder / f"test-{digest.hexdigest()[:16]}.pt")
-    scores = training.scores(found["probabilities"], found["labels"], dataset.classes)
-    served_errors = export.errors(found["served"].numpy(), found["labels"].numpy())
+    evaluation = evaluate(job, model, exported, job.folder / f"test-{digest.hexdigest()[:16]}.pt")
+    scores = training.classification_scores(
+        evaluation["probabilities"], evaluation["labels"], dataset.classes
+    )
+    served_errors = export.count_errors(evaluation["served"].numpy(), evaluation["labels"].numpy())
     record = {
         "dataset": dataset.record(scores["n"]),
-        "model": {"name": options.model, "parameters": models.parameters(model)},
+        "model": {"name": options.model, "parameters": models.count_parameters(model)},
         "hyperparameters": best.params,
         "training": {
             "samples": trained.samples,
@@ -74,27 +74,29 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
             "name": job.study.study_name,
             "id": job.member.study_id,
             "trial": best.number,
-            "trials": job.member.update(studies.finished),
-            "worth": job.member.update(lambda study: studies.worth(study, best.number)),
+            "trials": job.member.run_locked(studies.count_finished),
+            "worth": job.member.run_locked(
+                lambda study: studies.gain_over_baselines(study, best.number)
+            ),
         },
         "metrics": {
-            "validation": validation(job, best),
+            "validation": validation_metrics(job, best),
             "calibration": exported.metrics,
             "test": scores | {"served_errors": served_errors},
         },
         "calibration": exported.calibration,
         "engines": {"served": exported.served.engine, "left_out": exported.left_out},
         "quick": options.quick,
-        **origin(options),
+        **describe_origin(options),
     }
-    parts: dict[str, Any] = {key: part.numpy() for key, part in found.items()}
-    np.savez_compressed(predictions, **parts)
+    arrays: dict[str, Any] = {key: part.numpy() for key, part in evaluation.items()}
+    np.savez_compressed(predictions, **arrays)
     files["predictions"] = (".test.npz", predictions.getvalue())
-    if replaced(job):
+    if is_replaced(job):
         return None
     promote = options.promote
-    if exported.served.engine == "torch" and own.made(models.NETWORKS[options.model]):
-        log.warning("without ONNX nothing can serve a network of one's own; it is not made current")
+    if exported.served.engine == "torch" and plugins.is_from_plugin(models.NETWORKS[options.model]):
+        log.warning("without ONNX nothing can serve a plugin's network; it is not made current")
         promote = "never"
     name = registry.save(options.output, files, record, promote)
     return registry.record(options.output, name)[1] | {"name": name}
@@ -103,43 +105,43 @@ def save(job: Job, trained: Trained, screen: Display) -> dict[str, Any] | None:
 def evaluate(
     job: Job, model: torch.nn.Module, exported: export.Export, path: Path
 ) -> dict[str, torch.Tensor]:
-    """What is found on the test split, which is opened here only.
+    """Predictions on the test split, which only this function opens.
 
-    `probabilities` (N, classes) float32 of the weights and, as `served`, those of the file that is
-    served, `labels` (N,) int64; of the weights' worst MISTAKES the indices `mistakes` (M,) int64
-    and `images` (M, channels, size, size) uint8.
-    They are kept at `path` until the model is saved: who takes over from a process that was killed
-    in between does not evaluate again. Raises OSError where there is no room for them.
+    `probabilities` (N, classes) float32 of the weights, `served` those of the file that a server
+    runs, `labels` (N,) int64, and of the weights' worst MAX_MISTAKES the indices `mistakes` (M,)
+    int64 and `images` (M, channels, size, size) uint8. They are saved at `path` until the model is
+    saved, so that no process evaluates again after another one was killed in between. Raises
+    OSError where the disk has no room for them.
     """
-    kept = restore(path)
-    if kept is None:
+    evaluation = load_checkpoint(path)
+    if evaluation is None:
         quota = job.options.disk_quota
-        room = [shutil.disk_usage(job.folder).free]
-        room += [] if quota is None else [quota - used(job.options.artifacts)]
-        if min(room) < EVALUATION_BYTES:
+        free_bytes = [shutil.disk_usage(job.folder).free]
+        free_bytes += [] if quota is None else [quota - folder_bytes(job.options.artifacts)]
+        if min(free_bytes) < EVALUATION_BYTES:
             raise OSError(f"no room for the evaluation in {job.folder}; it is not begun")
         test = job.dataset.open_test()
         images = test.images.to(job.device)
         temperature = exported.calibration["temperature"]
         probabilities = training.predict(model, job.dataset, images, temperature)
-        worst = training.worst(probabilities, test.labels, MISTAKES)
-        kept = {
+        worst = training.worst_mistakes(probabilities, test.labels, MAX_MISTAKES)
+        evaluation = {
             "probabilities": probabilities,
             "served": torch.from_numpy(exported.served(test.images.numpy())),
             "labels": test.labels,
             "mistakes": worst,
             "images": test.images[worst],
         }
-        keep(kept, path)
-    return kept
+        save_checkpoint(evaluation, path)
+    return evaluation
 
 
-def validation(job: Job, best: FrozenTrial) -> dict[str, Any]:
-    """The winner's errors as a trial, and its accuracy on fresh seeds."""
+def validation_metrics(job: Job, best: FrozenTrial) -> dict[str, Any]:
+    """The winner's errors as a trial, and its accuracies on fresh seeds."""
     assert best.value is not None
     n = len(job.dataset.validation)
-    fresh = job.member.update(lambda study: studies.confirmations(study, best.number))
-    values = fresh or [best.value]
+    confirmed = job.member.run_locked(lambda study: studies.confirmations(study, best.number))
+    values = confirmed or [best.value]
     return {
         "errors": round((1 - best.value) * n),
         "n": n,

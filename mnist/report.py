@@ -1,5 +1,4 @@
-"""A study one can look at: the page NAME.report.html, and its pictures and a note in
-optuna-dashboard."""
+"""The report of a study: the page NAME.report.html, and figures and a note in optuna-dashboard."""
 
 import base64
 import collections
@@ -19,25 +18,25 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import plots, registry
 from mnist import study as studies
-from mnist.display import words, worth
+from mnist.display import describe_gain, format_params
 from mnist.members import Member
 from mnist.scores import calibration_error
 
-ENDING = ".report.html"
+SUFFIX = ".report.html"
 
-Kept = dict[str, NDArray[Any]]
+Predictions = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is told of a saved model and of its study, which is a copy; pictures are PNG files."""
+    """The content of a report; `study` is a copy in memory, figures are PNG files by name."""
 
     name: str
     record: registry.Record
     study: optuna.Study
-    kept: Kept
-    of_study: dict[str, bytes]
-    of_model: dict[str, bytes]
+    predictions: Predictions
+    study_figures: dict[str, bytes]
+    model_figures: dict[str, bytes]
 
     @property
     def best(self) -> FrozenTrial:
@@ -45,60 +44,63 @@ class Report:
 
 
 def make(member: Member, name: str, output: Path, artifacts: Path) -> None:
-    """Explain a saved model and its study: a page beside the weights, pictures in the dashboard.
+    """Write the report page beside the weights, and add the figures to the dashboard.
 
-    Both are made once; the page again where it is missing. Nothing is done for a model that
-    another machine saved: that one has what it takes.
+    Both are made once; a missing page is made again. A model in another machine's registry is
+    skipped, as only that machine has its files.
     """
     if name not in registry.read(output)["models"]:
         return
-    page, shown = output / f"{name}{ENDING}", member.update(_shown)
-    if page.exists() and name in shown:
+    page, reported = output / f"{name}{SUFFIX}", member.run_locked(_reported_models)
+    if page.exists() and name in reported:
         return
     with np.load(registry.file(output, name, "predictions")) as file:
-        kept = dict(file)
-    report = draw(member.update(copy), name, registry.record(output, name)[1], kept)
-    registry.put_beside(output, name, ENDING, write(report).encode())
-    if name not in shown:
-        where = f"Model: `{output / name}.pth`\n\nReport: `{page}`"
-        member.update(lambda study: show(study, report, artifacts, where))
+        predictions = dict(file)
+    study, record = member.run_locked(copy_to_memory), registry.record(output, name)[1]
+    report = draw(study, name, record, predictions)
+    registry.put_beside(output, name, SUFFIX, render_page(report).encode())
+    if name not in reported:
+        location = f"Model: `{output / name}.pth`\n\nReport: `{page}`"
+        member.run_locked(lambda study: add_to_dashboard(study, report, artifacts, location))
 
 
-def _shown(study: optuna.Study) -> list[str]:
-    """The models whose pictures the study has, or had."""
+def _reported_models(study: optuna.Study) -> list[str]:
+    """The models whose figures were added to the study."""
     return study.user_attrs.get("reports", [])
 
 
-def copy(study: optuna.Study) -> optuna.Study:
-    """The study as it is now, in memory, to be looked at for as long as that takes."""
+def copy_to_memory(study: optuna.Study) -> optuna.Study:
+    """A snapshot of the study in memory, which needs no lock while figures are drawn."""
     memory = optuna.storages.InMemoryStorage()
     name = study.study_name
     optuna.copy_study(from_study_name=name, from_storage=study._storage, to_storage=memory)
     return optuna.load_study(study_name=name, storage=memory)
 
 
-def draw(study: optuna.Study, name: str, record: registry.Record, kept: Kept) -> Report:
-    """`kept` are the arrays of the model's predictions file, as release.evaluate() made them."""
-    shares = studies.importance(study) is not None
-    of_study = plots.of_study(study, record["study"]["trial"], shares)
-    of_model = plots.of_model(record["dataset"]["classes"], kept)
-    return Report(name, record, study, kept, of_study, of_model)
+def draw(
+    study: optuna.Study, name: str, record: registry.Record, predictions: Predictions
+) -> Report:
+    """Draw the figures; `predictions` are the arrays of release.evaluate()."""
+    with_importance = studies.compute_importance(study) is not None
+    study_figures = plots.plot_study(study, record["study"]["trial"], with_importance)
+    model_figures = plots.plot_model(record["dataset"]["classes"], predictions)
+    return Report(name, record, study, predictions, study_figures, model_figures)
 
 
-# --- in words
+# --- the text
 
 
-def asked(report: Report) -> list[str]:
-    """What the study was to find, in sentences."""
+def describe_task(report: Report) -> list[str]:
+    """Sentences about the task of the study."""
     record, options = report.record, report.record["options"]
     data, model, splits = record["dataset"], record["model"], record["dataset"]["splits"]
-    kind = "grey" if data["channels"] == 1 else "colour"
-    most = report.study.user_attrs.get("plan", {}).get("trial_samples", splits["train"])
+    colour = "grey" if data["channels"] == 1 else "colour"
+    samples = report.study.user_attrs.get("plan", {}).get("trial_samples", splits["train"])
     return [
-        f"The best {listed(list(report.best.params))} for the network {model['name']} "
+        f"The best {join_words(list(report.best.params))} for the network {model['name']} "
         f"({model['parameters']:,} parameters) on {data['name']}: {len(data['classes'])} classes "
-        f"of {kind} images, {data['size']}x{data['size']}.",
-        f"{record['study']['trials']} trials, each on at most {most:,} images (of "
+        f"of {colour} images, {data['size']}x{data['size']}.",
+        f"{record['study']['trials']} trials, each on at most {samples:,} images (of "
         f"{splits['train']:,} for training), were compared on {splits['validation']:,} validation "
         f"images; sampler {options['sampler']}, pruner {options['pruner']}, seed {record['seed']}. "
         f"The final model was trained on both, and tested once on {splits['test']:,} images that "
@@ -106,9 +108,9 @@ def asked(report: Report) -> list[str]:
     ]
 
 
-def found(report: Report) -> list[str]:
-    """How the study and its model turned out, in sentences."""
-    summary = studies.summary(report.study, report.best.number)
+def describe_result(report: Report) -> list[str]:
+    """Sentences about the result of the study."""
+    summary = studies.summarise(report.study, report.best.number)
     counts, test = summary["trials"], report.record["metrics"]["test"]
     low, high = test["interval95"]
     engine = report.record.get("engines", {}).get("served", "torch")  # old records have none
@@ -117,18 +119,18 @@ def found(report: Report) -> list[str]:
         f"{test['errors']:,} of {test['n']:,} test images are read wrong: {test['accuracy']:.2%} "
         f"are right (95 % interval {low:.2%} to {high:.2%}).",
         *([] if engine == "torch" else [served]),
-        won(summary["best"], report.record["metrics"]["validation"]),
-        compared(summary["best"], summary["first"]),
-        *([f"{text[0].upper()}{text[1:]}."] if (text := worth(report.record)) else []),
+        describe_winner(summary["best"], report.record["metrics"]["validation"]),
+        describe_first(summary["best"], summary["first"]),
+        *([f"{text[0].upper()}{text[1:]}."] if (text := describe_gain(report.record)) else []),
         f"{counts['complete']} trials were completed, {counts['pruned']} pruned, "
         f"{counts['fail']} failed.",
     ]
 
 
-def won(best: dict[str, Any], confirmed: dict[str, Any]) -> str:
+def describe_winner(best: dict[str, Any], confirmed: dict[str, Any]) -> str:
     text = (
-        f"Trial {best['number']} won, with {words(best['params'])}: {best['accuracy']:.2%} of the "
-        "validation images right."
+        f"Trial {best['number']} won, with {format_params(best['params'])}: "
+        f"{best['accuracy']:.2%} of the validation images right."
     )
     if confirmed["std"] is None:
         return text
@@ -136,11 +138,11 @@ def won(best: dict[str, Any], confirmed: dict[str, Any]) -> str:
     return f"{text} On {confirmed['seeds']} fresh seeds it is {fresh}."
 
 
-def compared(best: dict[str, Any], first: dict[str, Any]) -> str:
-    """The first trial beside the best one."""
+def describe_first(best: dict[str, Any], first: dict[str, Any]) -> str:
+    """The first trial compared with the best one."""
     if first["number"] == best["number"]:
         return "It was the first trial."
-    text = f"The first trial, with {words(first['params'])},"
+    text = f"The first trial, with {format_params(first['params'])},"
     if first["state"] == "pruned":
         return f"{text} was pruned at {first['accuracy']:.2%}."
     points = 100 * (best["accuracy"] - first["accuracy"])
@@ -148,21 +150,21 @@ def compared(best: dict[str, Any], first: dict[str, Any]) -> str:
     return f"{text} reached {first['accuracy']:.2%}: {compared}."
 
 
-def listed(names: list[str]) -> str:
+def join_words(names: list[str]) -> str:
     """ "a, b and c" """
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def span(distribution: BaseDistribution) -> str:
-    """What a hyperparameter was drawn from: "32 to 256, on a log scale"."""
+def describe_distribution(distribution: BaseDistribution) -> str:
+    """A distribution in words, such as "32 to 256, on a log scale"."""
     if isinstance(distribution, CategoricalDistribution):
         return ", ".join(map(str, distribution.choices))
     scale = ", on a log scale" if getattr(distribution, "log", False) else ""
     return f"{distribution.low:g} to {distribution.high:g}{scale}"  # type: ignore[attr-defined]
 
 
-def failures(trials: list[FrozenTrial]) -> list[tuple[int, str]]:
-    """How many trials failed for each kind of reason, the most frequent first, with an example."""
+def count_failures(trials: list[FrozenTrial]) -> list[tuple[int, str]]:
+    """The number of failed trials by kind of reason, the most frequent first, with an example."""
     failed = [trial for trial in trials if trial.state == TrialState.FAIL]
     reasons = [trial.user_attrs.get("fail_reason", "no reason was recorded") for trial in failed]
     kinds = collections.Counter(reason.split(":")[0] for reason in reasons).most_common()
@@ -172,70 +174,75 @@ def failures(trials: list[FrozenTrial]) -> list[tuple[int, str]]:
 # --- the page
 
 
-def write(report: Report) -> str:
-    """The page: HTML that needs nothing but itself."""
+def render_page(report: Report) -> str:
+    """The report as HTML without external files."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html")
-    trials, kept, classes = report.study.trials, report.kept, report.record["dataset"]["classes"]
+    trials, predictions = report.study.trials, report.predictions
+    classes, distributions = report.record["dataset"]["classes"], report.best.distributions
     return template.render(
         name=report.name,
         record=report.record,
-        asked=asked(report),
-        found=found(report),
-        space={key: span(each) for key, each in report.best.distributions.items()},
+        task=describe_task(report),
+        result=describe_result(report),
+        space={name: describe_distribution(value) for name, value in distributions.items()},
         best=report.best.params,
-        failures=failures(trials),
+        failures=count_failures(trials),
         set_aside=report.study.user_attrs.get("set_aside", {}),
         complete=sum(trial.state == TrialState.COMPLETE for trial in trials),
         images={
             key: base64.b64encode(png).decode()
-            for key, png in (report.of_study | report.of_model).items()
+            for key, png in (report.study_figures | report.model_figures).items()
         },
-        counts=np.bincount(kept["labels"], minlength=len(classes)).tolist(),
-        error=calibration_error(kept["probabilities"], kept["labels"]),
-        mistakes=mistakes(classes, kept),
+        counts=np.bincount(predictions["labels"], minlength=len(classes)).tolist(),
+        error=calibration_error(predictions["probabilities"], predictions["labels"]),
+        mistakes=describe_mistakes(classes, predictions),
     )
 
 
-def mistakes(classes: list[str], kept: Kept) -> list[str]:
-    """The pictured mistakes in words, for who does not see them."""
-    at = kept.get("mistakes", np.empty(0, np.int64))
-    each = plots.told_wrong(classes, kept["probabilities"][at], kept["labels"][at])
-    return [f"{true} read as {read}" for true, read, *_ in each]
+def describe_mistakes(classes: list[str], predictions: Predictions) -> list[str]:
+    """The mistakes in the figure as text, for readers who do not see it."""
+    at = predictions.get("mistakes", np.empty(0, np.int64))
+    probabilities, labels = predictions["probabilities"][at], predictions["labels"][at]
+    mistakes = plots.list_mistakes(classes, probabilities, labels)
+    return [f"{true} read as {read}" for true, read, *_ in mistakes]
 
 
 # --- in optuna-dashboard
 
 
-def show(study: optuna.Study, report: Report, artifacts: Path, where: str) -> None:
-    """Attach the model's pictures to its trial, the others to the study, and write the note."""
+def add_to_dashboard(study: optuna.Study, report: Report, artifacts: Path, location: str) -> None:
+    """Attach the model's figures to its trial, the others to the study, and write the note."""
     from optuna_dashboard import save_note
 
-    if report.name in _shown(study):  # by another member, meanwhile
+    if report.name in _reported_models(study):  # another member added it meanwhile
         return
     trial_id = study.get_trials(deepcopy=False)[report.best.number]._trial_id
-    attach(study, "artifacts:", report.of_study, artifacts)
-    # A finished trial takes no attributes any more; the dashboard looks here for its artifacts too.
-    attach(study, f"dashboard:artifacts:{trial_id}:", report.of_model, artifacts)
-    parts = ["## Asked", *asked(report), "## Found", *found(report), "## Where", where]
+    attach_artifacts(study, "artifacts:", report.study_figures, artifacts)
+    # A finished trial takes no attributes; the dashboard also reads this key for its artifacts.
+    attach_artifacts(study, f"dashboard:artifacts:{trial_id}:", report.model_figures, artifacts)
+    task, result = describe_task(report), describe_result(report)
+    parts = ["## Asked", *task, "## Found", *result, "## Where", location]
     save_note(study, "\n\n".join(parts))
-    study.set_user_attr("reports", [*_shown(study), report.name])
+    study.set_user_attr("reports", [*_reported_models(study), report.name])
 
 
-def attach(study: optuna.Study, place: str, pictures: dict[str, bytes], folder: Path) -> None:
-    """Make the pictures Optuna artifacts; those of an earlier model give way to them.
+def attach_artifacts(
+    study: optuna.Study, prefix: str, pictures: dict[str, bytes], folder: Path
+) -> None:
+    """Store figures as Optuna artifacts; they replace those of an earlier model.
 
-    An artifact's id follows from its study, place and name: nothing is attached twice, whenever
-    a command was stopped.
+    An artifact's id follows from its study, place and name, so an interrupted command attaches
+    nothing twice.
     """
     storage, store = study._storage, FileSystemArtifactStore(folder)
     for key, png in pictures.items():
-        artifact_id = str(uuid.uuid5(uuid.UUID(study.user_attrs["id"]), place + key))
-        about = {"artifact_id": artifact_id, "filename": f"{key}.png"}
-        kind = {"mimetype": "image/png", "encoding": None}
+        artifact_id = str(uuid.uuid5(uuid.UUID(study.user_attrs["id"]), prefix + key))
+        entry = {"artifact_id": artifact_id, "filename": f"{key}.png"}
+        media_type = {"mimetype": "image/png", "encoding": None}
         store.write(artifact_id, io.BytesIO(png))
         storage.set_study_system_attr(
-            study._study_id, place + artifact_id, json.dumps(about | kind)
+            study._study_id, prefix + artifact_id, json.dumps(entry | media_type)
         )

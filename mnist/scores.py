@@ -1,4 +1,4 @@
-"""How far a model's probabilities can be believed."""
+"""Calibration of probabilities: reliability bins and the expected calibration error."""
 
 from typing import Any
 
@@ -11,24 +11,24 @@ Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
 
-def reliability(probabilities: Floats, labels: Labels) -> NDArray[np.float64]:
-    """How far confidence can be believed, as (bins, 3): images, their mean confidence, accuracy.
+def reliability_bins(probabilities: Floats, labels: Labels) -> NDArray[np.float64]:
+    """A reliability diagram (bins, 3): number of images, mean confidence, accuracy.
 
-    Confidence is the probability of the class that is read, in BINS bins of equal width; empty
-    bins are left out.
+    Confidence is the probability of the predicted class, in BINS bins of equal width; empty bins
+    are left out.
     """
     confidence = probabilities.max(1).astype(np.float64)
-    right = (probabilities.argmax(1) == labels).astype(np.float64)
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    n, sure, true = (np.bincount(place, part, BINS) for part in (None, confidence, right))
-    there = n > 0
-    return np.stack([n[there], sure[there] / n[there], true[there] / n[there]], 1)
+    correct = (probabilities.argmax(1) == labels).astype(np.float64)
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    n, sums, hits = (np.bincount(bins, weights, BINS) for weights in (None, confidence, correct))
+    filled = n > 0
+    return np.stack([n[filled], sums[filled] / n[filled], hits[filled] / n[filled]], 1)
 
 
 def calibration_error(probabilities: Floats, labels: Labels) -> float:
-    """The expected calibration error (0..1): how far confidence and accuracy are apart.
+    """The expected calibration error (0..1): the mean gap between confidence and accuracy.
 
-    Guo et al. 2017, arXiv 1706.04599; over the bins of reliability(), weighted by their images.
+    Guo et al. 2017, arXiv 1706.04599; over reliability_bins(), weighted by their images.
     """
-    n, sure, true = reliability(probabilities, labels).T
-    return round(float(n @ np.abs(true - sure) / n.sum()), 5)
+    n, confidences, accuracies = reliability_bins(probabilities, labels).T
+    return round(float(n @ np.abs(accuracies - confidences) / n.sum()), 5)

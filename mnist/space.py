@@ -1,4 +1,4 @@
-"""What a search may choose: the hyperparameters, named spaces, files and entries of one's own."""
+"""Search spaces: the hyperparameters, named spaces, files and single entries."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -19,45 +19,45 @@ Space = dict[str, BaseDistribution]
 
 
 class SpaceError(ValueError):
-    """A space, or an entry of one, that cannot be searched."""
+    """A search space or an entry of one is invalid."""
 
 
 @dataclass(frozen=True)
-class Number:
-    """A hyperparameter that is a number of `low` to `high`."""
+class NumberRange:
+    """A numeric hyperparameter, from `low` to `high`."""
 
     low: float
     high: float
-    text: str
+    description: str
     whole: bool = False
 
-    def limits(self) -> str:
+    def describe_limits(self) -> str:
         return f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A hyperparameter that is one of a few words."""
+class Choices:
+    """A categorical hyperparameter."""
 
     words: tuple[str, ...]
-    text: str
+    description: str
 
-    def limits(self) -> str:
+    def describe_limits(self) -> str:
         return ", ".join(self.words)
 
 
-HYPERPARAMETERS: dict[str, Number | Choice] = {
-    "batch_size": Number(1, 4096, "images a step", whole=True),
-    "optimizer": Choice(training.OPTIMIZERS, "what turns gradients into steps"),
-    "lr": Number(1e-8, 10, "learning rate, the highest of its schedule"),
-    "weight_decay": Number(0, 1, "pulls weights to zero"),
-    "momentum": Number(0, 0.999, "of SGD and RMSprop; the others pass over it"),
-    "label_smoothing": Number(0, 0.5, "share of the wanted output that goes to all classes"),
-    "dropout": Number(0, 0.9, "of all the network's dropout layers"),
-    "augmentation": Number(0, 3, "strength of random turns, scalings and shifts"),
-    "schedule": Choice(training.SCHEDULES, "how the learning rate falls after its warm-up"),
+HYPERPARAMETERS: dict[str, NumberRange | Choices] = {
+    "batch_size": NumberRange(1, 4096, "images a step", whole=True),
+    "optimizer": Choices(training.OPTIMIZERS, "what turns gradients into steps"),
+    "lr": NumberRange(1e-8, 10, "learning rate, the highest of its schedule"),
+    "weight_decay": NumberRange(0, 1, "pulls weights to zero"),
+    "momentum": NumberRange(0, 0.999, "of SGD and RMSprop; the others pass over it"),
+    "label_smoothing": NumberRange(0, 0.5, "share of the wanted output that goes to all classes"),
+    "dropout": NumberRange(0, 0.9, "of all the network's dropout layers"),
+    "augmentation": NumberRange(0, 3, "strength of random turns, scalings and shifts"),
+    "schedule": Choices(training.SCHEDULES, "how the learning rate falls after its warm-up"),
 }
-"""The hyperparameters of training.fit, and what they may be."""
+"""The hyperparameters of training.fit, with their limits."""
 
 DEFAULT: Space = {
     "batch_size": IntDistribution(32, 256, log=True),
@@ -78,8 +78,8 @@ SPACES = {"default": DEFAULT, "wide": WIDE}
 SPECS = "float:LOW:HIGH, int:LOW:HIGH, either with :log, choice:A,B,… or a single value"
 
 
-def read(name: str, entries: Iterable[str] = (), dropout: bool = True) -> Space:
-    """The space called `name`, or of that TOML file, with each "NAME=SPEC" of `entries` in it.
+def read_space(name: str, entries: Iterable[str] = (), dropout: bool = True) -> Space:
+    """The named space or TOML file `name`; each "NAME=SPEC" of `entries` replaces or adds an entry.
 
     `dropout`: whether the network has dropout layers. Raises SpaceError, which names the entry.
     """
@@ -89,14 +89,14 @@ def read(name: str, entries: Iterable[str] = (), dropout: bool = True) -> Space:
             space["dropout"] = FloatDistribution(0.0, 0.7)
     else:
         try:
-            space = {key: distribution(key, spec) for key, spec in _file(name).items()}
+            space = {key: parse_distribution(key, spec) for key, spec in _read_file(name).items()}
         except SpaceError as error:
             raise SpaceError(f"{name}: {error}") from error
     for entry in entries:
         key, equals, spec = entry.partition("=")
         if not equals:
             raise SpaceError(f"{entry!r} is not NAME=SPEC, such as lr=float:1e-5:1e-1:log")
-        space[key.strip()] = distribution(key.strip(), spec.strip())
+        space[key.strip()] = parse_distribution(key.strip(), spec.strip())
     if not space:
         raise SpaceError(f'{name} has no entries; one line is, e.g., lr = "float:1e-5:1e-1:log"')
     if "dropout" in space and not dropout:
@@ -104,7 +104,7 @@ def read(name: str, entries: Iterable[str] = (), dropout: bool = True) -> Space:
     return space
 
 
-def _file(name: str) -> Mapping[str, Any]:
+def _read_file(name: str) -> Mapping[str, Any]:
     try:
         with Path(name).open("rb") as stream:
             return tomllib.load(stream)
@@ -114,65 +114,67 @@ def _file(name: str) -> Mapping[str, Any]:
         raise SpaceError(f"the file cannot be read: {error}") from error
 
 
-def distribution(key: str, spec: Any) -> BaseDistribution:
-    """What `spec`, one of SPECS, lets the hyperparameter `key` be. Raises SpaceError."""
-    known = HYPERPARAMETERS.get(key)
-    if known is None:
+def parse_distribution(key: str, spec: Any) -> BaseDistribution:
+    """The distribution of hyperparameter `key` by `spec`, one of SPECS. Raises SpaceError."""
+    param = HYPERPARAMETERS.get(key)
+    if param is None:
         raise SpaceError(f"{key}: no such hyperparameter; known: {', '.join(HYPERPARAMETERS)}")
     if spec == []:
         raise SpaceError(f"{key}: the list is empty; give it a value, or leave the entry out")
     if isinstance(spec, list):  # in TOML: ["Adam", "SGD"]
-        return _one_of(key, known, map(str, spec))
+        return _parse_choices(key, param, map(str, spec))
     kind, *parts = str(spec).split(":")
     if kind in ("float", "int"):
-        return _range(key, known, kind, parts, str(spec))
+        return _parse_range(key, param, kind, parts, str(spec))
     words = parts[0].split(",") if kind == "choice" and len(parts) == 1 else [str(spec)]
-    return _one_of(key, known, words)
+    return _parse_choices(key, param, words)
 
 
-def _one_of(key: str, known: Number | Choice, words: Iterable[str]) -> CategoricalDistribution:
-    values = [_value(key, known, word.strip()) for word in words]
+def _parse_choices(
+    key: str, param: NumberRange | Choices, words: Iterable[str]
+) -> CategoricalDistribution:
+    values = [_parse_value(key, param, word.strip()) for word in words]
     return CategoricalDistribution(list(dict.fromkeys(values)))
 
 
-def _range(
-    key: str, known: Number | Choice, kind: str, parts: list[str], spec: str
+def _parse_range(
+    key: str, param: NumberRange | Choices, kind: str, parts: list[str], spec: str
 ) -> BaseDistribution:
     log = parts[2:] == ["log"]
-    if len(parts) != 2 + log or isinstance(known, Choice) or known.whole != (kind == "int"):
-        wanted = "int" if isinstance(known, Number) and known.whole else "float"
-        example = "choice:A,B" if isinstance(known, Choice) else f"{wanted}:LOW:HIGH[:log]"
+    if len(parts) != 2 + log or isinstance(param, Choices) or param.whole != (kind == "int"):
+        kind_name = "int" if isinstance(param, NumberRange) and param.whole else "float"
+        example = "choice:A,B" if isinstance(param, Choices) else f"{kind_name}:LOW:HIGH[:log]"
         raise SpaceError(f"{key}: {spec!r} does not fit; {example} does, or a single value")
-    low, high = (_value(key, known, part) for part in parts[:2])
+    low, high = (_parse_value(key, param, part) for part in parts[:2])
     if low > high or (log and low <= 0):
-        why = "LOW is above HIGH" if low > high else "log needs LOW above 0"
-        raise SpaceError(f"{key}: {spec!r}: {why}")
+        reason = "LOW is above HIGH" if low > high else "log needs LOW above 0"
+        raise SpaceError(f"{key}: {spec!r}: {reason}")
     if kind == "int":
         return IntDistribution(int(low), int(high), log=log)
     return FloatDistribution(low, high, log=log)
 
 
-def _value(key: str, known: Number | Choice, word: str) -> Any:
-    if isinstance(known, Choice):
-        if word not in known.words:
+def _parse_value(key: str, param: NumberRange | Choices, word: str) -> Any:
+    if isinstance(param, Choices):
+        if word not in param.words:
             hint = f"; choice:{word} lets each be chosen" if "," in word else ""
-            raise SpaceError(f"{key}: {word!r} is not one of {known.limits()}{hint}")
+            raise SpaceError(f"{key}: {word!r} is not one of {param.describe_limits()}{hint}")
         return word
     try:
-        value = int(word) if known.whole else float(word)
+        value = int(word) if param.whole else float(word)
     except ValueError as error:
-        kind, name = ("a whole number", "int") if known.whole else ("a number", "float")
+        kind, name = ("a whole number", "int") if param.whole else ("a number", "float")
         raise SpaceError(
             f"{key}: {word!r} is not {kind}; it may be {name}:LOW:HIGH, that with :log, "
             "choice:A,B,… or a single value"
         ) from error
-    if not known.low <= value <= known.high:
-        raise SpaceError(f"{key}: {word} is not in {known.limits()}")
+    if not param.low <= value <= param.high:
+        raise SpaceError(f"{key}: {word} is not in {param.describe_limits()}")
     return value
 
 
-def inside(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `params` that the space lets be chosen."""
+def filter_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `params` that lie inside the space."""
     return {
         key: value for key, value in params.items() if key in space and _contains(space[key], value)
     }

@@ -1,4 +1,4 @@
-"""A part of a data set, and how images are cut into such parts."""
+"""Splits of a data set, and stratified splitting."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
-SPLIT_SEED = 2026  # of every cut; never --seed, so that every study sees the same cut
+SPLIT_SEED = 2026  # never --seed, so that all studies have the same splits
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Split:
         return len(self.labels)
 
     def head(self, n: int) -> "Split":
-        """The first n samples; the splits are shuffled, so this is a fair sample."""
+        """The first n samples, which are a random sample, as splits are shuffled."""
         return Split(self.images[:n], self.labels[:n])
 
     def __add__(self, other: "Split") -> "Split":
@@ -31,21 +31,21 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
-def cut(
-    index: np.ndarray, labels: np.ndarray, share: float | int, least: int = 1
+def split_stratified(
+    index: np.ndarray, labels: np.ndarray, share: float | int, min_per_class: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`index` (N,) in two shuffled, stratified parts; `share` goes to the second.
+    """Split `index` (N,) into two shuffled, stratified parts; the second one has `share`.
 
-    A float is a share of 1, enlarged for small data: `least` of each class are in the second part,
-    and one in the first, where the class has that many. An int is a number, and kept to.
+    A float is a share (0..1), enlarged for small data: the second part has `min_per_class` of each
+    class, and the first part at least one, if the class is large enough. An int is the exact size.
     """
-    second = share
+    second_size = share
     if isinstance(share, float):
-        # With n / m of n images in a part, of which a class has m, at least one of it is there.
+        # If the smallest class has m of n images, a part with n / m images has at least one of it.
         ratio = len(index) / np.unique(labels[index], return_counts=True)[1].min()
-        second = max(round(share * len(index)), math.ceil(least * ratio))
-        second = min(second, len(index) - math.ceil(ratio))
-    first, rest = train_test_split(
-        index, test_size=second, stratify=labels[index], random_state=SPLIT_SEED
+        second_size = max(round(share * len(index)), math.ceil(min_per_class * ratio))
+        second_size = min(second_size, len(index) - math.ceil(ratio))
+    first, second = train_test_split(
+        index, test_size=second_size, stratify=labels[index], random_state=SPLIT_SEED
     )
-    return first, rest
+    return first, second

@@ -1,4 +1,4 @@
-"""The study and its record: space, sampler, pruner, fingerprint, best trial, summary."""
+"""The Optuna study: sampler, pruner, fingerprint, best trials, baselines, summary."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,23 +12,23 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist import budget
-from mnist.data import FOLDER, Dataset
-from mnist.space import DEFAULT, Space, inside
+from mnist.data import FOLDER_PREFIX, Dataset
+from mnist.space import DEFAULT, Space, filter_params
 
-FIRST = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
-IMPORTANCE_FROM = 10  # complete trials, below which an importance would be noise
-YARDSTICKS = ("first", "median")
-CONFIRM_SEEDS = 2  # fresh ones, on which the best trials and the yardsticks are run again
-BUSY_S = 60  # how long SQLite waits for another process's statement
-# After which PostgreSQL ends a transaction that does nothing, or waits for a lock; less than
-# members.GRACE_S, so that a trial is free before another member takes it.
-STALL_S = 30.0
+FIRST_PARAMS = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
+MIN_TRIALS_FOR_IMPORTANCE = 10  # complete trials; with fewer, importances are noise
+BASELINES = ("first", "median")
+CONFIRM_SEEDS = 2  # fresh seeds, on which the best trials and the baselines are trained again
+SQLITE_TIMEOUT_S = 60  # how long SQLite waits for another process's statement
+# Time after which PostgreSQL ends an idle transaction or a wait for a lock; less than
+# members.GRACE_PERIOD_S, so that a trial is free before another member claims it.
+TRANSACTION_TIMEOUT_S = 30.0
 STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError)  # a full disk, a lost server
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class StudyError(RuntimeError):
-    """A study that cannot be opened or continued with this command."""
+    """A study that this command cannot open or continue."""
 
 
 def open_study(storage: str, name: str) -> optuna.Study:
@@ -41,12 +41,12 @@ def open_study(storage: str, name: str) -> optuna.Study:
         if "id" not in study.user_attrs:
             study.set_user_attr("id", uuid4().hex)
     except (*STORAGE_ERRORS, ImportError, ValueError) as error:
-        raise unusable(storage, str(getattr(error, "orig", None) or error)) from error
+        raise unusable_storage(storage, str(getattr(error, "orig", None) or error)) from error
     return study
 
 
 def without_password(storage: str) -> str:
-    """The storage's URL as it may be shown and recorded."""
+    """The storage's URL without its password, for output and records."""
     try:
         return make_url(storage).render_as_string(hide_password=True)
     except SQLAlchemyError:
@@ -54,32 +54,34 @@ def without_password(storage: str) -> str:
 
 
 def engine_kwargs(storage: str) -> dict[str, Any]:
-    """What SQLAlchemy's engine needs for that kind of database; raises StudyError for no URL."""
+    """Arguments of SQLAlchemy's engine for a storage; raises StudyError for a malformed URL."""
     try:
         kind = make_url(storage).get_backend_name()
     except SQLAlchemyError as error:
-        raise unusable(storage, str(error)) from error
+        raise unusable_storage(storage, str(error)) from error
     if kind == "sqlite":
-        return {"connect_args": {"timeout": BUSY_S}}
-    if kind == "postgresql":  # so that a server that hangs is noticed: libpq's parameters
-        seconds = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5}
-        rest = {"keepalives_count": 3, "tcp_user_timeout": 30_000}
-        events = [(limit, "connect")]
-        return {"pool_pre_ping": True, "connect_args": seconds | rest, "pool_events": events}
+        return {"connect_args": {"timeout": SQLITE_TIMEOUT_S}}
+    if kind == "postgresql":  # libpq's parameters, which detect a server that hangs
+        timeouts = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5}
+        keepalives = {"keepalives_count": 3, "tcp_user_timeout": 30_000}
+        events = [(set_transaction_timeout, "connect")]
+        return {"pool_pre_ping": True, "connect_args": timeouts | keepalives, "pool_events": events}
     return {"pool_pre_ping": True}
 
 
-def limit(connection: Any, _: Any) -> None:
-    """Have PostgreSQL end transactions of this new connection that stall for STALL_S: a process
-    stopped in one would keep its locks, and others waiting, for as long as its machine sleeps."""
+def set_transaction_timeout(connection: Any, _: Any) -> None:
+    """Let PostgreSQL end transactions of a new connection that stall for TRANSACTION_TIMEOUT_S.
+
+    A process suspended in a transaction would hold its locks for as long as its machine sleeps.
+    """
     with connection.cursor() as cursor:
         for name in ("idle_in_transaction_session_timeout", "lock_timeout"):
-            cursor.execute(f"SET {name} = {int(STALL_S * 1000)}")
+            cursor.execute(f"SET {name} = {int(TRANSACTION_TIMEOUT_S * 1000)}")
     connection.commit()
 
 
-def unusable(storage: str, reason: str) -> StudyError:
-    """The error for a storage that cannot be opened, in one line."""
+def unusable_storage(storage: str, reason: str) -> StudyError:
+    """The one-line error for a storage that cannot be opened."""
     return StudyError(
         f"--storage {without_password(storage)!r} cannot be opened: "
         f"{reason.strip().splitlines()[0]}; a URL such as sqlite:///db.sqlite3 is wanted"
@@ -87,13 +89,13 @@ def unusable(storage: str, reason: str) -> StudyError:
 
 
 def sqlite_file(storage: str) -> Path | None:
-    """The database's file, where the storage is one."""
+    """The file of an SQLite database; None for other storages."""
     try:
         url = make_url(storage)
     except SQLAlchemyError:
         return None
-    file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    return Path(str(url.database)).resolve() if file else None
+    is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)).resolve() if is_file else None
 
 
 def fingerprint(
@@ -103,11 +105,13 @@ def fingerprint(
     space: Space = DEFAULT,
     plain: bool = False,
 ) -> dict[str, Any]:
-    """What must be the same for two trials to be compared."""
-    named = dataset.name.startswith(FOLDER)  # where a class can be renamed, its pictures unchanged
-    return ({"classes": ", ".join(dataset.classes)} if named else {}) | {
+    """The properties that all trials of a study share, as only such trials can be compared."""
+    is_folder = dataset.name.startswith(
+        FOLDER_PREFIX
+    )  # a class folder may be renamed, its files the same
+    return ({"classes": ", ".join(dataset.classes)} if is_folder else {}) | {
         "data": dataset.sha256[:16],
-        "split": dataset.cut[:16],
+        "split": dataset.split_sha256[:16],
         "validation images": len(dataset.validation),
         "network": network,
         "layers": "plain" if plain else "in their training form",
@@ -116,67 +120,75 @@ def fingerprint(
     }
 
 
-def agree(study: optuna.Study, wanted: dict[str, Any], finished: bool = False) -> None:
-    """Keep the fingerprint of a new study; raise StudyError if an existing study's differs.
+def check_fingerprint(study: optuna.Study, current: dict[str, Any], finished: bool = False) -> None:
+    """Store the fingerprint of a new study; raise StudyError where an existing one differs.
 
-    A `finished` study trains nothing more, so one without "layers" is accepted: it was made before
-    training forms existed.
+    A `finished` study trains nothing more, so it is accepted without "layers": it is older than
+    training forms.
     """
-    kept = study.user_attrs.get("fingerprint")
-    if kept is None:
+    recorded = study.user_attrs.get("fingerprint")
+    if recorded is None:
         if study.get_trials(deepcopy=False):
             raise StudyError(
                 f"study {study.study_name} was not made by this command; name another with --study"
             )
-        study.set_user_attr("fingerprint", wanted)
+        study.set_user_attr("fingerprint", current)
         return
-    kept = {"layers": wanted["layers"] if finished else "plain"} | kept
-    different = [
-        _differing(key, value, kept.get(key))
-        for key, value in wanted.items()
-        if kept.get(key) != value
+    recorded = {"layers": current["layers"] if finished else "plain"} | recorded
+    differences = [
+        _describe_difference(key, value, recorded.get(key))
+        for key, value in current.items()
+        if recorded.get(key) != value
     ]
-    if different:
+    if differences:
         raise StudyError(
             f"study {study.study_name} cannot be continued by this command "
-            f"({'; '.join(different)}); start another one with --study {study.study_name}-2"
+            f"({'; '.join(differences)}); start another one with --study {study.study_name}-2"
         )
 
 
-def _differing(key: str, value: Any, there: Any) -> str:
+def _describe_difference(key: str, requested: Any, recorded: Any) -> str:
     if key == "data":
         return "it has other images: of another folder, --image-size, --color or --train-samples"
-    if isinstance(value, dict):  # the space
-        there = there or {}
-        entries = [each for each in {**value, **there} if value.get(each) != there.get(each)]
-        parts = (f"{each} {value.get(each)}, there {there.get(each)}" for each in entries)
+    if isinstance(requested, dict):  # the space
+        recorded = recorded or {}
+        entries = [
+            name for name in {**requested, **recorded} if requested.get(name) != recorded.get(name)
+        ]
+        parts = (f"{name} {requested.get(name)}, there {recorded.get(name)}" for name in entries)
         return f"{key} is {'; '.join(parts)}"
-    return f"{key} is {value}, there {there}"
+    return f"{key} is {requested}, there {recorded}"
 
 
-def pruner(trial_samples: int) -> optuna.pruners.BasePruner:
-    """Successive halving (Li et al. 2020, arXiv 1810.05934) in images seen, whatever the batch."""
-    return optuna.pruners.SuccessiveHalvingPruner(budget.rungs(trial_samples)[0], budget.REDUCTION)
+def make_pruner(trial_samples: int) -> optuna.pruners.BasePruner:
+    """Successive halving (Li et al. 2020, arXiv 1810.05934), with images as the resource."""
+    return optuna.pruners.SuccessiveHalvingPruner(
+        budget.rungs(trial_samples)[0], budget.REDUCTION_FACTOR
+    )
 
 
-class _Tpe(optuna.samplers.TPESampler):
-    """TPE that is told the space, where Optuna's goes through all trials to find what they share:
-    47 of 460 ms for a trial in a study of 10,000."""
+class _KnownSpaceTPESampler(optuna.samplers.TPESampler):
+    """TPE with a given search space. Optuna's infers it from all trials, which takes 47 of 460 ms
+    per trial in a study of 10,000."""
 
     def __init__(self, seed: int, space: Space) -> None:
         super().__init__(seed=seed)
-        self._told = {name: each for name, each in sorted(space.items()) if not each.single()}
+        self._known_space = {
+            name: distribution
+            for name, distribution in sorted(space.items())
+            if not distribution.single()
+        }
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Space:
-        return self._told
+        return self._known_space
 
 
 SAMPLERS: dict[str, Callable[[int, Space], optuna.samplers.BaseSampler]] = {
-    "tpe": _Tpe,
+    "tpe": _KnownSpaceTPESampler,
     "random": lambda seed, _: optuna.samplers.RandomSampler(seed=seed),
 }
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
-    "halving": pruner,
+    "halving": make_pruner,
     "none": lambda trial_samples: optuna.pruners.NopPruner(),
 }
 
@@ -185,70 +197,70 @@ def ask(
     study: optuna.Study,
     seed: int,
     sampler: str = "tpe",
-    past: list[FrozenTrial] | None = None,
+    existing: list[FrozenTrial] | None = None,
     space: Space = DEFAULT,
 ) -> optuna.Trial:
-    """The trial that waits longest, or a new one; it is RUNNING then.
+    """The trial that has waited longest, or a new one; its state becomes RUNNING.
 
-    The sampler is seeded by the trial's number: a study that was stopped and continued asks for
-    the same trials as one that was not. `past` are all its trials, where the caller has them.
+    The sampler's seed follows from the trial's number, so an interrupted study asks for the same
+    trials as an uninterrupted one. `existing`: all trials, if the caller has them.
     """
-    past = study.get_trials(deepcopy=False) if past is None else past
-    if not past and (first := inside(space, FIRST)):
+    existing = study.get_trials(deepcopy=False) if existing is None else existing
+    if not existing and (first := filter_params(space, FIRST_PARAMS)):
         study.enqueue_trial(first)
-    waiting = (trial.number for trial in past if trial.state == TrialState.WAITING)
-    study.sampler = SAMPLERS[sampler](seed_of(seed, next(waiting, len(past))), space)
+    waiting = (trial.number for trial in existing if trial.state == TrialState.WAITING)
+    study.sampler = SAMPLERS[sampler](derive_seed(seed, next(waiting, len(existing))), space)
     return study.ask(space)
 
 
-def finished(study: optuna.Study) -> int:
-    """Trials that are COMPLETE or PRUNED: what --trials counts."""
+def count_finished(study: optuna.Study) -> int:
+    """The number of COMPLETE and PRUNED trials, which --trials counts."""
     return len(study.get_trials(deepcopy=False, states=FINISHED))
 
 
 def best_trials(study: optuna.Study, k: int) -> list[FrozenTrial]:
-    """The k complete trials with the best validation accuracy, the earlier of equals first.
+    """The k complete trials with the best validation accuracy; of equals, the earlier first.
 
-    Without the trials that were set aside.
+    Excluded trials are left out.
     """
-    aside = study.user_attrs.get("set_aside", {})
+    excluded = study.user_attrs.get("set_aside", {})
     complete = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if str(trial.number) not in aside
+        if str(trial.number) not in excluded
     ]
-    return sorted(complete, key=lambda trial: (-_value(trial), trial.number))[:k]
+    return sorted(complete, key=lambda trial: (-_get_value(trial), trial.number))[:k]
 
 
-def _value(trial: FrozenTrial) -> float:
+def _get_value(trial: FrozenTrial) -> float:
     assert trial.value is not None
     return trial.value
 
 
-def set_aside(study: optuna.Study, number: int, reason: str) -> None:
-    """Pass over a complete trial from now on; the reason stays with the study."""
-    aside = study.user_attrs.get("set_aside", {})
-    study.set_user_attr("set_aside", aside | {str(number): reason})
+def exclude_trial(study: optuna.Study, number: int, reason: str) -> None:
+    """Leave a complete trial out from now on; the study stores the reason."""
+    excluded = study.user_attrs.get("set_aside", {})
+    study.set_user_attr("set_aside", excluded | {str(number): reason})
 
 
 def confirmations(study: optuna.Study, number: int) -> list[float]:
-    """Validation accuracies of the trial's hyperparameters on fresh seeds, as far as they are in.
+    """Validation accuracies of the trial's hyperparameters on fresh seeds, as far as known.
 
-    The best of many trials is the luckiest too; these have no part in its choice.
+    The best of many trials is also a lucky one; these accuracies have no part in its selection.
     """
     return list(study.user_attrs.get("confirmations", {}).get(str(number), {}).values())
 
 
-def confirm(study: optuna.Study, number: int, seed: int, accuracy: float) -> None:
-    """Keep the accuracy of one run on a fresh seed; it does not count as a trial."""
-    kept = study.user_attrs.get("confirmations", {})
-    own = kept.get(str(number), {}) | {str(seed): accuracy}
-    study.set_user_attr("confirmations", kept | {str(number): own})
+def record_confirmation(study: optuna.Study, number: int, seed: int, accuracy: float) -> None:
+    """Store the accuracy of one run on a fresh seed, which does not count as a trial."""
+    confirmed = study.user_attrs.get("confirmations", {})
+    accuracies = confirmed.get(str(number), {}) | {str(seed): accuracy}
+    study.set_user_attr("confirmations", confirmed | {str(number): accuracies})
 
 
-def yardsticks(study: optuna.Study) -> dict[str, FrozenTrial]:
-    """The finished trials beside which the winner shows what the search was worth: the `first` one,
-    and the `median` one by its first report."""
+def select_baselines(study: optuna.Study) -> dict[str, FrozenTrial]:
+    """The finished trials that the winner is compared with: the `first` one, and the `median` one
+    by its first report."""
     reported = [
         trial
         for trial in study.get_trials(deepcopy=False, states=FINISHED)
@@ -257,30 +269,30 @@ def yardsticks(study: optuna.Study) -> dict[str, FrozenTrial]:
     if not reported:
         return {}
     ranked = sorted(reported, key=lambda t: t.intermediate_values[min(t.intermediate_values)])
-    return dict(zip(YARDSTICKS, (reported[0], ranked[len(ranked) // 2]), strict=True))
+    return dict(zip(BASELINES, (reported[0], ranked[len(ranked) // 2]), strict=True))
 
 
-def unconfirmed(study: optuna.Study, k: int) -> list[tuple[FrozenTrial, list[int]]]:
-    """Those of the k best trials, and of the yardsticks if k > 0, that lack confirmations, and the
-    seeds (0, 1, …) they lack."""
-    kept, aside = (study.user_attrs.get(key, {}) for key in ("confirmations", "set_aside"))
-    wanted = {trial.number: trial for trial in best_trials(study, k)}
-    if wanted:
-        wanted |= {trial.number: trial for trial in yardsticks(study).values()}
-    lacking = [
-        (trial, [i for i in range(CONFIRM_SEEDS) if str(i) not in kept.get(str(number), {})])
-        for number, trial in wanted.items()
-        if str(number) not in aside
+def find_unconfirmed(study: optuna.Study, k: int) -> list[tuple[FrozenTrial, list[int]]]:
+    """Of the k best trials, and for k > 0 of the baselines, those that lack confirmations, with
+    the missing seeds (0, 1, …)."""
+    confirmed, excluded = (study.user_attrs.get(key, {}) for key in ("confirmations", "set_aside"))
+    trials = {trial.number: trial for trial in best_trials(study, k)}
+    if trials:
+        trials |= {trial.number: trial for trial in select_baselines(study).values()}
+    missing = [
+        (trial, [i for i in range(CONFIRM_SEEDS) if str(i) not in confirmed.get(str(number), {})])
+        for number, trial in trials.items()
+        if str(number) not in excluded
     ]
-    return [(trial, seeds) for trial, seeds in lacking if seeds]
+    return [(trial, seeds) for trial, seeds in missing if seeds]
 
 
-def worth(study: optuna.Study, winner: int) -> dict[str, dict[str, Any]]:
-    """What the search was worth: accuracies on fresh seeds of the winner and of the yardsticks.
+def gain_over_baselines(study: optuna.Study, winner: int) -> dict[str, dict[str, Any]]:
+    """Accuracies on fresh seeds of the winner and of the baselines, by name.
 
-    By name: `trial` and `accuracies`; empty where nothing was confirmed.
+    Each entry has `trial` and `accuracies`; without confirmations there is none.
     """
-    numbers = {"winner": winner} | {key: t.number for key, t in yardsticks(study).items()}
+    numbers = {"winner": winner} | {key: t.number for key, t in select_baselines(study).items()}
     confirmed = {name: confirmations(study, number) for name, number in numbers.items()}
     return {
         name: {"trial": numbers[name], "accuracies": accuracies}
@@ -289,51 +301,52 @@ def worth(study: optuna.Study, winner: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def means(study: optuna.Study, k: int) -> dict[int, float]:
-    """Mean accuracies on fresh seeds of the k best trials, by their numbers."""
-    found = {trial.number: confirmations(study, trial.number) for trial in best_trials(study, k)}
-    return {number: sum(values) / len(values) for number, values in found.items() if values}
+def mean_confirmations(study: optuna.Study, k: int) -> dict[int, float]:
+    """Mean accuracies on fresh seeds of the k best trials, by number."""
+    confirmed = {t.number: confirmations(study, t.number) for t in best_trials(study, k)}
+    return {number: sum(values) / len(values) for number, values in confirmed.items() if values}
 
 
-def winner(study: optuna.Study, k: int) -> FrozenTrial | None:
-    """Of the k best trials the one with the best mean on fresh seeds; with k = 0 the best trial.
+def select_winner(study: optuna.Study, k: int) -> FrozenTrial | None:
+    """Of the k best trials the one with the best mean on fresh seeds; for k = 0 the best trial.
 
-    None where there is no complete trial, or the confirmations are not all in.
+    None without a complete trial, or while confirmations are missing.
     """
     best = best_trials(study, max(1, k))
-    if unconfirmed(study, k):
+    if find_unconfirmed(study, k):
         return None
 
     def mean(trial: FrozenTrial) -> float:
-        values: Sequence[float] = confirmations(study, trial.number) if k else [_value(trial)]
+        values: Sequence[float] = confirmations(study, trial.number) if k else [_get_value(trial)]
         return sum(values) / len(values)
 
-    return max(best, key=mean, default=None)  # the first of equals is the better trial
+    return max(best, key=mean, default=None)  # of equals the better trial, which comes first
 
 
 def micro_batch(trial: FrozenTrial) -> int | None:
-    """With which it was trained in the end, where its memory was too small for whole batches."""
+    """The trial's micro-batch at its end; None where its memory was enough for whole batches."""
     return trial.user_attrs.get("again", {}).get("micro_batch")
 
 
-def seed_of(seed: int, *numbers: int) -> int:
-    """A seed (31 bits) that follows from the study's and a trial's number, say."""
+def derive_seed(seed: int, *numbers: int) -> int:
+    """A seed (31 bits) derived from the study's seed and further numbers, such as a trial's."""
     return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0] >> 1)
 
 
-def importance(study: optuna.Study) -> dict[str, float] | None:
-    """Each hyperparameter's share (0..1) of what moves the accuracy, by PED-ANOVA.
+def compute_importance(study: optuna.Study) -> dict[str, float] | None:
+    """The importance of each hyperparameter for the accuracy, as shares (0..1), by PED-ANOVA.
 
-    None below IMPORTANCE_FROM complete trials.
+    None below MIN_TRIALS_FOR_IMPORTANCE complete trials.
     """
-    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < IMPORTANCE_FROM:
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < MIN_TRIALS_FOR_IMPORTANCE:
         return None
     return optuna.importance.get_param_importances(study)
 
 
-def summary(study: optuna.Study, best: int) -> dict[str, Any]:
-    """How the study went, as JSON values: counts by state, the trial whose number is `best`, the
-    first one, importance, and why trials failed, by their numbers."""
+def summarise(study: optuna.Study, best: int) -> dict[str, Any]:
+    """The study as JSON values: counts by state, trial number `best`, the first trial, importance,
+    and the reasons of failed trials by number."""
     trials = study.get_trials(deepcopy=False)
     counts = {
         state.name.lower(): sum(trial.state == state for trial in trials)
@@ -341,9 +354,9 @@ def summary(study: optuna.Study, best: int) -> dict[str, Any]:
     }
     return {
         "trials": counts,
-        "best": _brief(trials[best]),
-        "first": _brief(next((t for t in trials if t.state in FINISHED), None)),
-        "importance": importance(study),
+        "best": _summarise_trial(trials[best]),
+        "first": _summarise_trial(next((t for t in trials if t.state in FINISHED), None)),
+        "importance": compute_importance(study),
         "failures": {
             str(trial.number): trial.user_attrs.get("fail_reason", "unknown")
             for trial in trials
@@ -352,7 +365,7 @@ def summary(study: optuna.Study, best: int) -> dict[str, Any]:
     }
 
 
-def _brief(trial: FrozenTrial | None) -> dict[str, Any] | None:
+def _summarise_trial(trial: FrozenTrial | None) -> dict[str, Any] | None:
     if trial is None:
         return None
     return {

@@ -1,4 +1,4 @@
-"""One training run, as a generator that yields progress; and the evaluation of a model."""
+"""Training as a generator of progress reports, and the evaluation of a model."""
 
 import bisect
 import ctypes
@@ -23,37 +23,34 @@ from mnist.inference import probabilities
 OPTIMIZERS = ("Adam", "AdamW", "RMSprop", "SGD")
 SCHEDULES = ("linear", "cosine", "constant")
 WARM_UP = 0.15  # share of a cycle in which the learning rate rises
-SUBSET = 2_000  # validation images behind a report in mid-run; the last report uses them all
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
-KEPT_BYTES = 2**30  # most that is kept
-NORM_IMAGES = 1_000  # for the statistics of batch norms
-# Images at a time where nothing is trained: with 250 a run of batch 64 takes 292 MB, not 148, and
-# one of batch 256 463 MB, not 333 (`parallel` in bfloat16, beside 360 for imports and data).
-PART = 125
-LEAST_PROBABILITY = 1e-12  # in a log-loss, which would be infinite of a 0
-# Weights of a training form shrink by this share with each image, by the learning rate's schedule:
-# 27 errors of 5,000 validation images instead of 29 after 400,000, log-loss 0.0160 for 0.0179.
+VALIDATION_SUBSET = 2_000  # validation images of a report before the end; the last one uses all
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, in malloc.h
+MAX_KEPT_BYTES = 2**30  # freed memory that the process keeps
+NORM_IMAGES = 1_000  # training images for the statistics of batch norms
+# Images per forward pass in evaluation. With 250, a run of batch 64 takes 292 MB instead of 148,
+# and one of batch 256 463 MB instead of 333 (`parallel` in bfloat16; imports and data: 360 MB).
+EVAL_BATCH = 125
+MIN_PROBABILITY = 1e-12  # lower bound in a log-loss, which is infinite for 0
+# Decay of a training form's weights per training image, at the learning rate's peak: 27 errors on
+# 5,000 validation images instead of 29 after 400,000 images, log-loss 0.0160 instead of 0.0179.
 DECAY = 2.5e-6
-SPEED_S, SPEED_STEPS = 2.5, 4  # for which a machine's speed is measured, the longer of the two
-ROTATION, SCALE, SHIFT = (
-    math.radians(8),
-    0.08,
-    1.5,
-)  # augmentation: at most so much (rad, 1, pixels)
+SPEED_S, SPEED_STEPS = 2.5, 4  # a speed measurement takes the longer of the two
+# Largest rotation (rad), change of scale (1) and shift (pixels) of an augmentation of strength 1.
+ROTATION, SCALE, SHIFT = math.radians(8), 0.08, 1.5
 
 
 class Diverged(ArithmeticError):
-    """The loss is no longer a number."""
+    """The loss is not finite."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `samples` of `total` training images.
+    """The state of a run after `samples` of `total` training images.
 
-    `loss` is the mean since the last Progress; `errors` of `n` validation images are wrong, and
-    `log_loss` is their mean negative log-likelihood; None where nothing was validated. `state()`
-    is all that fit() needs to go on from here (tensors and numbers); to be called before the next
-    Progress is asked for.
+    `loss` is the mean since the last Progress. `errors` counts the wrong ones of `n` validation
+    images, and `log_loss` is their mean negative log-likelihood; all three are None without a
+    validation. `state()` returns what fit() needs to resume here (tensors and numbers); call it
+    before asking for the next Progress.
     """
 
     samples: int
@@ -69,47 +66,47 @@ class Progress:
         return None if self.errors is None or not self.n else 1 - self.errors / self.n
 
 
-def device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes cuda, then mps, then cpu.
+def select_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" prefers cuda, then mps, then cpu.
 
-    Raises ValueError where this machine does not have it.
+    Raises ValueError where this machine lacks the device.
     """
-    have = {
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(kind for kind, there in have.items() if there)
-    if not have.get(name):
+        name = next(kind for kind, usable in available.items() if usable)
+    if not available.get(name):
         raise ValueError(f"device {name!r} is not on this machine; use auto or cpu")
     return torch.device(name)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that tensors free, for the next ones, while the process lives.
+    """Let glibc keep the memory of freed tensors for later ones, instead of returning it.
 
-    By default it returns large blocks to the kernel, which then clears each of their pages anew: a
-    step of batch 33 took 1.4 times as long (two cores of Zen 5, 2026-11-29).
+    By default glibc returns large blocks to the kernel, which clears each page before its next
+    use: a step of batch 33 took 1.4 times as long (two cores of Zen 5, 2026-11-29).
     """
-    mallopt = _of_glibc("mallopt")
-    if mallopt and mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):  # else it would map them one by one
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    mallopt = _find_libc_function("mallopt")
+    if mallopt and mallopt(M_MMAP_THRESHOLD, MAX_KEPT_BYTES):  # or it maps blocks one by one
+        mallopt(M_TRIM_THRESHOLD, MAX_KEPT_BYTES)
 
 
 def return_freed_memory() -> None:
-    """Have glibc return that memory all the same: between runs, whose batches differ in size."""
-    if trim := _of_glibc("malloc_trim"):
+    """Let glibc return freed memory now: between runs, whose batches differ in size."""
+    if trim := _find_libc_function("malloc_trim"):
         trim(0)
 
 
-def _of_glibc(name: str) -> Callable[..., int] | None:
-    """A function of the C library; None where it has none of that name."""
+def _find_libc_function(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where the library lacks it."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def standardise(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:
-    """uint8 (N, C, H, W), 0..255 -> float32 with the training split's mean 0 and deviation 1."""
+    """uint8 (N, C, H, W), 0..255 -> float32; the training split gets mean 0 and deviation 1."""
     return (images.float() / 255 - dataset.mean) / dataset.std
 
 
@@ -119,9 +116,9 @@ def augment(
     strength: float = 1.0,
     padding: str = "zeros",
 ) -> torch.Tensor:
-    """Turn, scale and shift each image (N, C, H, W) float32 a little at random.
+    """Rotate, scale and shift each image (N, C, H, W) float32 at random, by `strength`.
 
-    What comes in from outside is 0, the paper of ink, or with padding "border" as the edge is.
+    Pixels from outside the image are 0, or with padding "border" the nearest edge pixel.
     """
     n, size = len(images), images.shape[-1]
     uniform = (torch.rand(n, 4, generator=generator).to(images.device) * 2 - 1) * strength
@@ -140,9 +137,9 @@ def make_optimizer(
     weight_decay: float = 0.0,
     momentum: float | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer called `name` (one of OPTIMIZERS), fused where torch has it fused.
+    """The optimizer called `name` (one of OPTIMIZERS), fused where torch has a fused one.
 
-    `momentum` is of SGD (0.9 by default, Nesterov's) and RMSprop (0 by default).
+    `momentum` applies to SGD (default 0.9, Nesterov) and RMSprop (default 0).
     """
     weights, decay = model.parameters(), weight_decay
     match name:
@@ -162,50 +159,52 @@ def make_optimizer(
     raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
 
 
-def learning_rate(done: float, schedule: str = "linear") -> float:
-    """The factor on the learning rate when the share `done` (0..1) of a cycle is over.
+def learning_rate_factor(position: float, schedule: str = "linear") -> float:
+    """The factor on the learning rate at a position (0..1) in a cycle.
 
-    It rises to 1 during WARM_UP, then falls to zero by `schedule`, one of SCHEDULES, or stays.
+    It rises to 1 during WARM_UP, then falls to 0 by `schedule`, one of SCHEDULES; "constant" stays.
     """
-    if done < WARM_UP or schedule == "constant":
-        return min(done / WARM_UP, 1.0)
-    left = (1 - done) / (1 - WARM_UP)
-    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+    if position < WARM_UP or schedule == "constant":
+        return min(position / WARM_UP, 1.0)
+    remaining = (1 - position) / (1 - WARM_UP)
+    return remaining if schedule == "linear" else (1 - math.cos(math.pi * remaining)) / 2
 
 
-def set_dropout(model: nn.Module, share: float) -> None:
-    """Let all the model's dropout layers drop that share (0..1)."""
-    for layer in dropouts(model):
-        layer.p = share
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Set the dropout probability (0..1) of all the model's dropout layers."""
+    for layer in dropout_layers(model):
+        layer.p = p
 
 
-def dropouts(model: nn.Module) -> list[nn.Dropout]:
+def dropout_layers(model: nn.Module) -> list[nn.Dropout]:
     """The model's dropout layers."""
     return [layer for layer in model.modules() if isinstance(layer, nn.Dropout)]
 
 
-def cycle(step: int, ends: Sequence[int]) -> float:
-    """The share (0..1) that is over of the cycle of the schedule to which a step (1..) belongs.
+def cycle_position(step: int, ends: Sequence[int]) -> float:
+    """The position (0..1) of a step (1..) in its learning rate cycle.
 
-    A cycle ends with each of `ends`, ascending.
+    `ends` are the last steps of the cycles, ascending.
     """
     i = bisect.bisect_left(ends, step)
     start = ends[i - 1] if i else 0
     return (step - 0.5 - start) / (ends[i] - start)
 
 
-class Order:
-    """The order in which n samples are seen: shuffled passes, one after the other."""
+class ShuffledPasses:
+    """Indices of n samples in shuffled passes, one pass after the other."""
 
     def __init__(self, n: int, generator: torch.Generator) -> None:
         self.n, self.generator = n, generator
-        self.rest = torch.empty(0, dtype=torch.long)  # of the pass, or passes, begun
+        self.remaining = torch.empty(0, dtype=torch.long)  # of the passes begun
 
     def take(self, k: int) -> torch.Tensor:
         """The next k indices (k,) int64."""
-        while len(self.rest) < k:
-            self.rest = torch.cat([self.rest, torch.randperm(self.n, generator=self.generator)])
-        taken, self.rest = self.rest[:k], self.rest[k:]
+        while len(self.remaining) < k:
+            self.remaining = torch.cat(
+                [self.remaining, torch.randperm(self.n, generator=self.generator)]
+            )
+        taken, self.remaining = self.remaining[:k], self.remaining[k:]
         return taken
 
 
@@ -226,34 +225,34 @@ def fit(
     schedule: str = "linear",
     samples: int,
     validate_at: Sequence[int] = (),
-    subset: int = SUBSET,
+    subset: int = VALIDATION_SUBSET,
     seed: int = 0,
     micro_batch: int | None = None,
     bfloat16: bool = False,
     resume: dict[str, Any] | None = None,
 ) -> Generator[Progress]:
-    """Train `model`, in place, on about `samples` images of `train`; both on one device.
+    """Train `model` in place on about `samples` images of `train`; both on one device.
 
-    The defaults of batch_size, optimizer and lr are the published best of DESIGN.md; space.py says
-    what the hyperparameters may be. `dropout` replaces the network's own. Yields a Progress a
-    hundred times a run; one that carries the errors on `subset` fixed validation images as soon as
-    each number of samples in `validate_at` is reached; and, at the end, one with the errors on all
-    of `validation`. At each of those numbers a cycle of the learning rate ends, as otherwise its
-    noise would hide what was learnt (Loshchilov and Hutter 2017, arXiv 1608.03983).
-    `micro_batch` images at most go through the network at once: the gradient is that of the whole
-    batch, but batch norms see each part. In `bfloat16` weights stay in float32. `resume` is the
-    state() of an earlier Progress of the same run, which then goes on from there: same seed, model
-    and thread count give the same weights on a CPU, stopped or not. Raises Diverged.
+    The defaults of batch_size, optimizer and lr are the published best; space.py lists the range of
+    each hyperparameter. `dropout` replaces the network's probabilities. Yields a Progress a hundred
+    times a run, one with the errors on `subset` fixed validation images after each number of
+    samples in `validate_at`, and at the end one with the errors on all of `validation`. A cycle of
+    the learning rate ends at each of these numbers: the noise of a high rate would hide what was
+    learnt (Loshchilov and Hutter 2017, arXiv 1608.03983). At most `micro_batch` images pass through
+    the network at once: the gradient is that of the whole batch, but batch norms see each part
+    alone. With `bfloat16`, weights stay in float32. `resume` is the state() of an earlier Progress
+    of the same run: with the same seed, model and number of threads, a resumed run gives the same
+    weights on a CPU as an uninterrupted one. Raises Diverged.
     """
     batch_size = min(batch_size, len(train))
     steps = max(1, round(samples / batch_size))
     total = steps * batch_size
     rung_steps = sorted({math.ceil(rung / batch_size) for rung in validate_at} - {0})
-    ends = [*(step for step in rung_steps if step < steps), steps]
-    refuse_one(model, batch_size)
+    cycle_ends = [*(step for step in rung_steps if step < steps), steps]
+    check_batch_size(model, batch_size)
     generator = torch.Generator().manual_seed(seed)
-    order = Order(len(train), generator)
-    stepper = make_optimizer(model, optimizer, lr, weight_decay, momentum)
+    order = ShuffledPasses(len(train), generator)
+    torch_optimizer = make_optimizer(model, optimizer, lr, weight_decay, momentum)
     if dropout is not None:
         set_dropout(model, dropout)
     precision = torch.autocast(train.labels.device.type, torch.bfloat16, enabled=bfloat16)
@@ -264,52 +263,52 @@ def fit(
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
     factors = [module for module in model.modules() if isinstance(module, Factors)]
-    decayed = [layer.weight for module in factors for layer in module.layers]
-    first = _resume(resume, model, stepper, order) if resume else 0
+    decayed_weights = [layer.weight for module in factors for layer in module.layers]
+    start_step = _load_state(resume, model, torch_optimizer, order) if resume else 0
     losses: list[torch.Tensor] = []
     padding = "zeros" if dataset.recipe == "digit" else "border"
     model.train()
-    for step in range(first + 1, steps + 1):
+    for step in range(start_step + 1, steps + 1):
         index = order.take(batch_size)
         images = train.images[index].float() / 255
         if augmentation:
             images = augment(images, generator, augmentation, padding)
-        share = learning_rate(cycle(step, ends), schedule)
-        for group in stepper.param_groups:
-            group["lr"] = lr * share
-        stepper.zero_grad()
+        lr_factor = learning_rate_factor(cycle_position(step, cycle_ends), schedule)
+        for group in torch_optimizer.param_groups:
+            group["lr"] = lr * lr_factor
+        torch_optimizer.zero_grad()
         inputs = (images - dataset.mean) / dataset.std
         labels = train.labels[index]
         losses.append(_backward(loss_of, inputs, labels, micro_batch or batch_size))
-        stepper.step()
-        shrink(decayed, 1 - DECAY * batch_size * share)
+        torch_optimizer.step()
+        decay_weights(decayed_weights, 1 - DECAY * batch_size * lr_factor)
         seen = step * batch_size
-        rung = step in rung_steps
-        if step < steps and not rung and step * 100 // steps == (step - 1) * 100 // steps:
+        is_rung = step in rung_steps
+        if step < steps and not is_rung and step * 100 // steps == (step - 1) * 100 // steps:
             continue
         mean_loss = float(torch.stack(losses).mean())
         losses.clear()
         if not math.isfinite(mean_loss):
             raise Diverged(f"the loss is {mean_loss} after {seen} samples; a lower lr may help")
-        state = functools.partial(_state, step, model, stepper, order)
-        if rung or step == steps:
-            renormalise(model, dataset, train)
-        checked = validation if step == steps else validation and validation.head(subset)
-        if checked is None or not (rung or step == steps):
+        state = functools.partial(_make_state, step, model, torch_optimizer, order)
+        if is_rung or step == steps:
+            recompute_batch_norms(model, dataset, train)
+        split = validation if step == steps else validation and validation.head(subset)
+        if split is None or not (is_rung or step == steps):
             yield Progress(seen, total, mean_loss, state=state)
             continue
-        yield Progress(seen, total, mean_loss, *_validated(model, dataset, checked), state)
+        yield Progress(seen, total, mean_loss, *_validate(model, dataset, split), state)
         model.train()
 
 
-def refuse_one(model: nn.Module, batch_size: int) -> None:
-    """Raises ValueError where there are batch norms that would see one value alone."""
+def check_batch_size(model: nn.Module, batch_size: int) -> None:
+    """Raise ValueError for a batch of one image in a network with 1-d batch norms."""
     if batch_size == 1 and any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules()):
         raise ValueError("batch_size is 1; batch norms need at least 2, or use --plain")
 
 
-def norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """The model's batch norms that keep statistics."""
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """The model's batch norms that track running statistics."""
     return [
         layer
         for layer in model.modules()
@@ -318,33 +317,33 @@ def norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
 
 
 @torch.no_grad()
-def renormalise(model: nn.Module, dataset: Dataset, train: Split) -> None:
-    """Give the model's batch norms the statistics of NORM_IMAGES training images as they are.
+def recompute_batch_norms(model: nn.Module, dataset: Dataset, train: Split) -> None:
+    """Replace the batch norms' statistics by those of NORM_IMAGES unaugmented training images.
 
-    Those kept in training are of augmented images, and some steps late: with them the same weights
-    made 251 errors on 5,000 validation images after 8,000 training images, with those of 2,000
-    images as they are 127 (`parallel`, Adam, batch 64, lr 0.003; docs/lab-log.md has more).
+    The running statistics are of augmented images and lag some steps behind: with them, the same
+    weights made 251 errors on 5,000 validation images after 8,000 training images, with those of
+    2,000 unaugmented images 127 (`parallel`, Adam, batch 64, lr 0.003; docs/lab-log.md has more).
     """
-    layers = norms(model)
+    layers = batch_norms(model)
     if not layers:
         return
-    momentum = [norm.momentum for norm in layers]
+    momenta = [norm.momentum for norm in layers]
     model.eval()  # dropout stays off
     for norm in layers:
         norm.reset_running_stats()
-        norm.momentum = None  # the mean of all parts
+        norm.momentum = None  # average over all batches
         norm.train()
     images = train.head(NORM_IMAGES).images
-    for part in images.split(PART)[: max(1, len(images) // PART)]:  # of one size
-        model(standardise(part, dataset))
-    for norm, value in zip(layers, momentum, strict=True):
+    for batch in images.split(EVAL_BATCH)[: max(1, len(images) // EVAL_BATCH)]:  # of equal size
+        model(standardise(batch, dataset))
+    for norm, value in zip(layers, momenta, strict=True):
         norm.momentum = value
     model.train()
 
 
 @torch.no_grad()
-def shrink(weights: list[torch.Tensor], factor: float) -> None:
-    """Weight decay apart from the gradients (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+def decay_weights(weights: list[torch.Tensor], factor: float) -> None:
+    """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
     for weight in weights:
         weight.mul_(factor)
 
@@ -355,35 +354,35 @@ def _backward(
     labels: torch.Tensor,
     micro_batch: int,
 ) -> torch.Tensor:
-    """Gradients of the mean loss over the batch, a part at a time; returns that loss."""
+    """Accumulate the gradient of the mean loss over micro-batches; returns that loss."""
     total = torch.zeros((), device=inputs.device)
-    parts = math.ceil(len(labels) / micro_batch)  # of nearly one size: batch norms need more than 1
-    for images, wanted in zip(inputs.tensor_split(parts), labels.tensor_split(parts), strict=True):
-        loss = loss_of(images, wanted) * (len(wanted) / len(labels))
+    parts = math.ceil(len(labels) / micro_batch)  # of nearly equal size: batch norms need 2 images
+    for images, targets in zip(inputs.tensor_split(parts), labels.tensor_split(parts), strict=True):
+        loss = loss_of(images, targets) * (len(targets) / len(labels))
         loss.backward()
         total += loss.detach()
     return total
 
 
-def _state(
-    step: int, model: nn.Module, stepper: torch.optim.Optimizer, order: Order
+def _make_state(
+    step: int, model: nn.Module, optimizer: torch.optim.Optimizer, order: ShuffledPasses
 ) -> dict[str, Any]:
     return {
         "step": step,
         "model": model.state_dict(),
-        "optimizer": stepper.state_dict(),
-        "rest": order.rest.clone(),
+        "optimizer": optimizer.state_dict(),
+        "rest": order.remaining.clone(),
         "order": order.generator.get_state(),
         "torch": torch.get_rng_state(),
     }
 
 
-def _resume(
-    state: dict[str, Any], model: nn.Module, stepper: torch.optim.Optimizer, order: Order
+def _load_state(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, order: ShuffledPasses
 ) -> int:
     model.load_state_dict(state["model"])
-    stepper.load_state_dict(state["optimizer"])
-    order.rest = state["rest"]
+    optimizer.load_state_dict(state["optimizer"])
+    order.remaining = state["rest"]
     order.generator.set_state(state["order"])
     torch.set_rng_state(state["torch"])
     return state["step"]
@@ -395,34 +394,35 @@ def predict(
 ) -> torch.Tensor:
     """Probabilities (N, classes) float32, on the CPU, for uint8 images (N, C, H, W)."""
     model.eval()
-    parts = [model(standardise(part, dataset)).float() for part in images.split(PART)]
-    return torch.from_numpy(probabilities(torch.cat(parts).cpu().numpy(), temperature))
+    logits = [model(standardise(batch, dataset)).float() for batch in images.split(EVAL_BATCH)]
+    return torch.from_numpy(probabilities(torch.cat(logits).cpu().numpy(), temperature))
 
 
 def errors(model: nn.Module, dataset: Dataset, split: Split) -> int:
-    """How many images of `split` the model reads wrong."""
+    """The number of images of `split` that the model classifies wrongly."""
     return int((predict(model, dataset, split.images).argmax(1) != split.labels.cpu()).sum())
 
 
-def _validated(model: nn.Module, dataset: Dataset, split: Split) -> tuple[int, int, float]:
-    """Errors, of how many images, and log-loss."""
-    shares, labels = predict(model, dataset, split.images), split.labels.cpu()
-    of_truth = shares[torch.arange(len(labels)), labels].clamp_min(LEAST_PROBABILITY)
-    wrong = int((shares.argmax(1) != labels).sum())
-    return wrong, len(labels), -float(of_truth.log().mean())
+def _validate(model: nn.Module, dataset: Dataset, split: Split) -> tuple[int, int, float]:
+    """Errors, number of images, and log-loss."""
+    predicted, labels = predict(model, dataset, split.images), split.labels.cpu()
+    true_probabilities = predicted[torch.arange(len(labels)), labels].clamp_min(MIN_PROBABILITY)
+    wrong = int((predicted.argmax(1) != labels).sum())
+    return wrong, len(labels), -float(true_probabilities.log().mean())
 
 
-def speed(model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparameters: Any) -> float:
-    """Training images a second on this machine, from some SPEED_S seconds or SPEED_STEPS steps.
+def measure_speed(
+    model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparameters: Any
+) -> float:
+    """Training images per second on this machine, over SPEED_S seconds or SPEED_STEPS steps.
 
-    The first half does not count. The model is trained meanwhile, so it is not to be used
-    afterwards.
+    The first half does not count. The measurement trains the model; discard it afterwards.
     """
-    hyperparameters |= {"batch_size": batch_size, "samples": 100 * batch_size}  # a report a step
+    hyperparameters |= {"batch_size": batch_size, "samples": 100 * batch_size}  # reports each step
     run = fit(model, dataset, dataset.train, **hyperparameters)
     seen: list[tuple[int, float]] = []
     for progress in run:
-        if progress.samples < progress.total or not seen:  # the last step does more than the others
+        if progress.samples < progress.total or not seen:  # the last step also validates
             seen.append((progress.samples, time.perf_counter()))
         if len(seen) >= SPEED_STEPS and seen[-1][1] - seen[0][1] > SPEED_S:
             run.close()
@@ -431,27 +431,27 @@ def speed(model: nn.Module, dataset: Dataset, *, batch_size: int, **hyperparamet
     return (n - m) / (end - start)
 
 
-def worst(probabilities: torch.Tensor, labels: torch.Tensor, most: int) -> torch.Tensor:
-    """Indices (M,) int64, M <= most, of the mistakes that gave the true class the least
-    probability, the worst first."""
+def worst_mistakes(probabilities: torch.Tensor, labels: torch.Tensor, limit: int) -> torch.Tensor:
+    """Indices (M,) int64, M <= `limit`, of the mistakes with the lowest probability of the true
+    class, the worst first."""
     wrong = (probabilities.argmax(1) != labels).nonzero()[:, 0]
-    given = probabilities[wrong, labels[wrong]]
-    return wrong[given.argsort(stable=True)[:most]]
+    true_probabilities = probabilities[wrong, labels[wrong]]
+    return wrong[true_probabilities.argsort(stable=True)[:limit]]
 
 
-def scores(
+def classification_scores(
     probabilities: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """What a model's record says of one split.
+    """The scores of one split for a model's record.
 
-    Errors of n first, then the accuracy with its 95 % interval (Wilson's), and for each class
-    precision, recall and F1 (0..1).
+    Errors, n and accuracy with its 95 % interval (Wilson's), and for each class precision, recall
+    and F1 (0..1).
     """
-    found, n = probabilities.argmax(1), len(labels)
-    wrong = int((found != labels).sum())
+    predicted, n = probabilities.argmax(1), len(labels)
+    wrong = int((predicted != labels).sum())
     interval = binomtest(n - wrong, n).proportion_ci(0.95, method="wilson")
     precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, found, labels=range(len(classes)), zero_division=0.0
+        labels, predicted, labels=range(len(classes)), zero_division=0.0
     )
     return {
         "errors": wrong,

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mnist import data, plots
-from run import guarded
+from run import run_cli
 
 ROOT = Path(__file__).parent.parent
 DATA_DIR = Path(os.environ.get("MNIST_DATA_DIR", ROOT / "data")).resolve()
@@ -60,7 +60,7 @@ def run(
 
     def run(*options: str) -> Done:
         capsys.readouterr()
-        return Done(guarded(list(options)), *capsys.readouterr())
+        return Done(run_cli(list(options)), *capsys.readouterr())
 
     return run
 
@@ -91,7 +91,7 @@ def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report with pictures of one pixel: to draw them takes seconds."""
     stream = io.BytesIO()
     Image.new("L", (1, 1)).save(stream, "PNG")
-    monkeypatch.setattr(plots, "png", lambda *_, **__: stream.getvalue())
+    monkeypatch.setattr(plots, "render_png", lambda *_, **__: stream.getvalue())
 
 
 @pytest.fixture(scope="session")

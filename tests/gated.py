@@ -16,7 +16,7 @@ from mnist import workers
 from tests.gates import Gate, Gates
 
 GATES = Gates(Path.cwd(), os.environ.get("SOAK_HOST", ""))
-real = workers.attempt
+real = workers.run_safely
 
 
 class Pipe:
@@ -41,7 +41,7 @@ def before(call: Callable[[int], None], gate: Gate) -> Callable[[int], None]:
     return gated
 
 
-def attempt(run: workers.Run, dataset: Any, setup: workers.Setup, pipe: Any) -> workers.Ended:
+def run_gated(run: workers.Run, dataset: Any, setup: workers.Setup, pipe: Any) -> workers.RunResult:
     """One run; with reports and a checkpoint whenever there could be one, as it would end before
     the first is due. What only measures the machine's speed passes no gate."""
     if run.checkpoint is None:
@@ -49,10 +49,10 @@ def attempt(run: workers.Run, dataset: Any, setup: workers.Setup, pipe: Any) -> 
     gate = GATES.final if run.final else GATES.reports
     often = replace(setup, checkpoint_s=-1.0, report_s=0.0)
     with mock.patch.object(os, "fsync", before(os.fsync, gate)):  # a file is written, not in place
-        ended = real(run, dataset, often, Pipe(pipe, gate))
+        result = real(run, dataset, often, Pipe(pipe, gate))
     if not run.final:
         GATES.runs.step()
-    return ended
+    return result
 
 
 def gate_command() -> None:
@@ -62,25 +62,25 @@ def gate_command() -> None:
     from mnist import release
     from mnist.display import Display
 
-    say, keep = Display.say, release.keep
+    print_line, save_checkpoint = Display.print_line, release.save_checkpoint
 
-    def saying(screen: Display, text: str) -> None:
-        say(screen, text)
+    def print_gated(screen: Display, text: str) -> None:
+        print_line(screen, text)
         if text.startswith("evaluating"):
             GATES.saving.step()
 
-    def keeping(state: dict[str, Any], path: Path, *rest: Any) -> bool:
-        kept = keep(state, path, *rest)
+    def save_gated(state: dict[str, Any], path: Path, *rest: Any) -> bool:
+        saved = save_checkpoint(state, path, *rest)
         if path.name.startswith("test-"):
             GATES.saving.step()
-        return kept
+        return saved
 
     event.listen(Engine, "after_cursor_execute", lambda *_: GATES.statements.step())
     event.listen(Engine, "handle_error", lambda *_: GATES.losses.step())
-    mock.patch.object(Display, "say", saying).start()
-    mock.patch.object(release, "keep", keeping).start()
+    mock.patch.object(Display, "print_line", print_gated).start()
+    mock.patch.object(release, "save_checkpoint", save_gated).start()
 
 
-mock.patch.object(workers, "attempt", attempt).start()
+mock.patch.object(workers, "run_safely", run_gated).start()
 if multiprocessing.parent_process() is None:  # else it is a worker, which has none of these
     gate_command()

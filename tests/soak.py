@@ -43,7 +43,7 @@ DIGITS = ["--dataset", "digits", "--model", "linear", "--epochs", "12", "--final
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 DRIVER = """
 import sys, run
-sys.exit(run.guarded(sys.argv[1:]))
+sys.exit(run.run_cli(sys.argv[1:]))
 """
 WORKERS, WHO = 4, ("worker", "parent", "both")
 MOST_REPORTS, MOST_STATEMENTS = 40, 60  # from the end of a trial to a kill
@@ -164,14 +164,14 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
     pipe = Pipe()
     threads = trial.user_attrs["run"]["threads"]
     setup = workers.Setup(functools.partial(data.load, "digits"), "cpu", threads)
-    seed, rungs = studies.seed_of(0), tuple(budget.rungs(samples))
+    seed, rungs = studies.derive_seed(0), tuple(budget.rungs(samples))
     run = workers.Run("linear", trial.params, samples, seed, rungs, threads=threads)
-    ended = workers.attempt(run, dataset, setup, pipe)
-    assert ended.failure is None, ended
+    result = workers.run_safely(run, dataset, setup, pipe)
+    assert result.failure is None, result
     for step, value in trial.intermediate_values.items():
         assert pipe.values[step] == value, (trial.number, step, value, pipe.values)
     if trial.state == TrialState.COMPLETE:
-        assert trial.value == ended.accuracy, (trial.number, trial.value, ended)
+        assert trial.value == result.accuracy, (trial.number, trial.value, result)
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
     times, plan = sorted(chance.sample(range(most), kills)), []
     for before, runs in itertools.pairwise([0, *times]):
         who, reports = chance.choice(WHO), chance.randint(0, MOST_REPORTS)
-        in_turn = who != "worker" and chance.random() < 0.5
-        statements = chance.randint(0, MOST_STATEMENTS) if in_turn else None
+        locked = who != "worker" and chance.random() < 0.5
+        statements = chance.randint(0, MOST_STATEMENTS) if locked else None
         plan.append(Kill(who, runs - before, reports, statements))
     return plan
 
@@ -205,9 +205,9 @@ def soak(
 
     The database's `server` is restarted in the middle.
     """
-    chance, known, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
+    chance, earlier, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
     options = [*DIGITS, "--workers", str(WORKERS), "--storage", storage, "--trials", str(trials)]
-    plan, in_turn, gates = planned(kills, trials, chance), 0, Gates(folder)
+    plan, locked, gates = planned(kills, trials, chance), 0, Gates(folder)
     gates.reports.allow(0)
     command = Command(folder, options)
     try:
@@ -219,9 +219,9 @@ def soak(
                 gates.hold(kill.runs, kill.reports, kill.statements, command.going)
                 looked = len(answers)
                 until(lambda: len(answers) > looked, "the dashboard answers")  # noqa: B023
-                in_turn += bool(gates.statements.held())
+                locked += bool(gates.statements.held())
                 command.kill(kill.who, chance.choice(gates.held() or command.below()))
-                known = unchanged(known, finished(storage))
+                earlier = unchanged(earlier, finished(storage))
                 if command.process.poll() is not None:
                     command = Command(folder, options)
             gates.open()
@@ -233,16 +233,18 @@ def soak(
     assert resumed(storage), "no trial went on from a checkpoint"
     count = Counter(kill.who for kill in plan)
     return (
-        f"{kills} kills ({', '.join(f'{count[who]} {who}' for who in WHO)}; {in_turn} in a turn) "
-        f"in {time.monotonic() - start:.0f} s: {trials} trials finished, none lost, none running, "
-        f"{failed} failed; {resumed(storage)} had gone on from a checkpoint; {trials} replayed bit "
-        f"for bit; one model; the dashboard answered {len(answers)} times"
+        f"{kills} kills ({', '.join(f'{count[who]} {who}' for who in WHO)}; {locked} in a "
+        f"transaction) in {time.monotonic() - start:.0f} s: {trials} trials finished, none lost, "
+        f"none running, {failed} failed; {resumed(storage)} had gone on from a checkpoint; "
+        f"{trials} replayed bit for bit; one model; the dashboard answered {len(answers)} times"
     )
 
 
-def unchanged(known: dict[int, FrozenTrial], now: dict[int, FrozenTrial]) -> dict[int, FrozenTrial]:
-    """What is finished now, with all that was known of it before."""
-    for number, trial in known.items():
+def unchanged(
+    earlier: dict[int, FrozenTrial], now: dict[int, FrozenTrial]
+) -> dict[int, FrozenTrial]:
+    """What is finished now, with the earlier values unchanged."""
+    for number, trial in earlier.items():
         assert now[number].value == trial.value, f"trial {number} was lost"
         assert now[number].state == trial.state, f"trial {number} changed"
     return now
@@ -273,8 +275,8 @@ def resumed(storage: str) -> int:
 def check(storage: str, folder: Path, trials: int, stalled: int = 0) -> int:
     """That a study has ended as it should; returns how many trials failed.
 
-    Each of the `stalled` members may have asked for a trial too many: stopped in its turn, which
-    the database then ends, it goes on as if it had it. That trial waits for a larger --trials.
+    Each of the `stalled` members may have claimed a trial too many: suspended in a transaction that
+    the database then ends, it goes on as if it had the trial, which waits for a larger --trials.
     """
     with opened(storage) as study:
         states = [trial.state for trial in study.trials]

@@ -81,7 +81,7 @@ def test_ready_names_the_skipped_engine_and_the_reason(
     assert "golden inputs" in answer["passed_over"]["onnx_int8"]
 
 
-@pytest.mark.parametrize("engine", inference.FILES)
+@pytest.mark.parametrize("engine", inference.ENGINE_FILES)
 def test_a_training_image_posted_as_png_gets_the_probabilities_python_gives(
     engine: str, saved: Path, digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks import load, robustness, uncertain
 from mnist import data, images
-from tests.test_images import likeness, recipe_digits
+from tests.test_images import recipe_digits, similarity
 
 
 @pytest.mark.parametrize("suite", robustness.SUITES)
@@ -28,7 +28,7 @@ def test_every_suite_still_shows_the_digit(suite: str) -> None:
         ink = robustness.rendered(digit)
         assert ink.shape == (robustness.SIDE, robustness.SIDE)
         file = robustness.SUITES[suite](ink, np.random.default_rng(0))
-        assert likeness(images.normalise(file)[0], digit) > 0.6
+        assert similarity(images.normalise(file)[0], digit) > 0.6
 
 
 def test_a_suite_is_the_same_for_the_same_seed() -> None:
@@ -177,4 +177,4 @@ def test_what_is_traced_and_placed_looks_like_the_digit(drawing: Any) -> None:
         for stroke in placed:
             assert 0.049 < np.min(stroke) < np.max(stroke) < 1.036
             pen.line([(280 * x, 280 * y) for x, y in stroke], 0, 30, "curve")
-        assert likeness(images.normalise(uncertain.encoded(np.asarray(page)))[0], digit) > 0.5
+        assert similarity(images.normalise(uncertain.encoded(np.asarray(page)))[0], digit) > 0.5

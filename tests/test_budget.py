@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from mnist import budget
-from mnist.budget import Work
+from mnist.budget import Workload
 
-MNIST = Work(
+MNIST = Workload(
     trials=32, confirmations=8, train=52_500, validation=5_000, subset=2_000, norm_images=1_000
 )
 
@@ -15,77 +15,77 @@ MNIST = Work(
 @pytest.mark.parametrize("images_per_s", [300, 500, 1_000, 2_000, 3_000])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_a_plan_spends_the_time_it_is_given(images_per_s: float, bfloat16: bool) -> None:
-    plan = budget.plan(MNIST, images_per_s, 10.0, bfloat16=bfloat16)
+    plan = budget.make_plan(MNIST, images_per_s, 10.0, bfloat16=bfloat16)
     search_s = MNIST.trials * plan.trial_s
     assert 10 + search_s + plan.after_search_s == pytest.approx(plan.total_s)
     limit_s = budget.TARGET_S if images_per_s >= 2_000 else budget.LIMIT_S
     if images_per_s >= 1_000:
         assert budget.TARGET_S * 0.99 <= plan.total_s <= limit_s * 1.01
-    assert plan.final_s >= 0.99 * budget.LEAST_FINAL_SHARE * (limit_s - 10 - plan.release_s)
-    assert budget.LEAST_TRIAL <= plan.trial_samples <= budget.MOST_TRIAL
+    assert plan.final_s >= 0.99 * budget.MIN_FINAL_SHARE * (limit_s - 10 - plan.release_s)
+    assert budget.MIN_TRIAL_SAMPLES <= plan.trial_samples <= budget.MAX_TRIAL_SAMPLES
 
 
 def test_a_slow_machine_takes_longer_to_show_the_final_model_enough() -> None:
-    totals = [budget.plan(MNIST, speed, 10.0).total_s for speed in (3_000, 1_400, 1_000, 800)]
+    totals = [budget.make_plan(MNIST, speed, 10.0).total_s for speed in (3_000, 1_400, 1_000, 800)]
     assert totals[0] == pytest.approx(budget.TARGET_S)
     assert totals == sorted(totals)
     assert totals[0] < totals[2] < totals[3] <= budget.LIMIT_S
-    enough = budget.plan(MNIST, 1_000, 10.0).final_s * 1_000
-    assert 0.7 * budget.ENOUGH_FINAL < enough < 1.3 * budget.ENOUGH_FINAL
+    enough = budget.make_plan(MNIST, 1_000, 10.0).final_s * 1_000
+    assert 0.7 * budget.ENOUGH_FINAL_SAMPLES < enough < 1.3 * budget.ENOUGH_FINAL_SAMPLES
 
 
 def test_a_fast_machine_is_done_sooner() -> None:
-    plan = budget.plan(MNIST, 1e6, 10.0)
-    assert plan.trial_samples == budget.MOST_TRIAL
-    assert plan.final_s == MNIST.most_final / 1e6
+    plan = budget.make_plan(MNIST, 1e6, 10.0)
+    assert plan.trial_samples == budget.MAX_TRIAL_SAMPLES
+    assert plan.final_s == MNIST.max_final_samples / 1e6
     assert plan.total_s < 70
 
 
 def test_on_a_slow_machine_trials_and_the_final_model_have_their_least() -> None:
-    plan = budget.plan(MNIST, 50, 10.0)
-    assert plan.trial_samples == budget.LEAST_TRIAL
-    left_s = budget.LIMIT_S - 10 - plan.release_s
-    assert plan.final_s == pytest.approx(budget.LEAST_FINAL_SHARE * left_s)
+    plan = budget.make_plan(MNIST, 50, 10.0)
+    assert plan.trial_samples == budget.MIN_TRIAL_SAMPLES
+    remaining_s = budget.LIMIT_S - 10 - plan.release_s
+    assert plan.final_s == pytest.approx(budget.MIN_FINAL_SHARE * remaining_s)
     assert plan.total_s > budget.LIMIT_S
 
 
 @pytest.mark.parametrize("images_per_s", [500, 3_000])
 def test_a_thorough_run_takes_as_long_as_it_takes(images_per_s: float) -> None:
-    plan = budget.plan(replace(MNIST, thorough=True), images_per_s, budget.START_S)
+    plan = budget.make_plan(replace(MNIST, thorough=True), images_per_s, budget.START_S)
     assert plan.trial_samples == MNIST.train
     assert plan.final_s * images_per_s == pytest.approx(60 * (MNIST.train + MNIST.validation))
     assert plan.total_s > 3 * budget.TARGET_S
 
 
 def test_a_timeout_and_quick_shorten_the_plan() -> None:
-    assert budget.plan(MNIST, 2_000, 10.0, timeout_s=300).total_s == pytest.approx(300)
+    assert budget.make_plan(MNIST, 2_000, 10.0, timeout_s=300).total_s == pytest.approx(300)
     quick = replace(MNIST, trials=3, confirmations=0)
-    plan = budget.plan(quick, 2_000, 10.0, quick=True)
+    plan = budget.make_plan(quick, 2_000, 10.0, quick=True)
     assert plan.total_s == pytest.approx(budget.QUICK_S)
-    assert budget.QUICK_TRIAL <= plan.trial_samples < 2 * budget.QUICK_TRIAL
+    assert budget.QUICK_TRIAL_SAMPLES <= plan.trial_samples < 2 * budget.QUICK_TRIAL_SAMPLES
 
 
 def test_what_was_asked_for_is_what_a_trial_sees() -> None:
-    assert budget.plan(MNIST, 1_000, 10.0, trial_samples=1_234).trial_samples == 1_234
+    assert budget.make_plan(MNIST, 1_000, 10.0, trial_samples=1_234).trial_samples == 1_234
 
 
 def test_confirmations_are_paid_for_by_shorter_trials() -> None:
-    none = budget.plan(replace(MNIST, confirmations=0), 2_000, 10.0)
-    many = budget.plan(replace(MNIST, confirmations=8), 2_000, 10.0)
+    none = budget.make_plan(replace(MNIST, confirmations=0), 2_000, 10.0)
+    many = budget.make_plan(replace(MNIST, confirmations=8), 2_000, 10.0)
     assert none.confirm_s == 0
     assert many.trial_samples < none.trial_samples
 
 
 def test_the_final_training_has_what_is_left_near_to_what_was_planned() -> None:
     plan = budget.Plan(1_000, 1.0, 200.0, 100.0, release_s=20.0, total_s=500.0)
-    for left_s, final_s in ((220, 200), (200, 180), (50, 150), (1_000, 220)):
-        assert budget.final_s(plan, left_s) == pytest.approx(final_s)
-    for left_s, final_s in ((120, 80), (10, 0), (1_000, 200)):
-        assert budget.final_s_until(plan, left_s) == pytest.approx(final_s)
+    for remaining_s, final_s in ((220, 200), (200, 180), (50, 150), (1_000, 220)):
+        assert budget.allot_final_s(plan, remaining_s) == pytest.approx(final_s)
+    for remaining_s, final_s in ((120, 80), (10, 0), (1_000, 200)):
+        assert budget.allot_final_s_until(plan, remaining_s) == pytest.approx(final_s)
 
 
 @pytest.mark.parametrize(
-    ("search_s", "confirm_s", "passed_s", "left_s"),
+    ("search_s", "confirm_s", "elapsed_s", "remaining_s"),
     [
         (150, 50, 10, 420),  # as planned
         (100, 50, 10, 390),  # faster: the final training takes at most 1.1 times what was planned
@@ -95,10 +95,12 @@ def test_the_final_training_has_what_is_left_near_to_what_was_planned() -> None:
     ],
 )
 def test_the_end_is_announced_with_the_final_training_that_will_be_left(
-    search_s: float, confirm_s: float, passed_s: float, left_s: float
+    search_s: float, confirm_s: float, elapsed_s: float, remaining_s: float
 ) -> None:
     plan = budget.Plan(1_000, 5.0, 200.0, 100.0, confirm_s=50.0, release_s=20.0, total_s=430.0)
-    assert budget.left_s(plan, search_s, confirm_s, passed_s) == pytest.approx(left_s)
+    assert budget.estimate_remaining_s(plan, search_s, confirm_s, elapsed_s) == pytest.approx(
+        remaining_s
+    )
 
 
 def test_rungs_are_within_the_trial() -> None:
@@ -108,23 +110,23 @@ def test_rungs_are_within_the_trial() -> None:
 
 
 @pytest.mark.parametrize(
-    ("todo", "done", "passed_s", "left_s"),
+    ("trials", "done", "elapsed_s", "remaining_s"),
     [(32, 0, 0, 160), (27, 5, 25, 135), (27, 5, 75, 270), (0, 32, 160, 0), (-1, 33, 160, 0)],
 )
 def test_the_search_that_is_left_goes_by_the_plan_then_by_the_trials(
-    todo: int, done: int, passed_s: float, left_s: float
+    trials: int, done: int, elapsed_s: float, remaining_s: float
 ) -> None:
     plan = budget.Plan(1_000, trial_s=5.0, final_s=200.0, images_per_s=100.0)
-    assert budget.search_left_s(plan, todo, done, passed_s) == pytest.approx(left_s)
+    assert budget.estimate_search_s(plan, trials, done, elapsed_s) == pytest.approx(remaining_s)
 
 
 @pytest.mark.parametrize(
-    ("share", "passed_s", "left_s"), [(0, 0, 100), (0.01, 5, 95), (0.5, 80, 80), (1, 150, 0)]
+    ("share", "elapsed_s", "remaining_s"), [(0, 0, 100), (0.01, 5, 95), (0.5, 80, 80), (1, 150, 0)]
 )
 def test_the_training_that_is_left_goes_by_the_plan_then_by_its_speed(
-    share: float, passed_s: float, left_s: float
+    share: float, elapsed_s: float, remaining_s: float
 ) -> None:
-    assert budget.training_left_s(100, share, passed_s) == pytest.approx(left_s)
+    assert budget.estimate_training_s(100, share, elapsed_s) == pytest.approx(remaining_s)
 
 
 def test_a_forecast_is_judged_by_its_worst_moment_after_the_first_quarter() -> None:

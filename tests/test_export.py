@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist import data, export, folding, inference, models, own, registry, scores, training
+from mnist import data, export, folding, inference, models, plugins, registry, scores, training
 from tests.conftest import DIGITS, Command
 from tests.test_registry import entry
 
@@ -95,15 +95,15 @@ def test_any_network_answers_in_onnx_as_in_torch_and_in_int8_nearly(
     model = fresh(network, dataset)
     float32 = export.to_onnx(model, dataset)
     int8 = export.to_int8(float32, dataset)
-    wanted = inference.by_torch(model, dataset.mean, dataset.std)
+    wanted = inference.torch_runner(model, dataset.mean, dataset.std)
     for n in (1, 2, 20):  # the size of a batch is free
         images = dataset.validation.images[:n].numpy()
         logits, wanted_features = wanted(images)
         largest = float(np.abs(logits).max())
         for content, tolerance in ((float32, 1e-4), (int8, 0.1)):
-            found, features = inference.by_onnx(content)(images)
-            assert found.shape == (n, classes)
-            assert found == pytest.approx(logits, abs=tolerance * largest)
+            outputs, features = inference.onnx_runner(content)(images)
+            assert outputs.shape == (n, classes)
+            assert outputs == pytest.approx(logits, abs=tolerance * largest)
             assert features == pytest.approx(wanted_features, abs=tolerance)
 
 
@@ -173,8 +173,8 @@ def test_int8_with_more_errors_than_allowed_is_left_out(monkeypatch: pytest.Monk
 def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "LARGE_CONV", 100)
-    monkeypatch.setattr(folding, "LARGE_LINEAR", 100)
+    monkeypatch.setattr(folding, "MIN_CONV_WEIGHTS", 100)
+    monkeypatch.setattr(folding, "MIN_LINEAR_WEIGHTS", 100)
     monkeypatch.setattr(folding, "CONV_RANK", 4)
     dataset = data.load("digits")
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     model = folding.fold(form.eval())
     exported = export.export(model, dataset, folding.merge_norms(form))
     assert exported.served.engine == "onnx_int8"
-    assert len(exported.files["onnx"][1]) < 4 * models.parameters(model) / 10
+    assert len(exported.files["onnx"][1]) < 4 * models.count_parameters(model) / 10
     state = io.BytesIO()
     torch.save(model.state_dict(), state)
     record = entry(
@@ -195,13 +195,13 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     images = dataset.calibration.images.numpy()
     given = {
         engine: inference.load(tmp_path, name, engine=engine).outputs(images)
-        for engine in inference.FILES
+        for engine in inference.ENGINE_FILES
     }
     for logits, features in zip(given["torch"], given["onnx"], strict=True):
         assert logits == pytest.approx(features, abs=1e-4)
-    for engine in inference.FILES:  # one likeness and one threshold are right for all of them
+    for engine in inference.ENGINE_FILES:  # one score and one threshold fit all of them
         _, uncertain = inference.load(tmp_path, name, engine=engine).read(images)
-        assert uncertain.mean() <= 2 * export.UNCERTAIN
+        assert uncertain.mean() <= 2 * export.MAX_UNCERTAIN
 
 
 @pytest.mark.parametrize(("more", "taken"), [(0, True), (1, True), (2, False)])
@@ -209,13 +209,13 @@ def test_int8_may_make_one_more_error(more: int, taken: bool) -> None:
     labels = np.arange(200) % 2
     wanted = np.eye(2)[labels]
     wanted[:5] = wanted[:5, ::-1]  # 5 errors
-    found = wanted.copy()
-    found[5 : 5 + more] = found[5 : 5 + more, ::-1]
+    logits = wanted.copy()
+    logits[5 : 5 + more] = logits[5 : 5 + more, ::-1]
     if taken:
-        export._check("onnx_int8", found, wanted, labels)
+        export._check_outputs("onnx_int8", logits, wanted, labels)
     else:
         with pytest.raises(ValueError, match="2 more errors"):
-            export._check("onnx_int8", found, wanted, labels)
+            export._check_outputs("onnx_int8", logits, wanted, labels)
 
 
 def drawn(n: int, sharper: float) -> tuple[np.ndarray, np.ndarray]:
@@ -248,9 +248,9 @@ def test_probabilities_are_the_softmax_over_the_temperature() -> None:
     logits = np.array([[1.0, 2.0, 500.0], [0.0, 0.0, math.log(2)]], np.float32)
     for temperature in (0.5, 1.0, 4.0):
         wanted = torch.softmax(torch.from_numpy(logits) / temperature, 1).numpy()
-        found = inference.probabilities(logits, temperature)
-        assert found.dtype == np.float32
-        assert found == pytest.approx(wanted, abs=1e-6)
+        shares = inference.probabilities(logits, temperature)
+        assert shares.dtype == np.float32
+        assert shares == pytest.approx(wanted, abs=1e-6)
 
 
 class Bare(nn.Module):
@@ -274,7 +274,7 @@ def test_at_most_one_in_a_hundred_calibration_images_is_uncertain(
     assert exported.calibration["score"] == score
     assert ("likeness" in exported.files) == (score == "likeness")
     _, uncertain = exported.served.read(dataset.calibration.images.numpy())
-    assert 0.005 < uncertain.mean() <= export.UNCERTAIN
+    assert 0.005 < uncertain.mean() <= export.MAX_UNCERTAIN
     assert exported.calibration["uncertain_below"] == exported.served.uncertain_below
 
 
@@ -287,7 +287,7 @@ def test_noise_is_uncertain() -> None:
     assert exported.served.read(dataset.validation.images.numpy())[1].mean() < 0.1
 
 
-def test_logits_tell_where_the_features_of_an_engine_differ() -> None:
+def test_logits_are_the_score_where_the_features_of_an_engine_differ() -> None:
     dataset = small(1, 16, 3)
     model = trained(dataset)
     exported = export.export(model, dataset)
@@ -295,16 +295,16 @@ def test_logits_tell_where_the_features_of_an_engine_differ() -> None:
     right = exported.served.outputs(images)
     other = (right[0], -right[1])
     engine = exported.served.engine
-    found = export.with_threshold(exported.served, {engine: right, "other": other}, dataset)
-    assert found.likeness is None
+    classifier = export.set_threshold(exported.served, {engine: right, "other": other}, dataset)
+    assert classifier.ood_score is None
 
 
 @pytest.mark.parametrize("n", [10, 99, 100, 250, 2_500])
 def test_the_threshold_is_as_high_as_may_be(n: int) -> None:
     scores = np.random.default_rng(0).normal(-1, 0.3, n).astype(np.float32)
-    limit = export.threshold(scores)
-    assert (scores < limit).sum() <= export.UNCERTAIN * n
-    assert (scores < limit + 1e-3).sum() >= int(export.UNCERTAIN * n)
+    limit = export.fit_threshold(scores)
+    assert (scores < limit).sum() <= export.MAX_UNCERTAIN * n
+    assert (scores < limit + 1e-3).sum() >= int(export.MAX_UNCERTAIN * n)
     assert limit == round(limit, 4)
 
 
@@ -313,7 +313,7 @@ def test_golden_images_range_from_the_least_to_the_most_certain() -> None:
     exported = export.export(trained(dataset), dataset)
     with np.load(io.BytesIO(exported.files["golden"][1])) as golden:
         assert set(golden) == {"images", "torch", "onnx", "onnx_int8"}
-        assert golden["images"].shape == (export.GOLDEN, 1, 16, 16)
+        assert golden["images"].shape == (export.GOLDEN_IMAGES, 1, 16, 16)
         sure = golden["onnx_int8"].max(1)
         assert np.all(np.diff(sure) >= 0)
         every = exported.served(dataset.calibration.images.numpy()).max(1)
@@ -333,38 +333,38 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
     calibration = record["metrics"]["calibration"]
     assert calibration["served_errors"] <= calibration["errors"] + 1
     assert 0 <= calibration["ece"] < 0.5
-    with np.load(registry.file(saved, name, "predictions")) as kept:
-        assert set(kept) == {"probabilities", "served", "labels", "mistakes", "images"}
-        wrong = export.errors(kept["served"], kept["labels"])
+    with np.load(registry.file(saved, name, "predictions")) as predictions:
+        assert set(predictions) == {"probabilities", "served", "labels", "mistakes", "images"}
+        wrong = export.count_errors(predictions["served"], predictions["labels"])
         assert record["metrics"]["test"]["served_errors"] == wrong
-        assert kept["served"].shape == kept["probabilities"].shape == (257, 10)
+        assert predictions["served"].shape == predictions["probabilities"].shape == (257, 10)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("from_plugin", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
-    made: bool,
+    from_plugin: bool,
     run: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(*_: Any) -> bytes:
-        raise RuntimeError("of one's own")
+        raise RuntimeError("made up")
 
     monkeypatch.setattr(export, "to_onnx", broken)
-    monkeypatch.setattr(own, "made", lambda _: made)
+    monkeypatch.setattr(plugins, "is_from_plugin", lambda _: from_plugin)
     assert run(*DIGITS, "--trials", "1", "--confirm", "1").returncode == 0
-    assert "saved without onnx: of one's own" in caplog.text
+    assert "saved without onnx: made up" in caplog.text
     info = registry.read(tmp_path / "saved_models")
     (name,) = info["models"]
-    assert info["current"] == (None if made else name)  # no server could build it
+    assert info["current"] == (None if from_plugin else name)  # no server could build it
     _, record = registry.record(tmp_path / "saved_models", name)
     assert set(record["files"]) == {"weights", "golden", "likeness", "predictions"}
-    assert record["engines"] == {"served": "torch", "left_out": {"onnx": "of one's own"}}
+    assert record["engines"] == {"served": "torch", "left_out": {"onnx": "made up"}}
     classifier = inference.load(tmp_path / "saved_models", name)
     assert classifier.engine == "torch"
-    assert classifier.passed_over["onnx"] == "of one's own"
+    assert classifier.passed_over["onnx"] == "made up"
 
 
 def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path) -> None:
@@ -380,11 +380,11 @@ def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path
     images = dataset.calibration.images.numpy()[:8]
     in_torch = inference.Classifier(
         "torch",
-        inference.by_torch(model, dataset.mean, dataset.std),
+        inference.torch_runner(model, dataset.mean, dataset.std),
         temperature=full.calibration["temperature"],
     )
     int8 = inference.Classifier(
-        "onnx_int8", inference.by_onnx(low.files["onnx_int8"][1]), temperature=2.0
+        "onnx_int8", inference.onnx_runner(low.files["onnx_int8"][1]), temperature=2.0
     )
     given = {"torch": in_torch(images), "onnx": in_torch(images), "onnx_int8": int8(images)}
     golden, state = io.BytesIO(), io.BytesIO()
@@ -397,5 +397,5 @@ def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path
     for engine, probabilities in given.items():
         classify = inference.load(tmp_path, name, engine=engine)
         assert classify(images) == pytest.approx(probabilities, abs=inference.TOLERANCE[engine])
-        about = calibration if engine == "onnx_int8" else full.calibration
-        assert classify.uncertain_below == about["uncertain_below"]
+        expected = calibration if engine == "onnx_int8" else full.calibration
+        assert classify.uncertain_below == expected["uncertain_below"]

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 def test_the_time_left_has_what_comes_after_a_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(display, "PLAIN_EVERY_S", -1.0)
+    monkeypatch.setattr(display, "PLAIN_INTERVAL_S", -1.0)
     half: Any = types.SimpleNamespace(samples=50, total=100, loss=0.5)
     for after, left in ((0.0, "about 50 s left"), (30.0, "about 80 s left")):
         plan = budget.Plan(1, 1.0, 1.0, 1.0)
-        display.Display(1, plan, [], 0.0).training("final", half, 100.0, after)
+        display.Display(1, plan, [], 0.0).show_training("final", half, 100.0, after)
         assert left in capsys.readouterr().err
     whole: Any = types.SimpleNamespace(samples=100, total=100, loss=0.5)  # after its checkpoint
-    display.Display(1, plan, [], 0.0).training("final", whole, 100.0, 30.0)
+    display.Display(1, plan, [], 0.0).show_training("final", whole, 100.0, 30.0)
     assert "about 30 s left" in capsys.readouterr().err
 
 
@@ -50,8 +50,8 @@ def test_a_winner_whose_batches_were_too_large_for_the_memory_is_finished_in_par
     monkeypatch.setitem(models.NETWORKS, "greedy", models.Linear)  # gone when the test is over
     file = tmp_path / "greedy.py"
     file.write_text(GREEDY)
-    own = ["--import", str(file), "--model", "greedy", "--param", "batch_size=32"]
-    done = run("--dataset", "digits", *own, "--quick", *SHORT)
+    plugin = ["--import", str(file), "--model", "greedy", "--param", "batch_size=32"]
+    done = run("--dataset", "digits", *plugin, "--quick", *SHORT)
     assert done.returncode == 0, done.stderr
     record = registry.record(tmp_path / "saved_models")[1]
     assert record["hyperparameters"]["batch_size"] == 32

@@ -38,7 +38,7 @@ def _new_process() -> None:
 
 
 def load(root: Path, **settings: object) -> data.Dataset:
-    """With what is remembered beside the folder."""
+    """With the cache beside the folder."""
     return data.load(f"folder:{root}", root.parent / "data", **settings)  # type: ignore[arg-type]
 
 
@@ -52,10 +52,10 @@ def problem(root: Path) -> str:
 def test_a_folder_of_pictures_is_a_data_set_of_its_name(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets", {"dog": 30, "cat": 20, ".hidden": 3})
     (root / "cat" / ".DS_Store").write_bytes(b"x")
-    found = load(root)
-    assert (found.name, found.classes) == ("folder:pets", ("cat", "dog"))
-    assert (found.size, found.channels, found.recipe) == (28, 1, "plain")
-    parts = [found.train, found.validation, found.calibration, found.open_test()]
+    dataset = load(root)
+    assert (dataset.name, dataset.classes) == ("folder:pets", ("cat", "dog"))
+    assert (dataset.size, dataset.channels, dataset.recipe) == (28, 1, "plain")
+    parts = [dataset.train, dataset.validation, dataset.calibration, dataset.open_test()]
     assert sum(map(len, parts)) == 50
     rows = [row.numpy().tobytes() for part in parts for row in part.images]
     assert len(set(rows)) == 50
@@ -66,23 +66,23 @@ def test_a_folder_of_pictures_is_a_data_set_of_its_name(tmp_path: Path) -> None:
 
 def test_its_pictures_are_what_the_server_makes_of_the_same_files(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets", {"cat": 12, "dog": 12})
-    found = load(root, image_size=20, color=True)
-    assert found.train.images.shape[1:] == (3, 20, 20)
+    dataset = load(root, image_size=20, color=True)
+    assert dataset.train.images.shape[1:] == (3, 20, 20)
     served = {
         images.normalise(path.read_bytes(), size=20, channels=3, recipe="plain").tobytes()
         for path in root.rglob("*.*")
     }
-    read = {row.numpy().tobytes() for row in found.train.images}
-    assert len(read) == len(found.train)
+    read = {row.numpy().tobytes() for row in dataset.train.images}
+    assert len(read) == len(dataset.train)
     assert read <= served
 
 
 def test_train_and_test_folders_are_kept_to(tmp_path: Path) -> None:
     fill(tmp_path / "pets" / "train", {"cat": 20, "dog": 15})
     fill(tmp_path / "pets" / "test", {"cat": 2, "dog": 1})
-    found = load(tmp_path / "pets")
-    assert len(found.train + found.validation + found.calibration) == 35
-    assert found.open_test().labels.tolist() == [0, 0, 1]
+    dataset = load(tmp_path / "pets")
+    assert len(dataset.train + dataset.validation + dataset.calibration) == 35
+    assert dataset.open_test().labels.tolist() == [0, 0, 1]
     shutil.rmtree(tmp_path / "pets" / "test" / "dog")
     assert "train/ and test/ must have the same classes; only one has dog" in problem(
         tmp_path / "pets"
@@ -118,7 +118,7 @@ def test_names_that_are_not_utf_8_do_no_harm_or_are_told(tmp_path: Path) -> None
 def test_the_same_pictures_have_the_same_checksum_wherever_they_lie(tmp_path: Path) -> None:
     one = load(fill(tmp_path / "a" / "pets", {"cat": 12, "dog": 12}))
     other = load(fill(tmp_path / "b" / "pets", {"cat": 12, "dog": 12}))
-    assert (one.sha256, one.cut) == (other.sha256, other.cut)
+    assert (one.sha256, one.split_sha256) == (other.sha256, other.split_sha256)
     changed = tmp_path / "b" / "pets" / "cat" / "000.png"
     Image.effect_noise((40, 30), 50).save(changed)
     assert load(tmp_path / "b" / "pets").sha256 != one.sha256
@@ -135,8 +135,8 @@ def test_pictures_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert load(root).sha256 == first.sha256
     with pytest.raises(AssertionError):
         load(root, image_size=20)
-    (kept,) = (tmp_path / "data" / "folders").glob("*.npz")
-    kept.write_bytes(b"damaged")
+    (cache,) = (tmp_path / "data" / "folders").glob("*.npz")
+    cache.write_bytes(b"damaged")
     with pytest.raises(AssertionError):
         load(root)
 
@@ -167,8 +167,8 @@ def test_a_few_unreadable_files_are_named_and_left_out(
     root = fill(tmp_path / "pets", {"cat": 20, "dog": 20})
     (root / "cat" / "Thumbs.db").write_bytes(b"no picture")
     (root / "dog" / "blank.png").write_bytes(png(60_000, 60_000, b"")[:-20])
-    found = load(root, color=color)
-    assert len(found.train + found.validation + found.calibration + found.open_test()) == 40
+    dataset = load(root, color=color)
+    assert len(dataset.train + dataset.validation + dataset.calibration + dataset.open_test()) == 40
     text = (
         "2 of 42 files cannot be used as pictures (1 unreadable, 1 too large), and are left out: "
     )
@@ -217,9 +217,9 @@ def test_what_is_lost_is_warned_of_and_what_is_not_is_not(
 
 def test_twenty_to_one_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        found = load(fill(tmp_path / "pets", {"cat": 200, "dog": 10}, (9, 9), colour=False))
+        dataset = load(fill(tmp_path / "pets", {"cat": 200, "dog": 10}, (9, 9), colour=False))
     assert "class 'cat' has 200 pictures, 'dog' only 10" in caplog.text
-    for part in (found.train, found.validation, found.calibration, found.open_test()):
+    for part in (dataset.train, dataset.validation, dataset.calibration, dataset.open_test()):
         assert set(part.labels.tolist()) == {0, 1}
 
 

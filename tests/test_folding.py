@@ -33,7 +33,11 @@ class Odd(nn.Module):
 @pytest.fixture
 def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of a few weights are factored, too."""
-    for name, value in (("LARGE_CONV", 1), ("LARGE_LINEAR", 1), ("GAIN", 10)):
+    for name, value in (
+        ("MIN_CONV_WEIGHTS", 1),
+        ("MIN_LINEAR_WEIGHTS", 1),
+        ("MAX_WEIGHT_SHARE", 10),
+    ):
         monkeypatch.setattr(folding, name, value)
     monkeypatch.setattr(folding, "CONV_RANK", 5)
     monkeypatch.setattr(folding, "LINEAR_RANK", 4)
@@ -84,17 +88,17 @@ def test_known_networks_fold_into_themselves(name: str) -> None:
     plain = folding.fold(form)
     shapes = {key: part.shape for key, part in model.state_dict().items()}
     assert {key: part.shape for key, part in plain.state_dict().items()} == shapes
-    assert models.parameters(plain) == models.parameters(model)
+    assert models.count_parameters(plain) == models.count_parameters(model)
     assert largest_difference(form, plain, torch.randn(8, 1, 28, 28)) < 1e-4
 
 
 def test_a_network_that_does_not_ask_for_it_is_trained_as_it_is() -> None:
     torch.manual_seed(0)
-    own = nn.Sequential(nn.Conv2d(1, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3, bias=False))
-    form = folding.training_form(own)
-    assert form is own  # its weights may be pre-trained
+    plain = nn.Sequential(nn.Conv2d(1, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3, bias=False))
+    form = folding.training_form(plain)
+    assert form is plain  # its weights may be pre-trained
     assert not folding.has_factors(form)
-    assert folding.fold(form).state_dict().keys() == own.state_dict().keys()
+    assert folding.fold(form).state_dict().keys() == plain.state_dict().keys()
 
 
 def test_only_what_gains_is_factored() -> None:
@@ -103,7 +107,10 @@ def test_only_what_gains_is_factored() -> None:
     assert factored(parallel) == set(models.Parallel.NORMALISED)
     whole = {name for name in factored(parallel) if len(parallel.get_submodule(name)) == 2}  # type: ignore[arg-type]
     assert whole == {"conv1", "conv2_1", "conv2_2", "fc2"}  # themselves, and a norm
-    assert models.parameters(parallel) < models.parameters(models.build("parallel", 1, 28, 10)) / 10
+    assert (
+        models.count_parameters(parallel)
+        < models.count_parameters(models.build("parallel", 1, 28, 10)) / 10
+    )
 
 
 def test_a_form_that_was_trained_folds_back_exactly(digits: data.Dataset) -> None:

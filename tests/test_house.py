@@ -13,7 +13,7 @@ ALLOWED = {  # who may import what of the project
     "mnist/data.py": {
         "mnist.files",
         "mnist.folders",
-        "mnist.own",
+        "mnist.plugins",
         "mnist.reading",
         "mnist.sources",
         "mnist.splits",
@@ -35,16 +35,16 @@ ALLOWED = {  # who may import what of the project
     "mnist/sources.py": {"mnist.files", "mnist.images", "mnist.reading", "mnist.splits"},
     "mnist/splits.py": set(),
     "mnist/training.py": {"mnist.data", "mnist.folding", "mnist.inference"},
-    "mnist/likeness.py": set(),
+    "mnist/ood.py": set(),
     "mnist/export.py": {
         "mnist.data",
         "mnist.inference",
-        "mnist.likeness",
         "mnist.models",
+        "mnist.ood",
         "mnist.scores",
         "mnist.training",
     },
-    "mnist/own.py": set(),
+    "mnist/plugins.py": set(),
     "mnist/space.py": {"mnist.training"},
     "mnist/study.py": {"mnist.budget", "mnist.data", "mnist.space"},
     "mnist/members.py": {"mnist.space", "mnist.study"},
@@ -52,7 +52,7 @@ ALLOWED = {  # who may import what of the project
         "mnist.data",
         "mnist.folding",
         "mnist.models",
-        "mnist.own",
+        "mnist.plugins",
         "mnist.training",
     },
     "mnist/search.py": {
@@ -66,7 +66,7 @@ ALLOWED = {  # who may import what of the project
         "mnist.data",
         "mnist.folding",
         "mnist.models",
-        "mnist.own",
+        "mnist.plugins",
         "mnist.space",
         "mnist.study",
     },
@@ -93,7 +93,7 @@ ALLOWED = {  # who may import what of the project
         "mnist.members",
         "mnist.models",
         "mnist.options",
-        "mnist.own",
+        "mnist.plugins",
         "mnist.search",
         "mnist.space",
         "mnist.study",
@@ -116,7 +116,7 @@ ALLOWED = {  # who may import what of the project
         "mnist.folding",
         "mnist.models",
         "mnist.options",
-        "mnist.own",
+        "mnist.plugins",
         "mnist.registry",
         "mnist.study",
         "mnist.training",
@@ -135,7 +135,7 @@ ALLOWED = {  # who may import what of the project
     },
     "mnist/predict.py": {"mnist.images", "mnist.inference", "mnist.plots", "mnist.registry"},
     "mnist/registry.py": set(),
-    "mnist/inference.py": {"mnist.likeness", "mnist.models", "mnist.registry"},
+    "mnist/inference.py": {"mnist.models", "mnist.ood", "mnist.registry"},
     "serve/app.py": {
         "mnist.images",
         "mnist.registry",
@@ -179,24 +179,24 @@ ALLOWED = {  # who may import what of the project
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             plain = node.module in ("mnist", "serve")
-            found |= {f"{node.module}.{a.name}" for a in node.names} if plain else {node.module}
-    return found
+            names |= {f"{node.module}.{a.name}" for a in node.names} if plain else {node.module}
+    return names
 
 
 def test_imports_point_one_way() -> None:
     modules = [*(ROOT / "mnist").glob("*.py"), *(ROOT / "serve").glob("*.py")]
     for path in modules:
         if path.name != "__init__.py":
-            own = {
+            internal = {
                 name for name in imports(path) if name.split(".")[0] in ("mnist", "serve", "run")
             }
-            assert own <= ALLOWED[str(path.relative_to(ROOT))], path
+            assert internal <= ALLOWED[str(path.relative_to(ROOT))], path
 
 
 @pytest.mark.parametrize("library", ["matplotlib", "optuna", "torchvision"])

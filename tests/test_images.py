@@ -47,7 +47,7 @@ def extent(digit):
     return y.max() - y.min() + 1, x.max() - x.min() + 1
 
 
-def likeness(a, b):
+def similarity(a, b):
     """Correlation of two pictures, at best within a pixel's shift: 1 for the same."""
     shifted = [np.roll(a, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     return max(np.corrcoef(each.ravel(), b.ravel())[0, 1] for each in shifted)
@@ -60,7 +60,7 @@ def assert_reads_as_the_seven(data, least=0.95):
     digit = normalise(data)
     assert digit.shape == (1, 28, 28)
     assert digit.dtype == np.uint8
-    assert likeness(digit[0], REFERENCE) > least
+    assert similarity(digit[0], REFERENCE) > least
 
 
 def refused(data, **options):
@@ -270,11 +270,11 @@ def test_the_loose_bar_of_a_five_is_ink():
 def test_a_rule_that_crosses_one_of_two_strokes_takes_none_away():
     drawing = five()
     ImageDraw.Draw(drawing).line((0, 180, 279, 180), fill=150, width=3)
-    assert likeness(normalise(encode(drawing))[0], normalise(encode(five()))[0]) > 0.95
+    assert similarity(normalise(encode(drawing))[0], normalise(encode(five()))[0]) > 0.95
 
 
 def test_a_loose_bar_at_the_edge_of_the_picture_is_ink():
-    assert likeness(normalise(encode(five(at=90)))[0], normalise(encode(five()))[0]) > 0.9
+    assert similarity(normalise(encode(five(at=90)))[0], normalise(encode(five()))[0]) > 0.9
 
 
 def test_of_very_many_pieces_none_is_a_frame():

@@ -63,7 +63,7 @@ def other_golden(folder: Path, engine: str, first: int = 0) -> None:
     rewrite(folder, "golden", stream.getvalue())
 
 
-@pytest.mark.parametrize("engine", inference.FILES)
+@pytest.mark.parametrize("engine", inference.ENGINE_FILES)
 def test_every_engine_reads_pictures_as_the_others_do(
     saved: Path, digits: data.Dataset, engine: str
 ) -> None:
@@ -71,16 +71,16 @@ def test_every_engine_reads_pictures_as_the_others_do(
     classify = inference.load(saved, engine=engine)
     assert classify.engine == engine
     assert classify.passed_over == {}
-    found = classify(images)
-    assert found.dtype == np.float32
-    assert found.sum(1) == pytest.approx(1, abs=1e-5)
+    predicted = classify(images)
+    assert predicted.dtype == np.float32
+    assert predicted.sum(1) == pytest.approx(1, abs=1e-5)
     wanted = inference.load(saved, engine="torch")(images)
-    assert found == pytest.approx(wanted, abs=0.1 if engine == "onnx_int8" else 1e-5)
+    assert predicted == pytest.approx(wanted, abs=0.1 if engine == "onnx_int8" else 1e-5)
     alone = np.concatenate([classify(image[None]) for image in images[:20]])
-    assert alone == pytest.approx(found[:20], abs=1e-6)
+    assert alone == pytest.approx(predicted[:20], abs=1e-6)
 
 
-@pytest.mark.parametrize("engine", inference.FILES)
+@pytest.mark.parametrize("engine", inference.ENGINE_FILES)
 def test_every_engine_is_uncertain_of_the_same_pictures(
     saved: Path, digits: data.Dataset, engine: str
 ) -> None:
@@ -88,11 +88,11 @@ def test_every_engine_is_uncertain_of_the_same_pictures(
     images = np.concatenate([digits.validation.images.numpy(), noise])
     wanted = inference.load(saved, engine="torch")
     classify = inference.load(saved, engine=engine)
-    found = classify.scores(*classify.outputs(images))
-    assert found == pytest.approx(wanted.scores(*wanted.outputs(images)), rel=0.1)
+    predicted = classify.scores(*classify.outputs(images))
+    assert predicted == pytest.approx(wanted.scores(*wanted.outputs(images)), rel=0.1)
     shares, uncertain = classify.read(images)
     assert np.array_equal(shares, classify(images))
-    assert np.array_equal(uncertain, found < classify.uncertain_below)
+    assert np.array_equal(uncertain, predicted < classify.uncertain_below)
 
 
 def test_a_record_of_old_is_never_uncertain(folder: Path) -> None:
@@ -122,13 +122,15 @@ def test_torch_answers_several_threads_at_once(saved: Path, digits: data.Dataset
     images = digits.validation.images[:8].numpy()
     expected, strange = classify.read(images)
     with ThreadPoolExecutor(4) as threads:
-        for found, uncertain in threads.map(lambda _: classify.read(images), range(200)):
-            assert found == pytest.approx(expected, abs=1e-6)
+        for predicted, uncertain in threads.map(lambda _: classify.read(images), range(200)):
+            assert predicted == pytest.approx(expected, abs=1e-6)
             assert (uncertain == strange).all()
 
 
 def test_more_images_than_one_part_are_all_answered(saved: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (inference.PART + 3, 1, 28, 28), np.uint8)
+    images = np.random.default_rng(0).integers(
+        0, 256, (inference.BATCH_SIZE + 3, 1, 28, 28), np.uint8
+    )
     classify = inference.load(saved)
     parts = [classify(images[:7]), classify(images[7:])]
     assert classify(images) == pytest.approx(np.concatenate(parts))
@@ -148,12 +150,12 @@ def test_an_engine_that_fails_the_golden_inputs_gives_way_to_the_next(folder: Pa
         inference.load(folder)
 
 
-def test_of_a_model_that_was_tried_one_golden_input_is_checked_again(folder: Path) -> None:
+def test_of_a_preflighted_model_one_golden_input_is_checked_again(folder: Path) -> None:
     other_golden(folder, "onnx_int8", first=1)
     assert inference.load(folder).engine == "onnx"
-    assert inference.load(folder, tried=True).engine == "onnx_int8"
+    assert inference.load(folder, preflighted=True).engine == "onnx_int8"
     other_golden(folder, "onnx_int8")
-    assert inference.load(folder, tried=True).engine == "onnx"
+    assert inference.load(folder, preflighted=True).engine == "onnx"
 
 
 def test_a_file_the_runtime_cannot_read_gives_way_to_the_next(folder: Path) -> None:
@@ -201,10 +203,10 @@ def test_an_old_record_without_onnx_files_is_served_by_torch(folder: Path) -> No
         "onnx_int8": "there is no onnx_int8 file",
         "onnx": "there is no onnx file",
     }
-    found = inference.probabilities(
+    predicted = inference.probabilities(
         classify.logits(np.zeros((1, 1, 28, 28), np.uint8)), temperature
     )
-    assert found == pytest.approx(wanted, abs=1e-6)
+    assert predicted == pytest.approx(wanted, abs=1e-6)
     with pytest.raises(registry.RegistryError, match="onnx_int8: there is no onnx_int8 file"):
         inference.load(folder, engine="onnx_int8")
 
@@ -217,7 +219,7 @@ def test_an_unknown_engine_is_named_with_those_there_are(saved: Path) -> None:
 def test_the_recorded_temperature_is_applied_in_every_engine(folder: Path) -> None:
     change(folder, lambda record: record["files"].pop("golden"))
     image = np.random.default_rng(0).integers(0, 256, (1, 1, 28, 28), np.uint8)
-    for engine in inference.FILES:
+    for engine in inference.ENGINE_FILES:
         change(folder, lambda record: record.update(calibration={"temperature": 2.0}))
         classify = inference.load(folder, engine=engine)
         wanted = torch.softmax(torch.from_numpy(classify.logits(image)) / 2, 1).numpy()
@@ -268,29 +270,29 @@ def test_a_server_imports_nothing_that_only_training_needs(
     assert not modules & HEAVY
 
 
-def test_a_network_of_one_s_own_is_served_without_its_python(
+def test_a_network_of_a_plugin_is_served_without_its_python(
     digits: data.Dataset, tmp_path: Path, picture: Path
 ) -> None:
-    class Own(models.Linear):
+    class Plugin(models.Linear):
         """Known to this process only."""
 
-    model = fresh(Own, digits)
+    model = fresh(Plugin, digits)
     exported = export.export(model, digits)
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
-    about = entry(
+    record = entry(
         dataset=digits.record(257),
-        model={"name": "own"},
+        model={"name": "plugin"},
         calibration={"temperature": exported.served.temperature},
     )
     files = {"weights": (".pth", weights.getvalue())} | exported.files
-    registry.save(tmp_path / "models", files, about, "always")
+    registry.save(tmp_path / "models", files, record, "always")
     prediction, used, _ = serve(tmp_path / "models", picture)
     assert used == exported.served.engine
     assert used.startswith("onnx")
     image = digits.train.images[:1].numpy()
     assert prediction == digits.classes[int(exported.served(image).argmax())]
-    with pytest.raises(registry.RegistryError, match="unknown network 'own'"):
+    with pytest.raises(registry.RegistryError, match="unknown network 'plugin'"):
         inference.load(tmp_path / "models", engine="torch")
 
 

@@ -1,4 +1,4 @@
-"""mnist.job: what is left of a study when it is finished."""
+"""mnist.job: the files that a finished study leaves."""
 
 import os
 import time
@@ -35,17 +35,17 @@ def test_of_a_finished_study_only_checkpoints_of_trials_that_wait_are_left(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("found", [None, {"name": "it"}])
-def test_what_a_member_that_lives_may_need_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any] | None
+@pytest.mark.parametrize("result", [None, {"name": "it"}])
+def test_files_that_a_living_member_may_need_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: dict[str, Any] | None
 ) -> None:
     states = (TrialState.COMPLETE, TrialState.RUNNING)
     trials = [types.SimpleNamespace(number=i, state=state) for i, state in enumerate(states)]
     names = ["trial-0.pt", "trial-1.pt", "final-0-1200.pt", ".trial-1.pt.7.tmp", ".old.pt.8.tmp"]
     for name in names:
         (tmp_path / name).touch()
-    os.utime(tmp_path / ".old.pt.8.tmp", (0, time.time() - 2 * job.ABANDONED_S))
-    monkeypatch.setattr(job, "result", lambda _: found)
-    member = types.SimpleNamespace(update=lambda _: trials)
-    job.sweep(types.SimpleNamespace(folder=tmp_path, member=member))  # type: ignore[arg-type]
+    os.utime(tmp_path / ".old.pt.8.tmp", (0, time.time() - 2 * job.STALE_AFTER_S))
+    monkeypatch.setattr(job, "find_result", lambda _: result)
+    member = types.SimpleNamespace(run_locked=lambda _: trials)
+    job.remove_stale_files(types.SimpleNamespace(folder=tmp_path, member=member))  # type: ignore[arg-type]
     assert {path.name for path in tmp_path.iterdir()} == {*names[1:4]}

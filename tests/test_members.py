@@ -1,4 +1,4 @@
-"""mnist.members: turns, leases, the exact budget, and what a member cannot do once it is lost."""
+"""mnist.members: locks, leases, the exact budget, and what a member cannot do without its lease."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from mnist import budget, members
 from mnist import study as studies
-from mnist.members import Lost, Member
+from mnist.members import ClaimLost, Member
 from tests.conftest import ROOT, Clock
 from tests.gates import until
 
@@ -35,14 +35,14 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def one(storage: str) -> Iterator[Member]:
     with Member(storage, "study", threads=1) as member:
-        member.study.pruner = studies.pruner(600)
+        member.study.pruner = studies.make_pruner(600)
         yield member
 
 
 @pytest.fixture
 def two(storage: str, one: Member) -> Iterator[Member]:
     with Member(storage, "study", threads=1) as member:
-        member.study.pruner = studies.pruner(600)
+        member.study.pruner = studies.make_pruner(600)
         yield member
 
 
@@ -70,35 +70,35 @@ def test_a_running_trial_takes_its_place_in_the_budget(one: Member, two: Member)
     claim = one.ask(1, seed=0)
     assert claim is not None
     assert two.ask(1, seed=0) is None
-    one.give_back(claim)
+    one.requeue(claim)
     again = two.ask(1, seed=0)
     assert again is not None
     assert (again.number, again.params) == (claim.number, claim.params)
 
 
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
-@pytest.mark.parametrize("found", [0, 1])  # trials that others had begun by then
-def test_a_trial_whose_turn_was_lost_before_its_end_waits_and_holds_up_nobody(
-    one: Member, two: Member, found: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("others", [0, 1])  # trials that another member has begun by then
+def test_a_trial_whose_transaction_fails_waits_and_blocks_nobody(
+    one: Member, two: Member, others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, lost = one._turns, []
+    real, lost = one._lock, []
 
     @contextlib.contextmanager
-    def turns() -> Iterator[None]:
+    def failing_lock() -> Iterator[None]:
         with real():
             yield
-        if not lost:  # as where the process was stopped in its turn, or the server was restarted
+        if not lost:  # as after a suspended process or a restarted server
             lost.append(True)
-            for _ in range(found):
+            for _ in range(others):
                 assert two.ask(3, seed=1)
             raise OperationalError("COMMIT", {}, Exception("the server ended the session"))
 
     before = one.ask(2, seed=0)
     assert before is not None
-    monkeypatch.setattr(one, "_turns", turns)
+    monkeypatch.setattr(one, "_lock", failing_lock)
     claim = one.ask(2, seed=0)
     assert lost
-    if found:
+    if others:
         assert claim is None
         assert states(one) == [TrialState.RUNNING, TrialState.WAITING, TrialState.RUNNING]
     else:
@@ -115,15 +115,15 @@ def sessions(member: Member) -> list[int]:
 
 
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
-@pytest.mark.parametrize("whose", ["turns", "trials"])
+@pytest.mark.parametrize("holder", ["lock", "storage"])
 def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
-    one: Member, two: Member, whose: str, monkeypatch: pytest.MonkeyPatch
+    one: Member, two: Member, holder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = two.ask(1, seed=0)
     assert claim is not None
-    engine = {"turns": one._engine, "trials": one._trials._backend.engine}[whose]
+    engine = {"lock": one._engine, "storage": one._storage._backend.engine}[holder]
     engine.dispose()
-    monkeypatch.setattr(studies, "STALL_S", 1.0)
+    monkeypatch.setattr(studies, "TRANSACTION_TIMEOUT_S", 1.0)
     with engine.connect() as stopped:
         stopped.execute(text("SELECT * FROM trials FOR UPDATE"))
         pid = stopped.execute(text("SELECT pg_backend_pid()")).scalar()
@@ -134,19 +134,19 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
 
 
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
-def test_what_failed_for_a_sleep_longer_than_all_tries_is_tried_again(
+def test_what_failed_for_a_sleep_longer_than_all_retries_is_retried(
     one: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(members, "RETRY_S", 0.0)
-    tries = []
+    attempts = []
 
     def change(_: object) -> int:
-        tries.append(True)
-        if len(tries) == 1:
+        attempts.append(True)
+        if len(attempts) == 1:
             raise OperationalError("COMMIT", {}, Exception("the server ended the session"))
-        return len(tries)
+        return len(attempts)
 
-    assert one.update(change) == 2
+    assert one.run_locked(change) == 2
 
 
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
@@ -155,11 +155,11 @@ def test_a_member_on_this_machine_is_dead_when_its_lock_is_free_and_only_then(
 ) -> None:
     claim = one.ask(5, seed=0)
     assert claim is not None
-    monkeypatch.setattr(members, "GRACE_S", -1.0)
-    two.look()
+    monkeypatch.setattr(members, "GRACE_PERIOD_S", -1.0)
+    two.poll()
     assert states(two) == [TrialState.RUNNING]
-    one._alive.release()  # as the operating system does it
-    two.look()
+    one._liveness_lock.release()  # as the operating system does it
+    two.poll()
     assert states(two) == [TrialState.WAITING]
 
 
@@ -168,24 +168,24 @@ def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_per
 ) -> None:
     claim, clock = one.ask(5, seed=0), Clock()
     assert claim is not None
-    one._stop.set()  # it beats only when it is told to
-    one._thread.join()
+    one._stopping.set()  # it sends heartbeats only by poll()
+    one._heartbeat.join()
     monkeypatch.setattr(members, "time", clock)
-    monkeypatch.setattr(members, "host", lambda folder: "another machine")
-    monkeypatch.setattr(members, "BEAT_S", 0.05)
-    monkeypatch.setattr(members, "GRACE_S", 10.5 * members.BEAT_S)
+    monkeypatch.setattr(members, "host_id", lambda folder: "another machine")
+    monkeypatch.setattr(members, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(members, "GRACE_PERIOD_S", 10.5 * members.HEARTBEAT_S)
 
     def beats() -> int:
-        return far._members()[far.id]["beat"]
+        return far._read_members()[far.id]["beat"]
 
     def one_beat_later() -> None:
-        clock.now_s += members.BEAT_S
-        before = beats()
-        until(lambda: beats() > before, "the other machine has looked", 60)
+        clock.now_s += members.HEARTBEAT_S
+        count = beats()
+        until(lambda: beats() > count, "the other machine has polled", 60)
 
     with Member(storage, "study", threads=1) as far:
         for _ in range(15):
-            one.look()
+            one.poll()
             one_beat_later()
         for _ in range(8):
             one_beat_later()
@@ -195,29 +195,29 @@ def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_per
         assert states(far) == [TrialState.WAITING]
 
 
-def test_a_trial_that_is_said_to_be_this_member_s_but_is_not_waits_again(
+def test_a_trial_recorded_as_this_member_s_without_a_claim_is_requeued(
     one: Member, two: Member
 ) -> None:
     claim = one.ask(1, seed=0)
     assert claim is not None
-    one.give_back(claim)
-    studies.ask(two.study, seed=0)  # and killed before it could write down that it has it
+    one.requeue(claim)
+    studies.ask(two.study, seed=0)  # and killed before it recorded its claim
     again = one.ask(1, seed=0)
     assert again is not None
     assert again.number == claim.number
 
 
-def test_however_a_database_is_spelled_it_has_the_same_turns(storage: str) -> None:
+def test_however_a_database_is_spelled_it_has_the_same_lock(storage: str) -> None:
     other = storage.replace("sqlite:", "sqlite+pysqlite:").replace("sql:", "sql+psycopg:")
     seen = []
     with Member(storage, "study", threads=1) as one, Member(other, "study", threads=1) as two:
 
-        def turn() -> None:
-            with two._turns():
+        def enter() -> None:
+            with two._lock():
                 seen.append("two")
 
-        with one._turns():
-            thread = threading.Thread(target=turn)
+        with one._lock():
+            thread = threading.Thread(target=enter)
             thread.start()
             time.sleep(0.5)
             seen.append("one")
@@ -237,11 +237,13 @@ def test_studies_that_start_together_on_a_new_database_do_not_disturb_one_anothe
 
 
 def lose(one: Member, two: Member) -> members.Claim:
-    """A claim of `one`, whose trial `two` has by now."""
+    """A claim of `one`, whose trial `two` has claimed since."""
     claim = one.ask(5, seed=0)
     assert claim is not None
-    two.update(lambda study: study.set_user_attr("members", {two.id: two._members()[two.id]}))
-    two.look()
+    two.run_locked(
+        lambda study: study.set_user_attr("members", {two.id: two._read_members()[two.id]})
+    )
+    two.poll()
     taken = two.ask(5, seed=0)
     assert taken is not None
     assert taken.number == claim.number
@@ -250,21 +252,21 @@ def lose(one: Member, two: Member) -> members.Claim:
 
 def test_a_member_that_was_taken_for_dead_cannot_change_the_trial(one: Member, two: Member) -> None:
     claim = lose(one, two)
-    with pytest.raises(Lost, match="trial 0 was taken over"):
+    with pytest.raises(ClaimLost, match="trial 0 was taken over"):
         one.report(claim, 100, 0.1)
-    with pytest.raises(Lost):
+    with pytest.raises(ClaimLost):
         one.tell(claim, TrialState.COMPLETE, 0.1)
-    with pytest.raises(Lost):
-        one.give_back(claim)
+    with pytest.raises(ClaimLost):
+        one.requeue(claim)
     assert two.study.trials[0].intermediate_values == {}
     assert states(two) == [TrialState.RUNNING]
     before = one.id
-    one.look()  # it works on, as another one
+    one.poll()  # it works on, as another member
     assert one.id != before
     assert one.ask(5, seed=0) is not None
 
 
-def test_a_verdict_that_was_lost_with_its_process_is_given_again(one: Member) -> None:
+def test_a_pruning_decision_that_was_lost_with_its_process_is_repeated(one: Member) -> None:
     rung = budget.rungs(600)[0]
     for accuracy in (0.9, 0.8, 0.7):
         claim = one.ask(9, seed=0)
@@ -275,33 +277,33 @@ def test_a_verdict_that_was_lost_with_its_process_is_given_again(one: Member) ->
         one.tell(claim, TrialState.PRUNED if prune else TrialState.COMPLETE, accuracy)
 
 
-def test_one_member_finishes_until_it_is_gone(one: Member, two: Member) -> None:
-    assert one.finisher()
-    assert not two.finisher()
-    assert one.finisher()
+def test_one_member_leads_until_it_leaves(one: Member, two: Member) -> None:
+    assert one.become_leader()
+    assert not two.become_leader()
+    assert one.become_leader()
     one.__exit__()
-    assert two.finisher()
-    one._thread = threading.Thread(target=lambda: None)  # for its second exit
-    one._thread.start()
-    one._alive.acquire()
+    assert two.become_leader()
+    one._heartbeat = threading.Thread(target=lambda: None)  # for its second exit
+    one._heartbeat.start()
+    one._liveness_lock.acquire()
 
 
-def test_ctrl_c_waits_for_the_end_of_a_turn(one: Member) -> None:
+def test_ctrl_c_waits_for_the_end_of_the_lock(one: Member) -> None:
     done = []
 
-    def turn() -> None:
-        with one._turns():
+    def interrupted() -> None:
+        with one._lock():
             signal.raise_signal(signal.SIGINT)
             done.append(1)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            turn()
+            interrupted()
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == [1]
-    with one._turns():
+    with one._lock():
         pass
 
 
@@ -315,11 +317,11 @@ def test_a_killed_member_is_found_at_once(one: Member, storage: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ))
     assert done.returncode == -signal.SIGKILL
     assert states(one) == [TrialState.RUNNING]
-    one.look()
+    one.poll()
     assert states(one) == [TrialState.WAITING]
-    assert set(one._members()) == {one.id}
+    assert set(one._read_members()) == {one.id}
     locks = list(one._folder.glob(f"{one._prefix}-*.lock"))
-    assert [path.name for path in locks] == [Path(one._alive.lock_file).name]
+    assert [path.name for path in locks] == [Path(one._liveness_lock.lock_file).name]
 
 
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
@@ -335,7 +337,7 @@ def test_a_lock_on_the_database_is_waited_for(one: Member, tmp_path: Path) -> No
 
 def test_a_member_leaves_no_lock_behind(storage: str) -> None:
     with Member(storage, "study", threads=1) as member:
-        file = Path(member._alive.lock_file)
+        file = Path(member._liveness_lock.lock_file)
         assert file.exists()
         with pytest.raises(members.Timeout):
             FileLock(file).acquire(timeout=0)

@@ -12,11 +12,11 @@ from tests.conftest import ROOT
     [("parallel", 28_287_054), ("linear", 7_850), ("cnn", 102_026)],
 )
 def test_a_network_has_the_parameters_that_its_table_gives(name: str, parameters: int) -> None:
-    assert models.parameters(models.build(name, 1, 28, 10)) == parameters
+    assert models.count_parameters(models.build(name, 1, 28, 10)) == parameters
 
 
 def test_compact_has_under_25_000_parameters() -> None:
-    assert models.parameters(models.build("compact", 1, 28, 10)) < 25_000
+    assert models.count_parameters(models.build("compact", 1, 28, 10)) < 25_000
 
 
 @pytest.mark.parametrize("name", models.NETWORKS)
@@ -49,9 +49,9 @@ def test_features_are_what_the_last_layers_are_given(name: str, widths: list[int
 def test_features_of_maps_tokens_and_wide_rows_are_means() -> None:
     layers = torch.nn.Conv2d(4, 2, 3), torch.nn.Linear(6, 2)
     maps, tokens, wide = torch.rand(2, 4, 5, 5), torch.rand(2, 7, 6), torch.rand(2, 514)
-    assert torch.allclose(models._features(layers[0], maps), maps.mean((2, 3)))
-    assert torch.allclose(models._features(layers[1], tokens), tokens.mean(1))
-    narrow = models._features(layers[1], wide)
+    assert torch.allclose(models._extract_features(layers[0], maps), maps.mean((2, 3)))
+    assert torch.allclose(models._extract_features(layers[1], tokens), tokens.mean(1))
+    narrow = models._extract_features(layers[1], wide)
     assert narrow.shape == (2, 172)  # of three each; the last are filled up with zeros
     assert torch.allclose(narrow[:, :171], wide[:, :513].reshape(2, 171, 3).mean(2))
 
@@ -84,7 +84,7 @@ def test_the_parallel_network_is_the_one_in_the_table() -> None:
         "fc2": (500,),
         "output": (10,),
     }
-    assert models.parameters(model) == 28_287_054
+    assert models.count_parameters(model) == 28_287_054
 
 
 def test_both_parallel_branches_are_used() -> None:

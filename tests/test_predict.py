@@ -27,7 +27,7 @@ def ask(
 
     def ask(*arguments: str | Path) -> Done:
         capsys.readouterr()
-        return Done(predict.guarded(list(map(str, arguments))), *capsys.readouterr())
+        return Done(predict.run_cli(list(map(str, arguments))), *capsys.readouterr())
 
     return ask
 
@@ -144,7 +144,7 @@ def test_show_draws_two_pixels_a_letter(
     picture = np.zeros((channels, 5, 2), np.uint8)
     picture[:, 0, 0] = 255
     picture[0, 1, 0], picture[-1, 1, 1] = 200, 255
-    predict.show(picture, sys.stdout)
+    predict.print_picture(picture, sys.stdout)
     plain = capsys.readouterr().out.split("\n")
     assert [len(row) for row in plain] == [2, 2, 2, 0]
     assert plain[0][0] in "▀█"
@@ -152,7 +152,7 @@ def test_show_draws_two_pixels_a_letter(
     monkeypatch.setenv("COLORTERM", "truecolor")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    predict.show(picture, sys.stdout)
+    predict.print_picture(picture, sys.stdout)
     lower = "200;200;200" if channels == 1 else "200;0;0"
     assert f"\x1b[38;2;255;255;255;48;2;{lower}m▀" in capsys.readouterr().out
 

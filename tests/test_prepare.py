@@ -1,4 +1,4 @@
-"""mnist.prepare: what is measured before a study begins."""
+"""mnist.prepare: measurements before a study begins."""
 
 import subprocess
 import sys
@@ -16,20 +16,20 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
-    """By (batch size, bfloat16), images a second of a worker; what is not there fails."""
-    known: dict[Any, float] = {}
+    """(batch size, bfloat16) -> images per second of a worker; other measurements fail."""
+    speeds: dict[Any, float] = {}
 
     def speed(_: Any, run: Run) -> float:
-        if (key := (run.params["batch_size"], run.bfloat16)) not in known:
+        if (key := (run.params["batch_size"], run.bfloat16)) not in speeds:
             raise search.RunFailed("RuntimeError: made up")
-        return known[key]
+        return speeds[key]
 
-    monkeypatch.setattr(prepare.search, "speed", speed)
-    return known
+    monkeypatch.setattr(prepare.search, "measure_speed", speed)
+    return speeds
 
 
 @pytest.mark.parametrize(
-    ("known", "may_round", "expected"),
+    ("measured", "try_bfloat16", "expected"),
     [
         ({(64, False): 100, (64, True): 150}, True, (150, True)),
         ({(64, False): 100, (64, True): 110}, True, (100, False)),  # not worth it
@@ -39,16 +39,16 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
     ],
 )
 def test_the_faster_precision_is_taken_where_it_is_worth_it(
-    speeds: dict[Any, float], known: Any, may_round: bool, expected: tuple[float, bool]
+    speeds: dict[Any, float], measured: Any, try_bfloat16: bool, expected: tuple[float, bool]
 ) -> None:
-    speeds.update(known)
-    assert prepare.measured(Options(), None, may_round) == expected  # type: ignore[arg-type]
+    speeds.update(measured)
+    assert prepare.measure_speed(Options(), None, try_bfloat16) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("speeds")
 def test_a_network_that_cannot_be_trained_is_named() -> None:
     with pytest.raises(click.UsageError, match="network 'parallel' cannot be used: RuntimeError"):
-        prepare.measured(Options(), None, True)  # type: ignore[arg-type]
+        prepare.measure_speed(Options(), None, True)  # type: ignore[arg-type]
 
 
 def test_bfloat16_is_for_training_forms_of_studies_that_no_other_machine_shares(
@@ -59,19 +59,19 @@ def test_bfloat16_is_for_training_forms_of_studies_that_no_other_machine_shares(
     shared = Options(storage="postgresql://host/studies")
     for has, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
-        assert prepare.may_be_bfloat16(Options(), cpu, form) == expected
-        assert not prepare.may_be_bfloat16(Options(), cpu, plain)
-        assert not prepare.may_be_bfloat16(shared, cpu, form)
+        assert prepare.may_use_bfloat16(Options(), cpu, form) == expected
+        assert not prepare.may_use_bfloat16(Options(), cpu, plain)
+        assert not prepare.may_use_bfloat16(shared, cpu, form)
 
 
 def test_weights_are_counted_without_the_compiler(digits: data.Dataset) -> None:
     program = (
         "import sys; from mnist import data, prepare; from mnist.options import Options;"
-        "print(prepare.weights(Options(model='parallel'), data.load('digits')));"
+        "print(prepare.count_weights(Options(model='parallel'), data.load('digits')));"
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     form = folding.training_form(models.build("parallel", 1, digits.size, 10))
-    assert done.stdout.split() == [str(models.parameters(form)), "False"]
+    assert done.stdout.split() == [str(models.count_parameters(form)), "False"]

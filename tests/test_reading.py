@@ -1,4 +1,4 @@
-"""mnist.reading: progress while many pictures are read, and what was read before."""
+"""mnist.reading: progress while many pictures are read, and the cache."""
 
 import io
 import os
@@ -14,10 +14,10 @@ from mnist import reading
 def test_without_a_terminal_progress_is_plain_lines_on_standard_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert list(reading.shown([1, 2, 3], "reading")) == [1, 2, 3]
+    assert list(reading.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
     assert capsys.readouterr() == ("", "")  # it was quick
-    monkeypatch.setattr(reading, "PLAIN_EVERY_S", -1.0)
-    assert list(reading.shown([1, 2, 3], "reading")) == [1, 2, 3]
+    monkeypatch.setattr(reading, "PLAIN_INTERVAL_S", -1.0)
+    assert list(reading.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
     assert capsys.readouterr() == ("", "reading: 0 of 3\nreading: 1 of 3\nreading: 2 of 3\n")
 
 
@@ -26,7 +26,7 @@ def test_on_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         reading, "Console", lambda **_: Console(file=stream, force_terminal=True, width=80)
     )
-    assert list(reading.shown([1, 2, 3], "reading")) == [1, 2, 3]
+    assert list(reading.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
     assert "100%" in stream.getvalue()
 
 
@@ -41,14 +41,14 @@ class Counted:
         return np.full((2, 1, 4, 4), self.calls, np.uint8), np.array([0, 1])
 
 
-def test_what_was_read_is_kept_until_files_settings_or_the_recipe_change(
+def test_the_cache_is_valid_until_files_settings_or_the_recipe_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, kept, make = tmp_path / "1.png", tmp_path / "kept" / "pictures.npz", Counted()
+    file, cache, make = tmp_path / "1.png", tmp_path / "cache" / "pictures.npz", Counted()
     file.write_bytes(b"one")
 
     def read(settings: object = 28) -> int:
-        images, labels = reading.remembered(kept, [file], settings, make)
+        images, labels = reading.load_cached(cache, [file], settings, make)
         assert labels.tolist() == [0, 1]
         return int(images.max())
 
@@ -60,12 +60,12 @@ def test_what_was_read_is_kept_until_files_settings_or_the_recipe_change(
     assert read(32) == 4
     monkeypatch.setattr(reading.pictures, "__file__", str(file))
     assert read(32) == 5
-    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
-def test_where_nothing_can_be_kept_it_is_read_again(tmp_path: Path) -> None:
+def test_without_a_writable_cache_pictures_are_read_again(tmp_path: Path) -> None:
     make = Counted()
     (tmp_path / "file").touch()
     for _ in range(2):
-        reading.remembered(tmp_path / "file" / "pictures.npz", [], None, make)
+        reading.load_cached(tmp_path / "file" / "pictures.npz", [], None, make)
     assert make.calls == 2

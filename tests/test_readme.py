@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 
 from mnist import models
-from mnist.options import command
+from mnist.options import make_command
 from serve.app import app
 from tests.conftest import ROOT
 
@@ -36,7 +36,7 @@ def test_run_s_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(commands) >= 6
     for line in commands:
         name, *options = shlex.split(line)
-        command(lambda options: None).make_context(name, options)
+        make_command(lambda options: None).make_context(name, options)
 
 
 def test_modules_and_files_it_names_exist() -> None:

@@ -52,8 +52,8 @@ def current(folder: Path) -> str | None:
 def test_a_saved_model_is_found_with_its_files(tmp_path: Path) -> None:
     name = save(tmp_path, entry())
     assert registry.NAME.fullmatch(name)
-    found, record = registry.record(tmp_path)
-    assert found == name
+    current_name, record = registry.record(tmp_path)
+    assert current_name == name
     assert record["files"]["weights"]["bytes"] == 7
     assert registry.file(tmp_path, name).read_bytes() == b"weights"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -106,12 +106,12 @@ def test_a_new_model_becomes_current_only_by_merit(
 def test_nor_if_what_is_served_is_worse(
     tmp_path: Path, wrong: int, served: int, promoted: bool
 ) -> None:
-    def made(wrong: int, served: int) -> str:
+    def save_model(wrong: int, served: int) -> str:
         record = entry(wrong)
         record["metrics"]["calibration"]["served_errors"] = served
         return save(tmp_path, record)
 
-    old, new = made(10, 8), made(wrong, served)
+    old, new = save_model(10, 8), save_model(wrong, served)
     assert current(tmp_path) == (new if promoted else old)
 
 
@@ -456,9 +456,9 @@ def test_the_classifier_gives_what_the_weights_give(saved: Path) -> None:
     model = models.build("linear", 1, 28, 10)
     model.load_state_dict(torch.load(saved / f"{name}.pth", weights_only=True))
     pictures = np.random.default_rng(0).integers(0, 256, (5, 1, 28, 28), np.uint8)
-    about = record["dataset"]
+    dataset = record["dataset"]
     with torch.no_grad():
-        inputs = (torch.from_numpy(pictures / 255.0) - about["mean"]) / about["std"]
+        inputs = (torch.from_numpy(pictures / 255.0) - dataset["mean"]) / dataset["std"]
         expected = (model(inputs.float()) / record["calibration"]["temperature"]).softmax(1).numpy()
     classify = inference.load(saved, engine="torch")
     assert classify(pictures) == pytest.approx(expected, abs=1e-6)

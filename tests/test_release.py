@@ -21,12 +21,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     evaluate = release.evaluate
 
-    def watched(job: Job, *rest: Any) -> dict[str, torch.Tensor]:
+    def watched(job: Job, *arguments: Any) -> dict[str, torch.Tensor]:
         def open_test() -> data.Split:
             seen.append("opened")
             return job.dataset.open_test()
 
-        return evaluate(replace(job, dataset=replace(job.dataset, open_test=open_test)), *rest)
+        return evaluate(replace(job, dataset=replace(job.dataset, open_test=open_test)), *arguments)
 
     monkeypatch.setattr(release, "evaluate", watched)
     return seen
@@ -35,13 +35,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_who_was_replaced_while_it_exported_does_not_open_the_test_split(
     run: Command, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = release.replaced
+    real = release.is_replaced
 
     def replaced(job: Job) -> bool:
         opened.append("asked")
         return opened == ["asked"] or real(job)  # the first time it was; then it finishes again
 
-    monkeypatch.setattr(release, "replaced", replaced)
+    monkeypatch.setattr(release, "is_replaced", replaced)
     done = run(*DIGITS, *SHORT)
     assert done.returncode == 0, done.stderr
     assert opened == ["asked", "asked", "opened", "asked"]
@@ -64,13 +64,13 @@ def test_without_room_for_its_result_the_test_split_stays_closed(
 def test_a_better_model_becomes_current_and_a_worse_one_does_not(
     run: Command, tmp_path: Path
 ) -> None:
-    found = []
+    outcomes = []
     for study, lr in (("a", "1e-5"), ("b", "0.01"), ("c", "1e-5")):
         done = run(*DIGITS, *SHORT, "--study", study, "--param", f"lr={lr}")
         assert done.returncode == 0, done.stderr
         name, record = registry.record(tmp_path / "saved_models")
-        found.append((record["study"]["name"], f"{name}.pth, current" in done.stdout))
-    assert found == [("a", True), ("b", True), ("b", False)]
+        outcomes.append((record["study"]["name"], f"{name}.pth, current" in done.stdout))
+    assert outcomes == [("a", True), ("b", True), ("b", False)]
 
 
 def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
@@ -82,7 +82,7 @@ def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
     weights = torch.load(tmp_path / "saved_models" / f"{name}.pth", weights_only=True)
     plain = models.build("parallel", 1, 28, 10)
     plain.load_state_dict(weights)
-    assert record["model"]["parameters"] == models.parameters(plain)
+    assert record["model"]["parameters"] == models.count_parameters(plain)
     assert record["training"]["form"] == "factored"
     test = record["metrics"]["test"]
     digits = data.load("digits")

@@ -48,7 +48,9 @@ def study(states: str) -> optuna.Study:
     return made
 
 
-def kept(classes: int, channels: int = 1, n: int = 60, found: int | None = None) -> dict[str, Any]:
+def make_predictions(
+    classes: int, channels: int = 1, n: int = 60, found: int | None = None
+) -> dict[str, Any]:
     """A predictions file; with `found`, all images are read as that class."""
     chance = np.random.default_rng(0)
     labels = np.arange(n) % classes
@@ -100,8 +102,8 @@ def pictures(page: str) -> list[Image.Image]:
 def test_the_page_shows_any_study_and_model(
     states: str, classes: list[str], channels: int, found: int | None
 ) -> None:
-    arrays = kept(len(classes), channels, found=found)
-    page = report.write(
+    arrays = make_predictions(len(classes), channels, found=found)
+    page = report.render_page(
         report.draw(study(states), "20261121-120301", record(classes, channels), arrays)
     )
     assert "40 of 60 test images are read wrong: 33.33% are right" in page
@@ -122,44 +124,52 @@ def test_the_page_shows_any_study_and_model(
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_importance_is_withheld_below_ten_complete_trials() -> None:
-    few = report.draw(study("c" * 9 + "pp"), "x", record(["0", "1"]), kept(2))
-    enough = report.draw(study("c" * 10), "x", record(["0", "1"]), kept(2))
-    assert "importance" not in few.of_study
-    assert "Withheld: with 9 complete trials" in report.write(few)
-    assert "importance" in enough.of_study
-    assert "Withheld" not in report.write(enough)
+    few = report.draw(study("c" * 9 + "pp"), "x", record(["0", "1"]), make_predictions(2))
+    enough = report.draw(study("c" * 10), "x", record(["0", "1"]), make_predictions(2))
+    assert "importance" not in few.study_figures
+    assert "Withheld: with 9 complete trials" in report.render_page(few)
+    assert "importance" in enough.study_figures
+    assert "Withheld" not in report.render_page(enough)
 
 
 def test_importance_is_drawn() -> None:
-    assert len(plots.png(lambda: plots.importance(study("c" * 10)))) > 2_000
+    assert len(plots.render_png(lambda: plots.plot_importance(study("c" * 10)))) > 2_000
 
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_model_without_mistakes_says_so() -> None:
-    right = kept(2, n=4)
+    right = make_predictions(2, n=4)
     right |= {"probabilities": np.eye(2, dtype=np.float32)[right["labels"]]}
     right |= {"mistakes": np.empty(0, np.int64), "images": np.empty((0, 1, 28, 28), np.uint8)}
-    about = record(["0", "1"])
-    about["metrics"]["test"] |= {"errors": 0}
-    drawn = report.draw(study("c"), "x", about, right)
-    assert "mistakes" not in drawn.of_model
-    assert "There are none." in report.write(drawn)
+    entry = record(["0", "1"])
+    entry["metrics"]["test"] |= {"errors": 0}
+    drawn = report.draw(study("c"), "x", entry, right)
+    assert "mistakes" not in drawn.model_figures
+    assert "There are none." in report.render_page(drawn)
 
 
-def test_the_best_trial_is_told_beside_the_first() -> None:
+def test_the_best_trial_is_compared_with_the_first() -> None:
     best = {"number": 4, "params": {"lr": 0.01}, "accuracy": 0.95, "state": "complete"}
     first = {"number": 0, "params": {"lr": 0.1}, "accuracy": 0.9, "state": "complete"}
-    assert report.compared(best, first) == (
+    assert report.describe_first(best, first) == (
         "The first trial, with lr 0.1, reached 90.00%: 5.00 points less."
     )
-    assert report.compared(best, first | {"state": "pruned"}).endswith("was pruned at 90.00%.")
-    assert report.compared(best, best) == "It was the first trial."
+    assert report.describe_first(best, first | {"state": "pruned"}).endswith(
+        "was pruned at 90.00%."
+    )
+    assert report.describe_first(best, best) == "It was the first trial."
     fresh = {"mean": 0.94, "std": 0.01, "seeds": 2}
-    assert report.won(best, fresh).endswith("On 2 fresh seeds it is 94.00% ± 1.00%.")
+    assert report.describe_winner(best, fresh).endswith("On 2 fresh seeds it is 94.00% ± 1.00%.")
 
 
 def test_names_that_a_font_lacks_are_numbers_and_long_ones_are_cut() -> None:
-    assert plots.written(ODD) == ["<b>bold</b>", r"\$a\$", "#2", "a class with …", "{{ 7 }}"]
+    assert plots.printable_names(ODD) == [
+        "<b>bold</b>",
+        r"\$a\$",
+        "#2",
+        "a class with …",
+        "{{ 7 }}",
+    ]
 
 
 def test_a_run_imports_nothing_that_draws_before_it_draws() -> None:
@@ -258,12 +268,12 @@ def test_a_report_that_cannot_be_made_costs_one_line_and_comes_with_the_next_run
     assert artifacts(tmp_path)
 
 
-def test_the_report_says_what_the_search_was_worth() -> None:
+def test_the_report_states_the_gain_over_the_baselines() -> None:
     old = record(["a", "b"])
-    assert report.worth(old) is None
+    assert report.describe_gain(old) is None
     accuracies = {"winner": [0.8, 1.0], "first": [0.5, 0.7], "median": [0.4, 0.4]}
     worth = {name: {"trial": 0, "accuracies": values} for name, values in accuracies.items()}
     new = old | {"study": old["study"] | {"worth": worth}}
-    made = report.draw(study("cccp"), "name", new, kept(2))
+    made = report.draw(study("cccp"), "name", new, make_predictions(2))
     text = "On the same fresh seeds the winner makes 9 errors of 90 validation images, the first "
-    assert f"{text}trial 36, the median trial 54." in report.found(made)
+    assert f"{text}trial 36, the median trial 54." in report.describe_result(made)

@@ -59,8 +59,8 @@ def test_a_run_saves_a_model_and_the_next_run_only_prints_it(run: Command, tmp_p
     assert f"model: saved_models/{name}.pth, current" in second.stdout
     assert f"{record['metrics']['test']['errors']} errors of 257" in second.stdout
     assert "uvicorn serve.app:app" in second.stdout
-    (tmp_path / "own.py").write_text("# with networks, but not this one")
-    assert run(*DIGITS, "--import", str(tmp_path / "own.py")).stdout == second.stdout
+    (tmp_path / "plugin.py").write_text("# with networks, but not this one")
+    assert run(*DIGITS, "--import", str(tmp_path / "plugin.py")).stdout == second.stdout
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 1
     assert len(states(tmp_path)) == 3 + result["trials"]["fail"]
 
@@ -283,7 +283,7 @@ def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
     run: Command, tmp_path: Path
 ) -> None:
     run(*DIGITS, "--trials", "2")
-    kept = [trial.value for trial in study(tmp_path).trials]
+    values = [trial.value for trial in study(tmp_path).trials]
 
     def small(connection: sqlite3.Connection, _: object) -> None:
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
@@ -296,7 +296,7 @@ def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", small)
     assert done.returncode == 1
     assert "database or disk is full; what was finished is kept" in done.stderr.splitlines()[-1]
-    assert [trial.value for trial in study(tmp_path).trials[:2]] == kept
+    assert [trial.value for trial in study(tmp_path).trials[:2]] == values
     more = str(len(states(tmp_path)) + 1)
     assert run(*DIGITS, "--trials", more).returncode == 0
     assert TrialState.RUNNING not in states(tmp_path)
@@ -336,9 +336,13 @@ def test_a_folder_s_model_is_served_without_the_folder_by_its_own_class_names(
     assert json.loads(done.stdout)["study"]["name"] == "pets-linear-quick"
     assert ("--color keeps" in caplog.text) == (not color)
     _, record = registry.record(tmp_path / "saved_models")
-    about = record["dataset"]
-    assert (about["name"], about["classes"]) == ("folder:pets", ["cat", "emu"])
-    assert (about["size"], about["channels"], about["recipe"]) == (20, 3 if color else 1, "plain")
+    dataset = record["dataset"]
+    assert (dataset["name"], dataset["classes"]) == ("folder:pets", ["cat", "emu"])
+    assert (dataset["size"], dataset["channels"], dataset["recipe"]) == (
+        20,
+        3 if color else 1,
+        "plain",
+    )
     assert record["options"]["dataset"] == f"folder:{pets}"
     shutil.rmtree(pets)
     shutil.rmtree(tmp_path / "kept")
@@ -390,7 +394,7 @@ def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> No
         assert f"<td>{cell}</td>" in page
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 2
     both = json.loads(run(*options, "--json").stdout)
-    assert [each["model"]["name"] for each in both] == ["linear", "compact"]
+    assert [model["model"]["name"] for model in both] == ["linear", "compact"]
     refused = run(*options, "--study", "one")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--study names one study; these options make 2" in refused.stderr
@@ -425,8 +429,8 @@ def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
         if job.options.model == "linear":
             raise search.Unfinished("--timeout: of linear")
 
-    real = run_module.find
-    monkeypatch.setattr(run_module, "find", lambda *a: fail(*a) or real(*a))
+    real = run_module.run_search
+    monkeypatch.setattr(run_module, "run_search", lambda *a: fail(*a) or real(*a))
     done = run("--dataset", "digits", "--model", "linear", "--model", "compact", *SHORT)
     assert done.returncode == 1
     assert "digits-linear: --timeout: of linear" in done.stderr
@@ -456,13 +460,13 @@ def test_two_studies_of_one_name_are_refused(run: Command, tmp_path: Path) -> No
 def test_a_network_that_is_too_large_for_the_machine_is_refused(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "memory", lambda: 7_850 * 16 - 1)
+    monkeypatch.setattr(prepare, "total_memory", lambda: 7_850 * 16 - 1)
     done = run(*DIGITS)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "its 7,850 weights are too many to be trained here" in done.stderr
 
 
-OWN = """
+NETWORK_PLUGIN = """
 from torch import nn
 from mnist import models
 
@@ -473,12 +477,12 @@ models.NETWORKS["tiny"] = tiny
 """
 
 
-def test_a_network_of_ones_own_is_searched_saved_and_answers_without_its_python(
+def test_a_network_of_a_plugin_is_searched_saved_and_answers_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(models.NETWORKS, "tiny", models.Linear)  # gone when the test is over
-    file = tmp_path / "own.py"
-    file.write_text(OWN)
+    file = tmp_path / "plugin.py"
+    file.write_text(NETWORK_PLUGIN)
     options = ["--dataset", "digits", "--import", str(file), "--model", "tiny", *SHORT]
     done = run(*options, "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert done.returncode == 0, done.stderr
@@ -486,37 +490,39 @@ def test_a_network_of_ones_own_is_searched_saved_and_answers_without_its_python(
     assert record["model"] == {"name": "tiny", "parameters": 7850}
     assert record["hyperparameters"]["lr"] == 0.01
     assert 0 <= record["hyperparameters"]["dropout"] <= 0.5
-    assert record["imports"] == {"own.py": OWN}
+    assert record["imports"] == {"plugin.py": NETWORK_PLUGIN}
     with monkeypatch.context() as later:  # by its ONNX file, without the Python
         later.delitem(models.NETWORKS, "tiny")
         picture = tmp_path / "blot.png"
         Image.fromarray(np.pad(np.zeros((20, 9), np.uint8), 15, constant_values=255)).save(picture)
-        (found,) = predict.answers([picture], tmp_path / "saved_models")
-        assert isinstance(found, predict.Answer)
+        (prediction,) = predict.predict_files([picture], tmp_path / "saved_models")
+        assert isinstance(prediction, predict.Prediction)
         later.setenv("MODELS", str(tmp_path / "saved_models"))
         with TestClient(app) as client:
             answer = client.post("/predict", content=picture.read_bytes()).json()
-        assert answer["prediction"] == found.top[0][0]
-    file.write_text(OWN + "# another one")
+        assert answer["prediction"] == prediction.top[0][0]
+    file.write_text(NETWORK_PLUGIN + "# another one")
     other = run(*options, "--trials", "2", "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert other.returncode == 2
     assert "network is tiny of " in other.stderr
-    file.write_text(OWN.replace("size**2", "size"))
-    unsound = run(*options)
-    assert unsound.returncode == 2
-    assert unsound.stderr.count("\n") == 1
-    assert "network 'tiny' cannot be used: " in unsound.stderr
-    file.write_text(OWN.replace("nn.Linear(", "nn.Dropout(0.0), nn.BatchNorm1d(3), nn.Linear("))
+    file.write_text(NETWORK_PLUGIN.replace("size**2", "size"))
+    invalid = run(*options)
+    assert invalid.returncode == 2
+    assert invalid.stderr.count("\n") == 1
+    assert "network 'tiny' cannot be used: " in invalid.stderr
+    file.write_text(
+        NETWORK_PLUGIN.replace("nn.Linear(", "nn.Dropout(0.0), nn.BatchNorm1d(3), nn.Linear(")
+    )
     untrainable = run(*options)
     assert (untrainable.returncode, untrainable.stderr.count("\n")) == (2, 1)
     file.write_text("import this_is_not_there")
     broken = run(*options)
     assert broken.returncode == 2
     assert broken.stderr.count("\n") == 1
-    assert "own.py, line 1: ModuleNotFoundError" in broken.stderr
+    assert "plugin.py, line 1: ModuleNotFoundError" in broken.stderr
 
 
-OWN_DATA = """
+DATA_PLUGIN = """
 import numpy as np
 from mnist.data import DATASETS, Source
 
@@ -531,18 +537,18 @@ DATASETS["reds"] = Source(read, ("dull", "red"))
 """
 
 
-def test_a_data_set_of_ones_own_is_searched_saved_and_served_without_its_python(
+def test_a_data_set_of_a_plugin_is_searched_saved_and_served_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
-    file = tmp_path / "own.py"
-    file.write_text(OWN_DATA)
+    file = tmp_path / "plugin.py"
+    file.write_text(DATA_PLUGIN)
     options = ["--import", str(file), "--dataset", "reds", "--model", "compact", *SHORT]
     done = run(*options, "--final-epochs", "20")
     assert done.returncode == 0, done.stderr
     _, record = registry.record(tmp_path / "saved_models")
-    about = record["dataset"]
-    assert (about["name"], about["size"], about["channels"]) == ("reds", 16, 3)
+    dataset = record["dataset"]
+    assert (dataset["name"], dataset["size"], dataset["channels"]) == ("reds", 16, 3)
     del data.DATASETS["reds"]
     monkeypatch.setenv("MODELS", str(tmp_path / "saved_models"))
     picture = np.random.default_rng(0).integers(0, 100, (60, 90, 3)).astype(np.uint8)

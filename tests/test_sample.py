@@ -87,7 +87,7 @@ def test_predict_uses_the_sample_and_prints_a_note(
     empty: Path, seven: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (empty / "7.png").write_bytes(seven)
-    assert predict.guarded(["7.png"]) == 0
+    assert predict.run_cli(["7.png"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("7.png  7  ")
     assert printed.err == f"predict: {registry.SAMPLE_NOTE}\n"

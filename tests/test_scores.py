@@ -30,6 +30,6 @@ def test_calibration_error_equals_an_independent_one(classes: int) -> None:
         for each in bins.values()
     )
     assert scores.calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-5)
-    assert [n for n, *_ in scores.reliability(probabilities, labels)] == [
+    assert [n for n, *_ in scores.reliability_bins(probabilities, labels)] == [
         len(bins[i]) for i in sorted(bins)
     ]

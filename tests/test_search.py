@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist import budget, data, search
 from mnist import study as studies
 from mnist.members import Claim, Member
-from mnist.workers import Ended, Pool, Run, Setup, Worker
+from mnist.workers import Pool, Run, RunResult, Setup, Worker
 
 SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
 SAMPLES = 600
@@ -24,20 +24,22 @@ def pool() -> Iterator[Pool]:
         yield pool
 
 
-def run_of(claim: Claim, network: str = "linear") -> Run:
+def make_run(claim: Claim, network: str = "linear") -> Run:
     rungs = tuple(budget.rungs(SAMPLES))
-    return Run(network, claim.params, SAMPLES, studies.seed_of(0, claim.number), rungs)
+    return Run(network, claim.params, SAMPLES, studies.derive_seed(0, claim.number), rungs)
 
 
 def member(folder: Path, name: str = "study") -> Member:
     member = Member(f"sqlite:///{folder}/db.sqlite3", name, threads=1)
-    member.study.pruner = studies.pruner(SAMPLES)
+    member.study.pruner = studies.make_pruner(SAMPLES)
     return member
 
 
-def go(member: Member, pool: Pool, trials: int, of: Any = run_of) -> list[search.Update]:
+def run_search(
+    member: Member, pool: Pool, trials: int, make_run: Any = make_run
+) -> list[search.Update]:
     with member:
-        return list(search.search(member, pool, of, trials=trials, seed=0))
+        return list(search.search(member, pool, make_run, trials=trials, seed=0))
 
 
 def outcome(member: Member) -> list[tuple[Any, ...]]:
@@ -52,8 +54,8 @@ def test_a_search_ends_with_exactly_the_trials_asked_for_some_pruned_by_their_re
     tmp_path: Path, pool: Pool
 ) -> None:
     one = member(tmp_path)
-    go(one, pool, 12)
-    assert len(one.study.trials) == studies.finished(one.study) == 12
+    run_search(one, pool, 12)
+    assert len(one.study.trials) == studies.count_finished(one.study) == 12
     pruned = [trial for trial in one.study.trials if trial.state == TrialState.PRUNED]
     assert 3 <= len(pruned) <= 11
     for trial in pruned:
@@ -67,30 +69,30 @@ def test_a_search_ends_with_exactly_the_trials_asked_for_some_pruned_by_their_re
 
 def test_25_trials_and_25_more_equal_50(tmp_path: Path, pool: Pool) -> None:
     whole, parts = member(tmp_path, "whole"), member(tmp_path, "parts")
-    go(whole, pool, 50)
-    go(parts, pool, 25)
-    go(member(tmp_path, "parts"), pool, 50)
+    run_search(whole, pool, 50)
+    run_search(parts, pool, 25)
+    run_search(member(tmp_path, "parts"), pool, 50)
     assert len(outcome(whole)) == 50
     assert outcome(parts) == outcome(whole)
 
 
 def test_a_finished_study_runs_nothing(tmp_path: Path, pool: Pool) -> None:
-    go(member(tmp_path), pool, 3)
+    run_search(member(tmp_path), pool, 3)
     for trials in (3, 2):
         one = member(tmp_path)
-        assert go(one, pool, trials) == []
+        assert run_search(one, pool, trials) == []
         assert len(one.study.trials) == 3
 
 
 def test_a_stop_in_mid_trial_changes_nothing(tmp_path: Path, pool: Pool) -> None:
     whole, stopped = member(tmp_path, "whole"), member(tmp_path, "stopped")
-    go(whole, pool, 4)
+    run_search(whole, pool, 4)
     with stopped:
-        updates = search.search(stopped, pool, run_of, trials=4, seed=0)
+        updates = search.search(stopped, pool, make_run, trials=4, seed=0)
         next(update for update in updates if update.number == 2 and update.progress)
         updates.close()
         assert states(stopped)[2:] == [TrialState.WAITING]
-    go(member(tmp_path, "stopped"), pool, 4)
+    run_search(member(tmp_path, "stopped"), pool, 4)
     assert outcome(stopped) == outcome(whole)
 
 
@@ -102,55 +104,55 @@ def test_a_trial_that_fails_has_its_reason_and_five_in_a_row_end_the_search(
 
     one = member(tmp_path)
     with pytest.raises(search.Unfinished, match=r"5 trials in a row failed, .* the loss is nan"):
-        go(one, pool, 10, diverging)
+        run_search(one, pool, 10, diverging)
     assert states(one) == [TrialState.FAIL] * 5
     assert one.study.trials[0].user_attrs["fail_reason"].startswith("nan: the loss is")
 
 
 @pytest.mark.parametrize("failure", ["memory", "died"])
-def test_failures_that_are_tried_again_end_the_search_too(
+def test_failures_that_are_retried_end_the_search_too(
     tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
     monkeypatch.setattr(
         Pool,
-        "messages",
+        "receive_messages",
         lambda self, timeout: [
-            (worker, worker_ended(worker, failure)) for worker in self.workers if worker.busy
+            (worker, fail_worker(worker, failure)) for worker in self.workers if worker.busy
         ],
     )
     one = member(tmp_path)
     with pytest.raises(search.Unfinished, match="5 trials in a row failed"):
-        go(one, pool, 50)
+        run_search(one, pool, 50)
     assert states(one) == [TrialState.FAIL] * 5
     pool.discard(pool.workers[0])
 
 
-def worker_ended(worker: Worker, failure: str) -> Ended:
+def fail_worker(worker: Worker, failure: str) -> RunResult:
     worker.busy = False
-    return Ended(failure=failure, reason="so it is")
+    return RunResult(failure=failure, reason="so it is")
 
 
 def test_a_bug_in_a_network_is_the_trial_s_failure_not_the_search_s(
     tmp_path: Path, pool: Pool
 ) -> None:
     def once(claim: Claim) -> Run:
-        return run_of(claim, "unknown" if claim.number == 1 else "linear")
+        return make_run(claim, "unknown" if claim.number == 1 else "linear")
 
     one = member(tmp_path)
-    go(one, pool, 3, once)
+    run_search(one, pool, 3, once)
     assert states(one)[1] == TrialState.FAIL
     assert "error: ValueError: unknown network" in one.study.trials[1].user_attrs["fail_reason"]
-    assert studies.finished(one.study) == 3
+    assert studies.count_finished(one.study) == 3
 
 
-def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_tried_again(
+def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_retried(
     tmp_path: Path, pool: Pool
 ) -> None:
     whole, one = member(tmp_path, "whole"), member(tmp_path, "one")
-    go(whole, pool, 2)
+    run_search(whole, pool, 2)
     seen = []
     with one:
-        for update in search.search(one, pool, run_of, trials=2, seed=0):
+        for update in search.search(one, pool, make_run, trials=2, seed=0):
             seen.append(update.state)
             if update.number == 1 and update.progress and TrialState.WAITING not in seen:
                 pool.workers[0].process.kill()
@@ -161,22 +163,22 @@ def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_tried_again(
 
 def test_the_speed_of_a_worker_is_measured_and_a_network_that_fails_says_why(pool: Pool) -> None:
     run = Run("linear", {"batch_size": 8, "optimizer": "Adam", "lr": 1e-8}, 0, 0, measure=True)
-    assert 1_000 < search.speed(pool, run) < 10_000_000
+    assert 1_000 < search.measure_speed(pool, run) < 10_000_000
     with pytest.raises(search.RunFailed, match="unknown network 'nothing'"):
-        search.speed(pool, replace(run, network="nothing"))
+        search.measure_speed(pool, replace(run, network="nothing"))
 
 
 def test_a_trial_on_which_three_workers_die_is_given_up(tmp_path: Path, pool: Pool) -> None:
     one = member(tmp_path)
     with one:
-        for update in search.search(one, pool, run_of, trials=1, seed=0):
+        for update in search.search(one, pool, make_run, trials=1, seed=0):
             if update.number == 0 and update.progress:
                 pool.workers[0].process.kill()
                 pool.workers[0].process.join()
     assert states(one)[0] == TrialState.FAIL
     reason = one.study.trials[0].user_attrs["fail_reason"]
     assert reason.startswith("died: its process ended by SIGKILL")
-    assert studies.finished(one.study) == 1
+    assert studies.count_finished(one.study) == 1
 
 
 def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: Pool) -> None:
@@ -184,33 +186,36 @@ def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: P
     with one:
         claim = one.ask(5, 0)
         assert claim is not None
-        trial = search.Trial(claim, run_of(claim), 0.0)
-        full = Ended(failure="disk", reason="[Errno 28] No space left on device")
+        trial = search.RunningTrial(claim, make_run(claim), 0.0)
+        full = RunResult(failure="disk", reason="[Errno 28] No space left on device")
         with pytest.raises(OSError, match="No space left"):
-            search.hear(one, pool.workers[0], trial, full)
+            search.record_message(one, pool.workers[0], trial, full)
     assert states(one) == [TrialState.WAITING]
 
 
 def test_confirmations_are_kept_as_they_come_in_and_made_once(tmp_path: Path, pool: Pool) -> None:
-    one, made = member(tmp_path), []
+    one, runs = member(tmp_path), []
 
     def fresh(trial: FrozenTrial, i: int) -> Run:
-        made.append((trial.number, i))
+        runs.append((trial.number, i))
         return Run("linear", trial.params, SAMPLES, seed=100 + i)
 
     with one:
-        list(search.search(one, pool, run_of, trials=4, seed=0))
+        list(search.search(one, pool, make_run, trials=4, seed=0))
         best = [trial.number for trial in studies.best_trials(one.study, 2)]
-        compared = {*best, *(trial.number for trial in studies.yardsticks(one.study).values())}
+        compared = {
+            *best,
+            *(trial.number for trial in studies.select_baselines(one.study).values()),
+        }
         for done, _ in search.confirm(one, pool, fresh, 2):
             if done == 1:
                 break
-        first = studies.winner(one.study, 2)
-        made.clear()
+        first = studies.select_winner(one.study, 2)
+        runs.clear()
         left = 2 * len(compared) - 1
         assert list(search.confirm(one, pool, fresh, 2))[-1] == (left, left)
         assert first is None
-        assert len(made) == left
-        assert studies.winner(one.study, 2) is not None
+        assert len(runs) == left
+        assert studies.select_winner(one.study, 2) is not None
         assert all(len(studies.confirmations(one.study, number)) == 2 for number in compared)
     assert len(one.study.trials) == 4

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.slow
 
 
 def test_mnist_is_fetched_into_an_empty_folder_from_what_is_in_reach(tmp_path: Path) -> None:
-    found = data.load("mnist", tmp_path)
-    assert len(found.train) == 52_500
+    dataset = data.load("mnist", tmp_path)
+    assert len(dataset.train) == 52_500
     assert {path.name for path in (tmp_path / "MNIST" / "raw").iterdir()} == set(
         sources.MNIST.files
     )
-    assert len(found.open_test()) == 10_000
+    assert len(dataset.open_test()) == 10_000
 
 
 LOADED = "[...document.images].filter(image => image.complete && image.naturalWidth > 0).length"

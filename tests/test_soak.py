@@ -21,8 +21,8 @@ StartAs = Callable[..., tuple[Command, Gates]]
 LEASES = """
 import os
 from mnist import members, study
-members.BEAT_S, members.GRACE_S, study.STALL_S = 0.5, {grace_s}, {stall_s}
-members.host = lambda folder: os.environ["SOAK_HOST"]
+members.HEARTBEAT_S, members.GRACE_PERIOD_S, study.TRANSACTION_TIMEOUT_S = 0.5, {grace_s}, {stall_s}
+members.host_id = lambda folder: os.environ["SOAK_HOST"]
 """
 # Over in some seconds, but longer than a command on a busy machine is silent by itself.
 SHORT_LEASES = LEASES.format(grace_s=10.0, stall_s=5.0)
@@ -51,13 +51,13 @@ data.DATASETS["digits"] = data.Source(counting, digits.classes, digits.recipe)
 COUNT_RESULTS = """
 from pathlib import Path
 from mnist import release
-real = release.keep
-def keep(state, path, *rest):
+real = release.save_checkpoint
+def save_checkpoint(state, path, *rest):
     if path.name.startswith("test-"):
         with Path("evaluations").open("a") as log:
             log.write(path.name + chr(10))
     return real(state, path, *rest)
-release.keep = keep
+release.save_checkpoint = save_checkpoint
 """
 
 
@@ -133,8 +133,8 @@ def beats(storage: str, host: str) -> int:
 
 def waits(server: Any, host: str) -> bool:
     """Whether a session from there waits for a lock of the database."""
-    asked = f"SELECT 'it waits' FROM pg_stat_activity WHERE application_name = '{host}'"
-    return "it waits" in server.psql(f"{asked} AND wait_event_type = 'Lock'")
+    query = f"SELECT 'it waits' FROM pg_stat_activity WHERE application_name = '{host}'"
+    return "it waits" in server.psql(f"{query} AND wait_event_type = 'Lock'")
 
 
 def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(
@@ -150,7 +150,7 @@ def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(
     before = beats(postgresql, "two")
     until(
         lambda: beats(postgresql, "two") >= before + 3 or waits(server, "two"),
-        "the other machine has beaten meanwhile, or waits for a turn in which the first one sleeps",
+        "the other machine has sent heartbeats, or waits for a lock that the sleeping one holds",
     )
     send(one, signal.SIGCONT)
     gates.open()
@@ -194,7 +194,7 @@ def test_a_machine_that_falls_asleep_in_a_transaction_holds_up_no_other(
     assert soak.check(postgresql, tmp_path, 14, stalled=1) == 0
 
 
-def test_a_finisher_that_was_silent_for_too_long_does_not_save_a_second_model(
+def test_a_leader_that_was_silent_for_too_long_does_not_save_a_second_model(
     start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "2", "--final-epochs", "40"]
@@ -202,7 +202,7 @@ def test_a_finisher_that_was_silent_for_too_long_does_not_save_a_second_model(
     until(gates.final.held, "the final training goes on")
     send(one, signal.SIGSTOP)
     two, others = start_as("two", options, COUNT_EVALUATIONS + SHORT_LEASES, final=3)
-    until(others.final.held, "another one finishes instead")
+    until(others.final.held, "another member leads instead")
     gates.open()
     send(one, signal.SIGCONT)
     others.open()

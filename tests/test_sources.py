@@ -91,19 +91,19 @@ def serve_emnist(served: Path, url: str, patch: pytest.MonkeyPatch) -> None:
 def serve_usps(served: Path, url: str, patch: pytest.MonkeyPatch) -> None:
     import bz2
 
-    found = {}
+    split_list = {}
     levels = ell(16).ravel() / 125 - 1  # -1..1
     pixels = " ".join(f"{i + 1}:{level:.4f}" for i, level in enumerate(levels))
     for part, name in (("train", "usps.bz2"), ("test", "usps.t.bz2")):
         lines = "".join(f"{mark + 1} {pixels} \n" for mark in labels(10, part))
         content = bz2.compress(lines.encode())
         (served / name).write_bytes(content)
-        found[part] = [f"{url}{name}", name, md5(content)]
-    patch.setattr(DATASETS.USPS, "split_list", found)
+        split_list[part] = [f"{url}{name}", name, md5(content)]
+    patch.setattr(DATASETS.USPS, "split_list", split_list)
 
 
 def serve_cifar10(served: Path, url: str, patch: pytest.MonkeyPatch) -> None:
-    contents = {"batches.meta": {"label_names": list(sources.THINGS)}}
+    contents = {"batches.meta": {"label_names": list(sources.CIFAR10_CLASSES)}}
     red = np.zeros((3, 32, 32), np.uint8)
     red[0, :, 16:] = 255  # the right half
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
@@ -150,19 +150,19 @@ def test_a_data_set_is_fetched_once_by_torchvision_and_read(
     served.mkdir()
     with mirror(served) as url:
         serve(served, url, monkeypatch)
-        found = data.load(name, tmp_path / "data")
-    again = data.load(name, tmp_path / "data")  # the mirror is gone
-    assert again.sha256 == found.sha256
+        dataset = data.load(name, tmp_path / "data")
+    reloaded = data.load(name, tmp_path / "data")  # the mirror is gone
+    assert reloaded.sha256 == dataset.sha256
     assert (tmp_path / "data" / file).is_file()
-    assert len(found.classes) == len(set(found.classes)) == classes
-    counts = torch.bincount((found.train + found.validation + found.calibration).labels)
+    assert len(dataset.classes) == len(set(dataset.classes)) == classes
+    counts = torch.bincount((dataset.train + dataset.validation + dataset.calibration).labels)
     assert counts.tolist() == [10 if name == "cifar10" else TRAIN] * classes
-    test = found.open_test()
+    test = dataset.open_test()
     assert torch.bincount(test.labels).tolist() == [TEST] * classes
     assert test.images.dtype == torch.uint8
     size = (3, 32, 32) if name == "cifar10" else (1, 28, 28)
-    assert test.images.shape[1:] == found.train.images.shape[1:] == size
-    picture = found.train.images[0].numpy()
+    assert test.images.shape[1:] == dataset.train.images.shape[1:] == size
+    picture = dataset.train.images[0].numpy()
     if name == "cifar10":  # the right half is red
         assert picture[:, 9].tolist() == [[0] * 16 + [255] * 16, [0] * 32, [0] * 32]
     else:  # an upright L: its stem is at the left, its foot at the bottom
@@ -177,12 +177,12 @@ def test_its_images_pass_through_the_server_s_reading_bit_for_bit(
 ) -> None:
     with mirror(tmp_path) as url:
         serve(tmp_path, url, monkeypatch)
-        found = data.load(name, tmp_path / "data")
-    picture = found.validation.images[0].numpy()
+        dataset = data.load(name, tmp_path / "data")
+    picture = dataset.validation.images[0].numpy()
     stream = io.BytesIO()
     Image.fromarray(picture.transpose(1, 2, 0).squeeze()).save(stream, "PNG")
-    about: dict[str, Any] = found.record(0)
-    settings = {key: about[key] for key in ("size", "channels", "recipe")}
+    entry: dict[str, Any] = dataset.record(0)
+    settings = {key: entry[key] for key in ("size", "channels", "recipe")}
     assert np.array_equal(images.normalise(stream.getvalue(), **settings), picture)
 
 
@@ -214,12 +214,12 @@ def test_fashion_comes_from_debian_s_package_before_the_mirrors(
             sums[name] = hashlib.sha256(gzip.decompress(content)).hexdigest()
     title, other = sources.FASHION.sources
     assert "mirrors" in other
-    here = {title: files.debian(sources.DEBIAN_PACKAGE, tmp_path, sums)}
-    family = replace(sources.FASHION, files=sums, sources=here)
-    read = sources.idx(family, sources.FILES, sources.TEST_FILES)
-    monkeypatch.setitem(data.DATASETS, "fashion", data.Source(read, sources.GARMENTS))
-    found = data.load("fashion", tmp_path / "data")
-    assert len(found.open_test()) == 10 * TEST
+    here = {title: files.debian_fetcher(sources.DEBIAN_PACKAGE, tmp_path, sums)}
+    file_set = replace(sources.FASHION, files=sums, sources=here)
+    read = sources.idx_reader(file_set, sources.FILES, sources.TEST_FILES)
+    monkeypatch.setitem(data.DATASETS, "fashion", data.Source(read, sources.FASHION_CLASSES))
+    dataset = data.load("fashion", tmp_path / "data")
+    assert len(dataset.open_test()) == 10 * TEST
     laid = tmp_path / "data" / "FashionMNIST" / "raw"
     assert {path.name for path in laid.iterdir()} == set(sums)
 
@@ -239,13 +239,14 @@ def test_without_fashion_s_files_one_line_names_every_source(
 
 def test_real_fashion_is_read_as_it_is() -> None:
     try:
-        found = data.load("fashion", DATA_DIR)
+        dataset = data.load("fashion", DATA_DIR)
     except data.DataError as error:
         pytest.skip(f"no source of Fashion-MNIST can be reached: {error}")
-    assert [len(part) for part in (found.train, found.validation)] == [52_500, 5_000]
-    assert (found.recipe, found.classes[9]) == ("plain", "Ankle boot")
-    assert found.mean == pytest.approx(0.286, abs=1e-3)  # as published with torchvision's examples
-    for picture in found.validation.images[:300].numpy():
+    assert [len(part) for part in (dataset.train, dataset.validation)] == [52_500, 5_000]
+    assert (dataset.recipe, dataset.classes[9]) == ("plain", "Ankle boot")
+    # As published with torchvision's examples.
+    assert dataset.mean == pytest.approx(0.286, abs=1e-3)
+    for picture in dataset.validation.images[:300].numpy():
         stream = io.BytesIO()
         Image.fromarray(picture[0]).save(stream, "PNG")
         assert np.array_equal(images.normalise(stream.getvalue(), recipe="plain"), picture)
@@ -259,11 +260,11 @@ def made_up(shape: tuple[int, ...], marks: list[int], kind: type = np.uint8) -> 
     return data.Source(read, ("cat", "dog"))
 
 
-def test_a_data_set_of_one_s_own_is_registered_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_a_plugin_is_registered_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(data.DATASETS, "mine", made_up((3, 20, 20), [0, 1] * 20))
-    found = data.load("mine")
-    assert (found.size, found.channels, found.recipe) == (20, 3, "plain")
-    assert len(found.train + found.validation + found.calibration) == 40
+    dataset = data.load("mine")
+    assert (dataset.size, dataset.channels, dataset.recipe) == (20, 3, "plain")
+    assert len(dataset.train + dataset.validation + dataset.calibration) == 40
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_a_data_set_of_one_s_own_is_registered_in_a_line(monkeypatch: pytest.Mon
         (made_up((1, 28, 28), [0] * 20), "class 'dog' has 0 training images; at least 8"),
     ],
 )
-def test_what_is_wrong_with_a_data_set_of_one_s_own_is_said(
+def test_what_is_wrong_with_a_data_set_of_a_plugin_is_reported(
     source: data.Source, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(data.DATASETS, "mine", source)

@@ -1,4 +1,4 @@
-"""mnist.space: what a search may choose, and how wrong entries are refused."""
+"""mnist.space: search spaces, and errors in their entries."""
 
 import inspect
 from pathlib import Path
@@ -13,7 +13,7 @@ from optuna.distributions import (
 from mnist import space, training
 
 
-def test_every_hyperparameter_is_one_of_the_trainer() -> None:
+def test_every_hyperparameter_is_a_parameter_of_fit() -> None:
     assert set(space.HYPERPARAMETERS) <= set(inspect.signature(training.fit).parameters)
     for each in space.SPACES.values():
         assert set(each) <= set(space.HYPERPARAMETERS)
@@ -24,7 +24,7 @@ def test_an_entry_is_a_range_a_choice_or_a_value() -> None:
         *("lr=float:1e-4:1e-2:log", "batch_size=int:16:64"),
         *("optimizer=choice:Adam,SGD", "augmentation=0"),
     ]
-    assert space.read("default", entries) == {
+    assert space.read_space("default", entries) == {
         "batch_size": IntDistribution(16, 64),
         "optimizer": CategoricalDistribution(("Adam", "SGD")),
         "lr": FloatDistribution(1e-4, 1e-2, log=True),
@@ -35,7 +35,7 @@ def test_an_entry_is_a_range_a_choice_or_a_value() -> None:
 def test_a_file_is_a_whole_space(tmp_path: Path) -> None:
     file = tmp_path / "space.toml"
     file.write_text('lr = "float:1e-4:1e-2:log"\noptimizer = ["Adam", "AdamW"]\ndropout = 0.2\n')
-    assert space.read(str(file), ["dropout=float:0:0.5"]) == {
+    assert space.read_space(str(file), ["dropout=float:0:0.5"]) == {
         "lr": FloatDistribution(1e-4, 1e-2, log=True),
         "optimizer": CategoricalDistribution(("Adam", "AdamW")),
         "dropout": FloatDistribution(0, 0.5),
@@ -43,10 +43,10 @@ def test_a_file_is_a_whole_space(tmp_path: Path) -> None:
 
 
 def test_dropout_is_searched_only_where_there_is_some() -> None:
-    assert "dropout" in space.read("wide", dropout=True)
-    assert "dropout" not in space.read("wide", dropout=False)
+    assert "dropout" in space.read_space("wide", dropout=True)
+    assert "dropout" not in space.read_space("wide", dropout=False)
     with pytest.raises(space.SpaceError, match="dropout: the network has no dropout layer"):
-        space.read("default", ["dropout=0.5"], dropout=False)
+        space.read_space("default", ["dropout=0.5"], dropout=False)
 
 
 @pytest.mark.parametrize(
@@ -69,30 +69,30 @@ def test_dropout_is_searched_only_where_there_is_some() -> None:
 )
 def test_a_wrong_entry_is_named_in_one_line(entry: str, words: str) -> None:
     with pytest.raises(space.SpaceError) as caught:
-        space.read("default", [entry])
+        space.read_space("default", [entry])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_wrong_file_is_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(space.SpaceError, match=r"wild: neither a space \(default, wide\) nor a"):
-        space.read("wild")
+        space.read_space("wild")
     broken = tmp_path / "broken.toml"
     broken.write_text("lr = []")
     with pytest.raises(space.SpaceError, match="lr: the list is empty"):
-        space.read(str(broken))
+        space.read_space(str(broken))
     for content in ("lr = ", "\x00\xff", ""):
         broken.write_text(content, "latin-1")
         with pytest.raises(space.SpaceError, match=r"broken\.toml") as caught:
-            space.read(str(broken))
+            space.read_space(str(broken))
         assert "\n" not in str(caught.value)
 
 
 def test_what_lies_outside_a_space_is_left_out() -> None:
-    known = space.read("default", ["lr=float:0.001:0.1", "batch_size=64"])
+    narrow = space.read_space("default", ["lr=float:0.001:0.1", "batch_size=64"])
     first = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039, "momentum": 0.9}
-    assert space.inside(known, first) == {"optimizer": "Adam"}
-    assert space.inside(known, first | {"lr": 0.01, "batch_size": 64}) == {
+    assert space.filter_params(narrow, first) == {"optimizer": "Adam"}
+    assert space.filter_params(narrow, first | {"lr": 0.01, "batch_size": 64}) == {
         "optimizer": "Adam",
         "lr": 0.01,
         "batch_size": 64,

@@ -11,8 +11,10 @@ from mnist import splits
 )
 def test_each_class_is_in_each_part_of_small_and_of_unbalanced_data(counts: list[int]) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    train, rest = splits.cut(np.arange(len(labels)), labels, 1 / 8, least=2)
-    calibration, validation = splits.cut(rest, labels, 2 / 3)
+    train, held_out = splits.split_stratified(
+        np.arange(len(labels)), labels, 1 / 8, min_per_class=2
+    )
+    calibration, validation = splits.split_stratified(held_out, labels, 2 / 3)
     assert sorted([*train, *calibration, *validation]) == list(range(len(labels)))
     for part in (train, validation, calibration):
         assert np.bincount(labels[part], minlength=len(counts)).min() >= 1
@@ -21,7 +23,7 @@ def test_each_class_is_in_each_part_of_small_and_of_unbalanced_data(counts: list
 
 def test_a_share_is_kept_to_where_the_data_allow_it() -> None:
     labels = np.repeat(np.arange(10), 100)
-    first, second = splits.cut(np.arange(1000), labels, 0.125, least=2)
+    first, second = splits.split_stratified(np.arange(1000), labels, 0.125, min_per_class=2)
     assert (len(first), len(second)) == (875, 125)
     assert set(np.bincount(labels[second])) == {12, 13}
-    assert len(splits.cut(np.arange(1000), labels, 10)[1]) == 10
+    assert len(splits.split_stratified(np.arange(1000), labels, 10)[1]) == 10

@@ -74,7 +74,7 @@ def test_validation_in_mid_run_does_not_change_the_run(digits: Dataset) -> None:
 
 
 def test_a_cycle_of_the_learning_rate_ends_with_each_rung() -> None:
-    shares = [training.cycle(step, [2, 6]) for step in range(1, 7)]
+    shares = [training.cycle_position(step, [2, 6]) for step in range(1, 7)]
     assert shares == [0.25, 0.75, 0.125, 0.375, 0.625, 0.875]
 
 
@@ -88,7 +88,9 @@ def test_weights_of_a_training_form_shrink_and_others_do_not(
         for name, part in module.named_parameters():
             factored = ".0." in name or ".1." in name or ".2." in name
             if name.endswith("weight") and factored and part.dim() > 1:
-                shares = [training.learning_rate((i + 0.5) / 10, "constant") for i in range(10)]
+                shares = [
+                    training.learning_rate_factor((i + 0.5) / 10, "constant") for i in range(10)
+                ]
                 expected = math.prod(1 - 32 / 3_000 * share for share in shares)
                 assert torch.allclose(part, before[name] * expected, rtol=1e-4)
             else:
@@ -116,7 +118,7 @@ def test_bfloat16_rounds_and_learns_with_weights_in_float32(digits: Dataset) -> 
 
 def test_every_sample_is_seen_once_in_a_pass() -> None:
     generator = torch.Generator().manual_seed(0)
-    order = training.Order(10, generator)
+    order = training.ShuffledPasses(10, generator)
     seen = torch.cat([order.take(4) for _ in range(5)])
     assert seen[:10].sort().values.tolist() == list(range(10))
     assert seen[10:].sort().values.tolist() == list(range(10))
@@ -124,19 +126,23 @@ def test_every_sample_is_seen_once_in_a_pass() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_learning_rate_warms_up_and_falls_to_zero(schedule: str) -> None:
-    factors = [training.learning_rate(i / 100, schedule) for i in range(101)]
+    factors = [training.learning_rate_factor(i / 100, schedule) for i in range(101)]
     assert factors[0] == factors[-1] == 0
     assert max(factors) == 1
     assert factors.index(1) == round(100 * training.WARM_UP)
-    middle = training.learning_rate((1 + training.WARM_UP) / 2, schedule)
+    middle = training.learning_rate_factor((1 + training.WARM_UP) / 2, schedule)
     assert middle == pytest.approx(0.5)
-    late = training.learning_rate(training.WARM_UP + 0.75 * (1 - training.WARM_UP), schedule)
+    late = training.learning_rate_factor(training.WARM_UP + 0.75 * (1 - training.WARM_UP), schedule)
     assert late == pytest.approx({"linear": 0.25, "cosine": (1 - math.sqrt(0.5)) / 2}[schedule])
 
 
 def test_a_constant_learning_rate_only_warms_up() -> None:
-    assert training.learning_rate(training.WARM_UP / 2, "constant") == 0.5
-    assert training.learning_rate(0.5, "constant") == training.learning_rate(1, "constant") == 1
+    assert training.learning_rate_factor(training.WARM_UP / 2, "constant") == 0.5
+    assert (
+        training.learning_rate_factor(0.5, "constant")
+        == training.learning_rate_factor(1, "constant")
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,9 +169,9 @@ def test_every_hyperparameter_changes_the_run(digits: Dataset, other: dict[str, 
 
 def test_dropout_is_set_in_all_layers_of_the_network(digits: Dataset) -> None:
     model = build(digits, "cnn")
-    assert [layer.p for layer in training.dropouts(model)] == [0.5, 0.3]
+    assert [layer.p for layer in training.dropout_layers(model)] == [0.5, 0.3]
     fit(model, digits, samples=64, dropout=0.1)
-    assert [layer.p for layer in training.dropouts(model)] == [0.1, 0.1]
+    assert [layer.p for layer in training.dropout_layers(model)] == [0.1, 0.1]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(digits: Dataset) -> None:
@@ -201,7 +207,9 @@ def test_augmentation_moves_the_ink_a_little_and_keeps_the_paper_empty(digits: D
 def test_scores_agree_with_counts_made_by_hand() -> None:
     # Three of class a (one read as b), two of class b (both right): n 5, 1 error.
     probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.1, 0.9], [0.3, 0.7]])
-    scores = training.scores(probabilities, torch.tensor([0, 0, 0, 1, 1]), ["a", "b"])
+    scores = training.classification_scores(
+        probabilities, torch.tensor([0, 0, 0, 1, 1]), ["a", "b"]
+    )
     assert (scores["errors"], scores["n"], scores["accuracy"]) == (1, 5, 0.8)
     assert scores["per_class"]["a"] == {"precision": 1.0, "recall": 0.6667, "f1": 0.8}
     assert scores["per_class"]["b"] == {"precision": 0.6667, "recall": 1.0, "f1": 0.8}
@@ -223,7 +231,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
     if torch.backends.mps.is_available():
         pytest.skip("this machine has mps")
     with pytest.raises(ValueError, match="device 'mps' is not on this machine"):
-        training.device("mps")
+        training.select_device("mps")
 
 
 def test_augmentation_of_pictures_goes_on_as_their_edge_is() -> None:
@@ -252,6 +260,6 @@ def test_the_recipe_says_how_augmentation_pads(
 def test_the_worst_mistakes_are_those_that_gave_the_truth_the_least() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3], [0.4, 0.6]])
     labels = torch.tensor([1, 1, 1, 0, 0])
-    assert training.worst(probabilities, labels, 24).tolist() == [0, 2, 4]
-    assert training.worst(probabilities, labels, 2).tolist() == [0, 2]
-    assert training.worst(probabilities, probabilities.argmax(1), 24).tolist() == []
+    assert training.worst_mistakes(probabilities, labels, 24).tolist() == [0, 2, 4]
+    assert training.worst_mistakes(probabilities, labels, 2).tolist() == [0, 2]
+    assert training.worst_mistakes(probabilities, probabilities.argmax(1), 24).tolist() == []

@@ -14,7 +14,7 @@ import torch
 
 from mnist import data, models, training, workers
 from mnist.data import Dataset
-from mnist.workers import Ended, Pool, Report, Run, Setup
+from mnist.workers import Pool, Report, Run, RunResult, Setup
 from tests.conftest import ROOT
 from tests.gates import until
 
@@ -52,7 +52,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     params = PARAMS | {"optimizer": optimizer}
     whole = replace(RUN, params=params, weights=tmp_path / "whole.pt")
     reference = Pipe()
-    workers.attempt(whole, digits, SETUP, reference)
+    workers.run_safely(whole, digits, SETUP, reference)
 
     class Killing(Pipe):
         def send(self, message: Report) -> None:
@@ -64,11 +64,11 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     often = replace(SETUP, checkpoint_s=-1.0)
     first, second = Killing(), Pipe()
     with pytest.raises(Killed):
-        workers.attempt(run, digits, often, first)
+        workers.run_safely(run, digits, often, first)
     assert run.checkpoint is not None
     assert run.checkpoint.exists()
     torch.manual_seed(99)  # whatever this process did in between
-    workers.attempt(run, digits, often, second)
+    workers.run_safely(run, digits, often, second)
     assert len(second.reports) < len(reference.reports)
     together = {**dict(first.accuracies()), **dict(second.accuracies())}
     assert together == dict(reference.accuracies())
@@ -78,8 +78,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 
 def test_between_two_reports_without_an_accuracy_there_is_some_time(digits: Dataset) -> None:
     seldom, often = Pipe(), Pipe()
-    workers.attempt(RUN, digits, replace(SETUP, report_s=3600.0), seldom)
-    workers.attempt(RUN, digits, SETUP, often)
+    workers.run_safely(RUN, digits, replace(SETUP, report_s=3600.0), seldom)
+    workers.run_safely(RUN, digits, SETUP, often)
     assert len(often.reports) > 50
     assert len(seldom.reports) == 1 + len(RUN.rungs) + 1  # the first and the last are always there
     assert seldom.accuracies() == often.accuracies()
@@ -120,16 +120,16 @@ def test_a_micro_batch_takes_the_same_steps(digits: Dataset) -> None:
     outcomes = []
     for micro_batch in (None, 8):
         pipe = Pipe()
-        workers.attempt(replace(RUN, micro_batch=micro_batch), digits, SETUP, pipe)
+        workers.run_safely(replace(RUN, micro_batch=micro_batch), digits, SETUP, pipe)
         outcomes.append([progress.loss for progress in pipe.reports])
     assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-3)
 
 
 def test_a_run_is_stopped_when_its_report_is_answered_so(digits: Dataset) -> None:
     pipe = Pipe(stop_after=1)
-    ended = workers.attempt(RUN, digits, SETUP, pipe)
-    assert isinstance(ended, Ended)
-    assert ended.stopped
+    result = workers.run_safely(RUN, digits, SETUP, pipe)
+    assert isinstance(result, RunResult)
+    assert result.stopped
     assert pipe.reports[-1].samples == 320
 
 
@@ -154,29 +154,29 @@ def test_failures_are_told_apart_in_one_line(
         raise error
 
     monkeypatch.setattr(training, "fit", fail)
-    ended = workers.attempt(RUN, digits, SETUP, Pipe())
-    assert ended.failure == failure
-    assert "\n" not in ended.reason
+    result = workers.run_safely(RUN, digits, SETUP, Pipe())
+    assert result.failure == failure
+    assert "\n" not in result.reason
 
 
-def test_memory_is_tried_again_once_in_smaller_parts_of_the_same_batch() -> None:
-    again = RUN.again(Ended(failure="memory"))
-    assert again is not None
-    assert (again.micro_batch, again.params) == (8, RUN.params)
-    assert again.again(Ended(failure="memory")) is None
-    assert RUN.again(Ended(failure="nan")) is None
+def test_memory_is_retried_once_in_smaller_parts_of_the_same_batch() -> None:
+    next_run = RUN.retry(RunResult(failure="memory"))
+    assert next_run is not None
+    assert (next_run.micro_batch, next_run.params) == (8, RUN.params)
+    assert next_run.retry(RunResult(failure="memory")) is None
+    assert RUN.retry(RunResult(failure="nan")) is None
 
 
 def test_three_deaths_without_a_new_checkpoint_are_enough(tmp_path: Path) -> None:
     run: Run | None = replace(RUN, checkpoint=tmp_path / "run.pt")
-    died = Ended(failure="died")
+    died = RunResult(failure="died")
     for _ in range(2):
         assert run is not None
-        run = run.again(died)
+        run = run.retry(died)
     assert run is not None
-    assert run.again(died) is None
+    assert run.retry(died) is None
     (tmp_path / "run.pt").write_bytes(b"new")
-    run = run.again(died)
+    run = run.retry(died)
     assert run is not None
     assert run.deaths == 1
 
@@ -186,14 +186,15 @@ def test_checkpoints_stay_under_the_quota_and_leave_nothing_half_written(tmp_pat
     path, left = folder / "one.pt", folder / ".two.pt.1234.tmp"
     folder.mkdir(parents=True)
     left.write_bytes(bytes(50_000))  # by a process that was killed
-    assert workers.keep(state, path, quota=50_000)
-    assert not workers.keep(state, path, quota=50_000)  # old and new together would be over it
-    assert workers.keep(state, path, quota=100_000)
-    assert workers.keep(state, folder / "two.pt", quota=100_000)
-    assert not workers.keep(state, folder.with_name("other") / "three.pt", quota=100_000)
+    assert workers.save_checkpoint(state, path, quota=50_000)
+    # Old and new content together exceed this quota.
+    assert not workers.save_checkpoint(state, path, quota=50_000)
+    assert workers.save_checkpoint(state, path, quota=100_000)
+    assert workers.save_checkpoint(state, folder / "two.pt", quota=100_000)
+    assert not workers.save_checkpoint(state, folder.with_name("other") / "three.pt", quota=100_000)
     assert {each.name for each in folder.glob("[!.]*")} == {"one.pt", "two.pt"}
     assert not left.exists()
-    assert workers.used(folder.parent) < 100_000
+    assert workers.folder_bytes(folder.parent) < 100_000
 
 
 def test_final_weights_take_the_checkpoint_s_room_where_they_must(
@@ -208,36 +209,36 @@ def test_final_weights_take_the_checkpoint_s_room_where_they_must(
     class Watching(Pipe):
         def send(self, message: Report) -> None:
             super().send(message)
-            most.append(workers.used(tmp_path / "artifacts"))
+            most.append(workers.folder_bytes(tmp_path / "artifacts"))
 
-    ended = workers.attempt(run, digits, setup, Watching())
-    assert ended.failure is None
+    result = workers.run_safely(run, digits, setup, Watching())
+    assert result.failure is None
     assert 0 < max(most) <= quota
-    assert workers.restore(run.weights) is not None
+    assert workers.load_checkpoint(run.weights) is not None
     too_small = replace(setup, quota=10_000)
     run = replace(run, weights=folder / "more.pt")
-    ended = workers.attempt(run, digits, too_small, Pipe())
-    assert (ended.failure, "--disk-quota" in ended.reason) == ("disk", True)
+    result = workers.run_safely(run, digits, too_small, Pipe())
+    assert (result.failure, "--disk-quota" in result.reason) == ("disk", True)
 
 
 def test_a_damaged_checkpoint_means_beginning_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "run.pt"
-    assert workers.restore(path) is None
+    assert workers.load_checkpoint(path) is None
     path.write_bytes(b"not a checkpoint")
-    assert workers.restore(path) is None
+    assert workers.load_checkpoint(path) is None
     assert "cannot be read" in caplog.text
 
 
-def drain(pool: Pool, run: Run) -> Ended:
-    pool.idle()[0].start(run)
+def drain(pool: Pool, run: Run) -> RunResult:
+    pool.idle_workers()[0].start(run)
     while True:
-        for worker, message in pool.messages(1.0):
-            if isinstance(message, Ended):
+        for worker, message in pool.receive_messages(1.0):
+            if isinstance(message, RunResult):
                 return message
             if message.progress.accuracy is not None:
-                worker.answer(stop=False)
+                worker.reply(stop=False)
 
 
 def test_a_pool_trains_replaces_what_dies_and_leaves_no_process(digits: Dataset) -> None:
@@ -246,11 +247,11 @@ def test_a_pool_trains_replaces_what_dies_and_leaves_no_process(digits: Dataset)
         pool.workers[0].start(replace(RUN, samples=10**8))
         pid = pool.workers[0].process.pid
         os.kill(pid, signal.SIGKILL)
-        ended: Report | Ended | None = None
-        while not isinstance(ended, Ended):
-            ended = next((message for _, message in pool.messages(1.0)), None)
-        assert (ended.failure, "SIGKILL" in ended.reason) == ("died", True)
-        assert pool.idle()[0].process.pid != pid
+        result: Report | RunResult | None = None
+        while not isinstance(result, RunResult):
+            result = next((message for _, message in pool.receive_messages(1.0)), None)
+        assert (result.failure, "SIGKILL" in result.reason) == ("died", True)
+        assert pool.idle_workers()[0].process.pid != pid
         pids = [worker.process.pid for worker in pool.workers]
     assert all(not alive(pid) for pid in [pid, *pids])
 
@@ -269,7 +270,7 @@ from mnist.workers import Pool, Run, Setup
 with Pool(2, Setup(functools.partial(data.load, "digits"), "cpu", 1)) as pool:
     for worker in pool.workers:
         worker.start(Run("linear", {PARAMS!r}, 10**7, 0))
-    for _ in pool.messages(30):
+    for _ in pool.receive_messages(30):
         pass
     print(*[worker.process.pid for worker in pool.workers], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
