@@ -22,15 +22,18 @@ import click
 import optuna
 import torch
 
-from mnist import budget, compare, data, display, registry, report, search
-from mnist import study as studies
-from mnist.display import Display, format_duration, full_message, root_cause
-from mnist.finish import finish
-from mnist.job import Job, find_result, publish_result, remove_stale_files
-from mnist.members import Claim, Member
-from mnist.options import Options, make_command
-from mnist.prepare import check_all, check_writable, choose_device, make_loader, prepare
-from mnist.workers import Pool, Run, Setup, available_cores
+from mnist import data, registry
+from mnist.job import display
+from mnist.job.display import Display, format_duration, full_message, root_cause
+from mnist.job.final import finish
+from mnist.job.options import Options, make_command
+from mnist.job.prepare import check_all, check_writable, choose_device, make_loader, prepare
+from mnist.job.state import Job, find_result, publish_result, remove_stale_files
+from mnist.report import compare, page
+from mnist.search import budget, loop
+from mnist.search import study as studies
+from mnist.search.members import Claim, Member
+from mnist.search.workers import Pool, Run, Setup, available_cores
 
 # Errors in a study's options, data, registry or database: exit code 2.
 INVALID_INPUT = (click.UsageError, data.DataError, registry.RegistryError, studies.StudyError)
@@ -51,7 +54,7 @@ def main(option_sets: list[Options]) -> None:
             click.echo(f"\n{options.study_name} ({i + 1} of {len(option_sets)})", err=True)
         try:
             outcomes.append(run(options, deadline))
-        except (search.Unfinished, *INVALID_INPUT) as error:
+        except (loop.Unfinished, *INVALID_INPUT) as error:
             if len(option_sets) == 1:
                 raise
             click.echo(f"{options.study_name}: {full_message(error)}", err=True)
@@ -66,9 +69,9 @@ def main(option_sets: list[Options]) -> None:
 
 def combine_errors(failed: dict[str, Exception]) -> Exception:
     """The error of several studies: Unfinished if the same command can continue one of them."""
-    names = [name for name, error in failed.items() if isinstance(error, search.Unfinished)]
+    names = [name for name, error in failed.items() if isinstance(error, loop.Unfinished)]
     if names:
-        return search.Unfinished(f"not finished: {', '.join(names)}")
+        return loop.Unfinished(f"not finished: {', '.join(names)}")
     return click.UsageError(f"refused, for the reasons above: {', '.join(failed)}")
 
 
@@ -122,7 +125,7 @@ def run_search(job: Job, pool: Pool, screen: Display) -> None:
         f"{format_duration((job.trials - finished) * job.plan.trial_s)} for the search, "
         f"{format_duration(job.plan.after_search_s)} for the final model"
     )
-    updates = search.search(
+    updates = loop.search(
         job.member,
         pool,
         lambda claim: make_trial_run(job, claim),
@@ -139,7 +142,7 @@ def run_search(job: Job, pool: Pool, screen: Display) -> None:
                 break
     if job.member.run_locked(studies.count_finished) < job.trials:
         if not job.member.run_locked(lambda study: studies.best_trials(study, 1)):
-            raise search.Unfinished("--timeout: no trial was completed")
+            raise loop.Unfinished("--timeout: no trial was completed")
         screen.print_line(f"--timeout: the budget of {job.trials} trials was not reached")
 
 
@@ -168,7 +171,7 @@ def write_report(job: Job, result: dict[str, Any]) -> None:
     """Write and attach the report; an error only prints a line, as the model is complete."""
     options = job.options
     try:
-        report.make(job.member, result["name"], options.output, options.artifacts)
+        page.make(job.member, result["name"], options.output, options.artifacts)
     except Exception as error:  # noqa: BLE001 - drawing figures may raise anything
         print(f"run.py: the report could not be made: {root_cause(error)}", file=sys.stderr)
 
@@ -199,9 +202,9 @@ def print_comparison(options: Options, outcomes: list[dict[str, Any]]) -> None:
     names = [outcome["name"] for outcome in outcomes if outcome["name"] in local]
     rows = compare.compare_models(options.output, names)
     compare.print_table(rows, stderr=options.json)
-    page = options.output / "comparison.html"
-    page.write_text(compare.render_page(rows), "utf-8")
-    click.echo(f"the same as a page: {page}", err=options.json)
+    path = options.output / "comparison.html"
+    path.write_text(compare.render_page(rows), "utf-8")
+    click.echo(f"the same as a page: {path}", err=options.json)
 
 
 def run_cli(arguments: list[str]) -> int:
@@ -213,7 +216,7 @@ def run_cli(arguments: list[str]) -> int:
         return print_error(error.format_message(), 2)
     except INVALID_INPUT as error:
         return print_error(str(error), 2)
-    except search.Unfinished as error:
+    except loop.Unfinished as error:
         return print_error(f"{error}; the same command goes on from here", 1)
     except (OSError, *studies.STORAGE_ERRORS) as error:
         return print_error(

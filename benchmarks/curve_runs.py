@@ -10,9 +10,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from scipy.stats import qmc
 
 from mnist import folding, models, training
-from mnist import study as studies
 from mnist.data import Dataset
-from mnist.space import DEFAULT, WIDE, Space
+from mnist.search import study as studies
+from mnist.search.space import DEFAULT, WIDE, Space
 
 # With them trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
 FIDELITIES = (1_000, 2_000, 4_000, 6_000, 12_000, 24_000, 40_000, 60_000)

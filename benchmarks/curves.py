@@ -29,9 +29,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from benchmarks.curve_runs import FIDELITIES, SPACES, Run, Settings, carry_out, runs
 from mnist import data, folding, training
-from mnist import study as studies
 from mnist.data import Dataset
-from mnist.workers import available_cores
+from mnist.search import study as studies
+from mnist.search.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
 # --- their record ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ run.py leaves both with its study. The error is the largest one after the first 
 import click
 import optuna
 
-from mnist import budget
+from mnist.search import budget
 
 
 @click.command()

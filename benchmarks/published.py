@@ -14,7 +14,8 @@ import click
 import torch
 
 from benchmarks.training import STEPS, usual_loop
-from mnist import data, training, workers
+from mnist import data, training
+from mnist.search import workers
 
 IMAGES = 60_000
 

@@ -21,9 +21,9 @@ from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHal
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import budget
-from mnist import study as studies
-from mnist.space import DEFAULT, Space
+from mnist.search import budget
+from mnist.search import study as studies
+from mnist.search.space import DEFAULT, Space
 from mnist.training import MIN_PROBABILITY
 
 FAR = 10.0  # distance of two optimizers; all else is at most the square root of 2

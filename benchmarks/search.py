@@ -41,10 +41,10 @@ from benchmarks.replay import (
     Trials,
     read,
 )
-from mnist import budget
-from mnist import study as studies
-from mnist.space import Space
-from mnist.workers import available_cores
+from mnist.search import budget
+from mnist.search import study as studies
+from mnist.search.space import Space
+from mnist.search.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
 GP_SEEDS = 10  # a search of 32 trials takes 2.5 s of a core, where TPE's takes 0.05

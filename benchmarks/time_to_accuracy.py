@@ -14,8 +14,9 @@ from pathlib import Path
 import click
 import torch
 
-from mnist import data, folding, models, training, workers
+from mnist import data, folding, models, training
 from mnist.data import Dataset
+from mnist.search import workers
 
 TARGETS = (0.990, 0.993, 0.995)
 LENGTHS = (20_000, 30_000, 60_000, 120_000, 240_000, 480_000)  # images

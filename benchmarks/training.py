@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mnist import data, folding, models, training, workers
+from mnist import data, folding, models, training
 from mnist.data import Dataset
+from mnist.search import workers
 
 STEPS = 12  # of the usual loop, in each round
 

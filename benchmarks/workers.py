@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 
 from mnist import data
-from mnist.search import execute_runs
-from mnist.study import FIRST_PARAMS
-from mnist.workers import Pool, Run, Setup, available_cores
+from mnist.search.loop import execute_runs
+from mnist.search.study import FIRST_PARAMS
+from mnist.search.workers import Pool, Run, Setup, available_cores
 
 RUNS = 4  # at once or one after the other
 

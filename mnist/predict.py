@@ -12,7 +12,8 @@ from typing import Any, TextIO
 import click
 import numpy as np
 
-from mnist import images, inference, plots, registry
+from mnist import images, inference, registry
+from mnist.report import plots
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TOP_CLASSES = 3

@@ -14,7 +14,8 @@ import optuna
 import pytest
 from PIL import Image
 
-from mnist import data, plots
+from mnist import data
+from mnist.report import plots
 from run import run_cli
 
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,7 @@
 """Has run.py and its workers pass the gates of tests/gates.py: for `run.py --import`.
 
 A patch of the command's modules does not reach its workers, which are forked from a server that
-has imported mnist.workers by itself. An imported file is loaded by each of them, before its data.
+has imported mnist.search.workers by itself. Each worker loads an imported file before its data.
 """
 
 import multiprocessing
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mnist import workers
+from mnist.search import workers
 from tests.gates import Gate, Gates
 
 GATES = Gates(Path.cwd(), os.environ.get("SOAK_HOST", ""))
@@ -60,7 +60,7 @@ def gate_command() -> None:
     from sqlalchemy import Engine, event
 
     from mnist import release
-    from mnist.display import Display
+    from mnist.job.display import Display
 
     print_line, save_checkpoint = Display.print_line, release.save_checkpoint
 

@@ -32,8 +32,9 @@ import click
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import budget, data, registry, workers
-from mnist import study as studies
+from mnist import data, registry
+from mnist.search import budget, workers
+from mnist.search import study as studies
 from tests.gates import LONG_S, Gates, alive, until
 
 ROOT = Path(__file__).parent.parent

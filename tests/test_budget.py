@@ -1,11 +1,11 @@
-"""mnist.budget: plans by tables of figures, without a machine or a clock."""
+"""mnist.search.budget: plans by tables of figures, without a machine or a clock."""
 
 from dataclasses import replace
 
 import pytest
 
-from mnist import budget
-from mnist.budget import Workload
+from mnist.search import budget
+from mnist.search.budget import Workload
 
 MNIST = Workload(
     trials=32, confirmations=8, train=52_500, validation=5_000, subset=2_000, norm_images=1_000

@@ -1,4 +1,4 @@
-"""mnist.compare: whether two models differ by more than noise."""
+"""mnist.report.compare: whether two models differ by more than noise."""
 
 import io
 import shutil
@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist import compare, registry
+from mnist import registry
+from mnist.report import compare
 from tests.test_registry import entry
 
 

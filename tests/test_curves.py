@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 from benchmarks import curve_runs, curves
 from mnist import data, training
-from mnist.space import DEFAULT, SPACES, WIDE, filter_params
-from mnist.study import FIRST_PARAMS
+from mnist.search.space import DEFAULT, SPACES, WIDE, filter_params
+from mnist.search.study import FIRST_PARAMS
 from tests.conftest import ROOT
 
 SMALL = ["--dataset", "digits", "--network", "linear", "--threads", "1"]

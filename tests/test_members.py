@@ -1,4 +1,4 @@
-"""mnist.members: locks, leases, the exact budget, and what a member cannot do without its lease."""
+"""mnist.search.members: locks, leases, the exact budget, and the limits of a lost lease."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from mnist import budget, members
-from mnist import study as studies
-from mnist.members import ClaimLost, Member
+from mnist.search import budget, members
+from mnist.search import study as studies
+from mnist.search.members import ClaimLost, Member
 from tests.conftest import ROOT, Clock
 from tests.gates import until
 
@@ -310,7 +310,7 @@ def test_ctrl_c_waits_for_the_end_of_the_lock(one: Member) -> None:
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
 def test_a_killed_member_is_found_at_once(one: Member, storage: str) -> None:
     code = (
-        "import os, signal; from mnist.members import Member; "
+        "import os, signal; from mnist.search.members import Member; "
         f"m = Member({storage!r}, 'study', 1); m.__enter__(); m.ask(5, 0); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

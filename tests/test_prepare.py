@@ -1,4 +1,4 @@
-"""mnist.prepare: measurements before a study begins."""
+"""mnist.job.prepare: measurements before a study begins."""
 
 import subprocess
 import sys
@@ -8,9 +8,11 @@ import click
 import pytest
 import torch
 
-from mnist import data, folding, models, prepare, search
-from mnist.options import Options
-from mnist.workers import Run
+from mnist import data, folding, models
+from mnist.job import prepare
+from mnist.job.options import Options
+from mnist.search import loop
+from mnist.search.workers import Run
 from tests.conftest import ROOT
 
 
@@ -21,7 +23,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
 
     def speed(_: Any, run: Run) -> float:
         if (key := (run.params["batch_size"], run.bfloat16)) not in speeds:
-            raise search.RunFailed("RuntimeError: made up")
+            raise loop.RunFailed("RuntimeError: made up")
         return speeds[key]
 
     monkeypatch.setattr(prepare.search, "measure_speed", speed)
@@ -66,7 +68,7 @@ def test_bfloat16_is_for_training_forms_of_studies_that_no_other_machine_shares(
 
 def test_weights_are_counted_without_the_compiler(digits: data.Dataset) -> None:
     program = (
-        "import sys; from mnist import data, prepare; from mnist.options import Options;"
+        "import sys; from mnist import data, prepare; from mnist.job.options import Options;"
         "print(prepare.count_weights(Options(model='parallel'), data.load('digits')));"
         "print('torch._dynamo' in sys.modules)"
     )

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 
 from mnist import models
-from mnist.options import make_command
+from mnist.job.options import make_command
 from serve.app import app
 from tests.conftest import ROOT
 
@@ -45,8 +45,10 @@ def test_modules_and_files_it_names_exist() -> None:
     for name in re.findall(r"-r ([\w.-]+\.txt)", ALL):
         assert (ROOT / name).exists(), name
     tree = DOCS["how-it-works.md"].split("## Map of the code")[1]
-    for name in re.findall(r"^    (\S+)", tree, re.MULTILINE):
-        assert (ROOT / name).exists(), name
+    folder = ""
+    for indent, name in re.findall(r"^    ( {0,2})(\S+)", tree, re.MULTILINE):
+        folder = folder if indent else name
+        assert (ROOT / (folder + name if indent else name)).exists(), name
 
 
 def test_the_lines_of_python_run(tmp_path: Path) -> None:

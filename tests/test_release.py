@@ -1,4 +1,4 @@
-"""mnist.release: what is saved of a final model, and the test split opened once."""
+"""mnist.job.release: what is saved of a final model, and the test split opened once."""
 
 import types
 from dataclasses import replace
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mnist import data, models, registry, release, training
-from mnist.job import Job
+from mnist import data, models, registry, training
+from mnist.job import release
+from mnist.job.state import Job
 from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")

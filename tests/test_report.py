@@ -1,4 +1,4 @@
-"""mnist.report and mnist.plots: a page that opens offline, pictures in the dashboard, its maths."""
+"""mnist.report: a page that opens offline, figures in the dashboard, their maths."""
 
 import base64
 import io
@@ -17,8 +17,9 @@ from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all
 from optuna.trial import TrialState, create_trial
 from PIL import Image
 
-from mnist import data, plots, registry, report
-from mnist.space import DEFAULT
+from mnist import data, registry
+from mnist.report import page, plots
+from mnist.search.space import DEFAULT
 from tests.conftest import DIGITS, ROOT, Command
 
 ODD = ["<b>bold</b>", "$a$", "お", "a class with a very long name", "{{ 7 }}"]
@@ -84,8 +85,8 @@ def record(classes: list[str], channels: int = 1, trial: int = 0) -> dict[str, A
     }
 
 
-def pictures(page: str) -> list[Image.Image]:
-    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+def pictures(html: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     return [Image.open(io.BytesIO(base64.b64decode(each))) for each in found]
 
 
@@ -103,33 +104,33 @@ def test_the_page_shows_any_study_and_model(
     states: str, classes: list[str], channels: int, found: int | None
 ) -> None:
     arrays = make_predictions(len(classes), channels, found=found)
-    page = report.render_page(
-        report.draw(study(states), "20261121-120301", record(classes, channels), arrays)
+    html = page.render_page(
+        page.draw(study(states), "20261121-120301", record(classes, channels), arrays)
     )
-    assert "40 of 60 test images are read wrong: 33.33% are right" in page
-    assert f"{states.count('c')} trials were completed, {states.count('p')} pruned" in page
-    assert ("<li>2 \N{MULTIPLICATION SIGN} nan: the loss is nan" in page) == (
+    assert "40 of 60 test images are read wrong: 33.33% are right" in html
+    assert f"{states.count('c')} trials were completed, {states.count('p')} pruned" in html
+    assert ("<li>2 \N{MULTIPLICATION SIGN} nan: the loss is nan" in html) == (
         states.count("f") == 2
     )
-    assert "drawn from" in page
-    assert "32 to 256, on a log scale" in page
-    seen = pictures(page)
+    assert "drawn from" in html
+    assert "32 to 256, on a log scale" in html
+    seen = pictures(html)
     assert len(seen) == 7
     assert all(min(picture.size) > 200 for picture in seen)
-    assert len(re.findall(r' alt="[^"]{20,}"', page)) == len(seen)
-    assert page.count("<td>0.2500</td>") == len(classes)
-    assert "<script" not in page
-    assert not re.search(r"https?://|<b>bold", page)
+    assert len(re.findall(r' alt="[^"]{20,}"', html)) == len(seen)
+    assert html.count("<td>0.2500</td>") == len(classes)
+    assert "<script" not in html
+    assert not re.search(r"https?://|<b>bold", html)
 
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_importance_is_withheld_below_ten_complete_trials() -> None:
-    few = report.draw(study("c" * 9 + "pp"), "x", record(["0", "1"]), make_predictions(2))
-    enough = report.draw(study("c" * 10), "x", record(["0", "1"]), make_predictions(2))
+    few = page.draw(study("c" * 9 + "pp"), "x", record(["0", "1"]), make_predictions(2))
+    enough = page.draw(study("c" * 10), "x", record(["0", "1"]), make_predictions(2))
     assert "importance" not in few.study_figures
-    assert "Withheld: with 9 complete trials" in report.render_page(few)
+    assert "Withheld: with 9 complete trials" in page.render_page(few)
     assert "importance" in enough.study_figures
-    assert "Withheld" not in report.render_page(enough)
+    assert "Withheld" not in page.render_page(enough)
 
 
 def test_importance_is_drawn() -> None:
@@ -143,23 +144,21 @@ def test_a_model_without_mistakes_says_so() -> None:
     right |= {"mistakes": np.empty(0, np.int64), "images": np.empty((0, 1, 28, 28), np.uint8)}
     entry = record(["0", "1"])
     entry["metrics"]["test"] |= {"errors": 0}
-    drawn = report.draw(study("c"), "x", entry, right)
+    drawn = page.draw(study("c"), "x", entry, right)
     assert "mistakes" not in drawn.model_figures
-    assert "There are none." in report.render_page(drawn)
+    assert "There are none." in page.render_page(drawn)
 
 
 def test_the_best_trial_is_compared_with_the_first() -> None:
     best = {"number": 4, "params": {"lr": 0.01}, "accuracy": 0.95, "state": "complete"}
     first = {"number": 0, "params": {"lr": 0.1}, "accuracy": 0.9, "state": "complete"}
-    assert report.describe_first(best, first) == (
+    assert page.describe_first(best, first) == (
         "The first trial, with lr 0.1, reached 90.00%: 5.00 points less."
     )
-    assert report.describe_first(best, first | {"state": "pruned"}).endswith(
-        "was pruned at 90.00%."
-    )
-    assert report.describe_first(best, best) == "It was the first trial."
+    assert page.describe_first(best, first | {"state": "pruned"}).endswith("was pruned at 90.00%.")
+    assert page.describe_first(best, best) == "It was the first trial."
     fresh = {"mean": 0.94, "std": 0.01, "seeds": 2}
-    assert report.describe_winner(best, fresh).endswith("On 2 fresh seeds it is 94.00% ± 1.00%.")
+    assert page.describe_winner(best, fresh).endswith("On 2 fresh seeds it is 94.00% ± 1.00%.")
 
 
 def test_names_that_a_font_lacks_are_numbers_and_long_ones_are_cut() -> None:
@@ -207,9 +206,9 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     done = run(*DIGITS, "--trials", "2", "--confirm", "0")
     assert done.returncode == 0, done.stderr
     name, entry = registry.record(tmp_path / "saved_models")
-    page = tmp_path / "saved_models" / f"{name}.report.html"
+    file_path = tmp_path / "saved_models" / f"{name}.report.html"
     assert f"report: saved_models/{name}.report.html" in done.stdout
-    assert len(pictures(page.read_text())) == 7
+    assert len(pictures(file_path.read_text())) == 7
     with np.load(registry.file(tmp_path / "saved_models", name, "predictions")) as file:
         test = digits.open_test()
         assert 0 < len(file["mistakes"]) <= 24
@@ -227,9 +226,9 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     model = {"confusion.png", "calibration.png", "mistakes.png"}
     assert of_trial(made, winner) == model
 
-    page.unlink()
+    file_path.unlink()
     assert run(*DIGITS, "--trials", "2", "--confirm", "0").stderr == ""
-    assert page.exists()
+    assert file_path.exists()
     assert artifacts(tmp_path) == before
 
     more = run(*DIGITS, "--trials", "4", "--confirm", "0", "--final-epochs", "2", "--json")
@@ -256,7 +255,7 @@ def test_a_report_that_cannot_be_made_costs_one_line_and_comes_with_the_next_run
         raise RuntimeError("no ink")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "draw", broken)
+        patch.setattr(page, "draw", broken)
         done = run(*DIGITS, "--trials", "1", "--confirm", "0")
     assert done.returncode == 0
     assert done.stderr.splitlines()[-1] == "run.py: the report could not be made: no ink"
@@ -270,10 +269,10 @@ def test_a_report_that_cannot_be_made_costs_one_line_and_comes_with_the_next_run
 
 def test_the_report_states_the_gain_over_the_baselines() -> None:
     old = record(["a", "b"])
-    assert report.describe_gain(old) is None
+    assert page.describe_gain(old) is None
     accuracies = {"winner": [0.8, 1.0], "first": [0.5, 0.7], "median": [0.4, 0.4]}
     worth = {name: {"trial": 0, "accuracies": values} for name, values in accuracies.items()}
     new = old | {"study": old["study"] | {"worth": worth}}
-    made = report.draw(study("cccp"), "name", new, make_predictions(2))
+    made = page.draw(study("cccp"), "name", new, make_predictions(2))
     text = "On the same fresh seeds the winner makes 9 errors of 90 validation images, the first "
-    assert f"{text}trial 36, the median trial 54." in report.describe_result(made)
+    assert f"{text}trial 36, the median trial 54." in page.describe_result(made)

@@ -24,7 +24,9 @@ from optuna.trial import TrialState
 from PIL import Image
 
 import run as run_module
-from mnist import data, models, predict, prepare, registry, search
+from mnist import data, models, predict, registry
+from mnist.job import prepare
+from mnist.search import loop
 from serve.app import app
 from tests.conftest import DATA_DIR, DIGITS, ROOT, SHORT, Command
 from tests.gates import LONG_S, Gates, until
@@ -240,7 +242,7 @@ def test_a_timeout_keeps_what_finished_and_says_so(
 ) -> None:
     """Half of it is over as soon as three trials are finished, on whatever machine."""
     finished: list[int] = []
-    real = search.Member.tell
+    real = loop.Member.tell
 
     def tell(*args: Any, **kwargs: Any) -> Any:
         finished.append(1)
@@ -249,7 +251,7 @@ def test_a_timeout_keeps_what_finished_and_says_so(
     def monotonic() -> float:
         return time.monotonic() + (1800 if len(finished) >= 3 else 0)
 
-    monkeypatch.setattr(search.Member, "tell", tell)
+    monkeypatch.setattr(loop.Member, "tell", tell)
     monkeypatch.setattr(run_module, "time", types.SimpleNamespace(monotonic=monotonic))
     done = run(*DIGITS, "--trials", "100000", "--timeout", "1h", "--epochs", "2")
     assert done.returncode == 0, done.stderr
@@ -427,7 +429,7 @@ def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
 ) -> None:
     def fail(job: Any, *_: Any) -> None:
         if job.options.model == "linear":
-            raise search.Unfinished("--timeout: of linear")
+            raise loop.Unfinished("--timeout: of linear")
 
     real = run_module.run_search
     monkeypatch.setattr(run_module, "run_search", lambda *a: fail(*a) or real(*a))

@@ -1,4 +1,4 @@
-"""mnist.search: the budget, pruning, what a stop or a failure leaves; all by real workers."""
+"""mnist.search.loop: the budget, pruning, what a stop or a failure leaves; all by real workers."""
 
 import functools
 from collections.abc import Iterator
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import budget, data, search
-from mnist import study as studies
-from mnist.members import Claim, Member
-from mnist.workers import Pool, Run, RunResult, Setup, Worker
+from mnist import data
+from mnist.search import budget, loop
+from mnist.search import study as studies
+from mnist.search.members import Claim, Member
+from mnist.search.workers import Pool, Run, RunResult, Setup, Worker
 
 SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
 SAMPLES = 600
@@ -37,9 +38,9 @@ def member(folder: Path, name: str = "study") -> Member:
 
 def run_search(
     member: Member, pool: Pool, trials: int, make_run: Any = make_run
-) -> list[search.Update]:
+) -> list[loop.Update]:
     with member:
-        return list(search.search(member, pool, make_run, trials=trials, seed=0))
+        return list(loop.search(member, pool, make_run, trials=trials, seed=0))
 
 
 def outcome(member: Member) -> list[tuple[Any, ...]]:
@@ -88,7 +89,7 @@ def test_a_stop_in_mid_trial_changes_nothing(tmp_path: Path, pool: Pool) -> None
     whole, stopped = member(tmp_path, "whole"), member(tmp_path, "stopped")
     run_search(whole, pool, 4)
     with stopped:
-        updates = search.search(stopped, pool, make_run, trials=4, seed=0)
+        updates = loop.search(stopped, pool, make_run, trials=4, seed=0)
         next(update for update in updates if update.number == 2 and update.progress)
         updates.close()
         assert states(stopped)[2:] == [TrialState.WAITING]
@@ -103,7 +104,7 @@ def test_a_trial_that_fails_has_its_reason_and_five_in_a_row_end_the_search(
         return Run("linear", claim.params | {"lr": 1e38}, SAMPLES, 0)
 
     one = member(tmp_path)
-    with pytest.raises(search.Unfinished, match=r"5 trials in a row failed, .* the loss is nan"):
+    with pytest.raises(loop.Unfinished, match=r"5 trials in a row failed, .* the loss is nan"):
         run_search(one, pool, 10, diverging)
     assert states(one) == [TrialState.FAIL] * 5
     assert one.study.trials[0].user_attrs["fail_reason"].startswith("nan: the loss is")
@@ -121,7 +122,7 @@ def test_failures_that_are_retried_end_the_search_too(
         ],
     )
     one = member(tmp_path)
-    with pytest.raises(search.Unfinished, match="5 trials in a row failed"):
+    with pytest.raises(loop.Unfinished, match="5 trials in a row failed"):
         run_search(one, pool, 50)
     assert states(one) == [TrialState.FAIL] * 5
     pool.discard(pool.workers[0])
@@ -152,7 +153,7 @@ def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_retried(
     run_search(whole, pool, 2)
     seen = []
     with one:
-        for update in search.search(one, pool, make_run, trials=2, seed=0):
+        for update in loop.search(one, pool, make_run, trials=2, seed=0):
             seen.append(update.state)
             if update.number == 1 and update.progress and TrialState.WAITING not in seen:
                 pool.workers[0].process.kill()
@@ -163,15 +164,15 @@ def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_retried(
 
 def test_the_speed_of_a_worker_is_measured_and_a_network_that_fails_says_why(pool: Pool) -> None:
     run = Run("linear", {"batch_size": 8, "optimizer": "Adam", "lr": 1e-8}, 0, 0, measure=True)
-    assert 1_000 < search.measure_speed(pool, run) < 10_000_000
-    with pytest.raises(search.RunFailed, match="unknown network 'nothing'"):
-        search.measure_speed(pool, replace(run, network="nothing"))
+    assert 1_000 < loop.measure_speed(pool, run) < 10_000_000
+    with pytest.raises(loop.RunFailed, match="unknown network 'nothing'"):
+        loop.measure_speed(pool, replace(run, network="nothing"))
 
 
 def test_a_trial_on_which_three_workers_die_is_given_up(tmp_path: Path, pool: Pool) -> None:
     one = member(tmp_path)
     with one:
-        for update in search.search(one, pool, make_run, trials=1, seed=0):
+        for update in loop.search(one, pool, make_run, trials=1, seed=0):
             if update.number == 0 and update.progress:
                 pool.workers[0].process.kill()
                 pool.workers[0].process.join()
@@ -186,10 +187,10 @@ def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: P
     with one:
         claim = one.ask(5, 0)
         assert claim is not None
-        trial = search.RunningTrial(claim, make_run(claim), 0.0)
+        trial = loop.RunningTrial(claim, make_run(claim), 0.0)
         full = RunResult(failure="disk", reason="[Errno 28] No space left on device")
         with pytest.raises(OSError, match="No space left"):
-            search.record_message(one, pool.workers[0], trial, full)
+            loop.record_message(one, pool.workers[0], trial, full)
     assert states(one) == [TrialState.WAITING]
 
 
@@ -201,19 +202,19 @@ def test_confirmations_are_kept_as_they_come_in_and_made_once(tmp_path: Path, po
         return Run("linear", trial.params, SAMPLES, seed=100 + i)
 
     with one:
-        list(search.search(one, pool, make_run, trials=4, seed=0))
+        list(loop.search(one, pool, make_run, trials=4, seed=0))
         best = [trial.number for trial in studies.best_trials(one.study, 2)]
         compared = {
             *best,
             *(trial.number for trial in studies.select_baselines(one.study).values()),
         }
-        for done, _ in search.confirm(one, pool, fresh, 2):
+        for done, _ in loop.confirm(one, pool, fresh, 2):
             if done == 1:
                 break
         first = studies.select_winner(one.study, 2)
         runs.clear()
         left = 2 * len(compared) - 1
-        assert list(search.confirm(one, pool, fresh, 2))[-1] == (left, left)
+        assert list(loop.confirm(one, pool, fresh, 2))[-1] == (left, left)
         assert first is None
         assert len(runs) == left
         assert studies.select_winner(one.study, 2) is not None

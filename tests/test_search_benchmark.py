@@ -12,7 +12,7 @@ from optuna.samplers._tpe import _truncnorm
 from scipy.special import log_ndtr
 
 from benchmarks import curve_runs, curves, replay, search
-from mnist import budget, space
+from mnist.search import budget, space
 
 FIDELITIES = list(curve_runs.FIDELITIES)
 N = 64

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mnist import data, registry, sources
+from mnist import data, registry
+from mnist.data import sources
 from tests.conftest import DIGITS, Command
 
 pytestmark = pytest.mark.slow

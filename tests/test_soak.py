@@ -20,7 +20,7 @@ StartAs = Callable[..., tuple[Command, Gates]]
 
 LEASES = """
 import os
-from mnist import members, study
+from mnist.search import members, study
 members.HEARTBEAT_S, members.GRACE_PERIOD_S, study.TRANSACTION_TIMEOUT_S = 0.5, {grace_s}, {stall_s}
 members.host_id = lambda folder: os.environ["SOAK_HOST"]
 """
@@ -50,7 +50,7 @@ data.DATASETS["digits"] = data.Source(counting, digits.classes, digits.recipe)
 """
 COUNT_RESULTS = """
 from pathlib import Path
-from mnist import release
+from mnist.job import release
 real = release.save_checkpoint
 def save_checkpoint(state, path, *rest):
     if path.name.startswith("test-"):

@@ -1,4 +1,4 @@
-"""mnist.sources: every data set with a name, from made-up files in its real format."""
+"""mnist.data.sources: every data set with a name, from made-up files in its real format."""
 
 import gzip
 import hashlib
@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist import data, files, images, sources
+from mnist import data, images
+from mnist.data import download, sources
 from tests.conftest import DATA_DIR
 from tests.test_data import mirror
 
-DATASETS = files.import_torchvision().datasets
+DATASETS = download.import_torchvision().datasets
 TRAIN, TEST = 12, 2  # images of each class
 
 
@@ -214,7 +215,7 @@ def test_fashion_comes_from_debian_s_package_before_the_mirrors(
             sums[name] = hashlib.sha256(gzip.decompress(content)).hexdigest()
     title, other = sources.FASHION.sources
     assert "mirrors" in other
-    here = {title: files.debian_fetcher(sources.DEBIAN_PACKAGE, tmp_path, sums)}
+    here = {title: download.debian_fetcher(sources.DEBIAN_PACKAGE, tmp_path, sums)}
     file_set = replace(sources.FASHION, files=sums, sources=here)
     read = sources.idx_reader(file_set, sources.FILES, sources.TEST_FILES)
     monkeypatch.setitem(data.DATASETS, "fashion", data.Source(read, sources.FASHION_CLASSES))

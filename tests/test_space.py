@@ -1,4 +1,4 @@
-"""mnist.space: search spaces, and errors in their entries."""
+"""mnist.search.space: search spaces, and errors in their entries."""
 
 import inspect
 from pathlib import Path
@@ -10,7 +10,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from mnist import space, training
+from mnist import training
+from mnist.search import space
 
 
 def test_every_hyperparameter_is_a_parameter_of_fit() -> None:

@@ -1,9 +1,9 @@
-"""mnist.splits: stratified cuts, of small data too."""
+"""mnist.data.splits: stratified cuts, of small data too."""
 
 import numpy as np
 import pytest
 
-from mnist import splits
+from mnist.data import splits
 
 
 @pytest.mark.parametrize(

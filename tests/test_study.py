@@ -1,4 +1,4 @@
-"""mnist.study: the study's attributes, the next trial, the winner."""
+"""mnist.search.study: the study's attributes, the next trial, the winner."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +8,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from mnist import space
-from mnist import study as studies
 from mnist.data import Dataset
-from mnist.options import Options
+from mnist.job.options import Options
+from mnist.search import space
+from mnist.search import study as studies
 
 
 @pytest.fixture

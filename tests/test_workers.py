@@ -1,4 +1,4 @@
-"""mnist.workers: runs that go on from a checkpoint, failures told apart, processes that end."""
+"""mnist.search.workers: resumed runs, kinds of failures, processes that end."""
 
 import functools
 import os
@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from mnist import data, models, training, workers
+from mnist import data, models, training
 from mnist.data import Dataset
-from mnist.workers import Pool, Report, Run, RunResult, Setup
+from mnist.search import workers
+from mnist.search.workers import Pool, Report, Run, RunResult, Setup
 from tests.conftest import ROOT
 from tests.gates import until
 
@@ -266,7 +267,7 @@ def test_workers_end_with_the_command_that_started_them(tmp_path: Path) -> None:
     code = f"""
 import functools, os, signal
 from mnist import data
-from mnist.workers import Pool, Run, Setup
+from mnist.search.workers import Pool, Run, Setup
 with Pool(2, Setup(functools.partial(data.load, "digits"), "cpu", 1)) as pool:
     for worker in pool.workers:
         worker.start(Run("linear", {PARAMS!r}, 10**7, 0))

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist import folders, plugins
-from mnist.files import DataError
-from mnist.reading import Arrays
-from mnist.sources import DATASETS, Reader, Source
-from mnist.splits import Split, split_stratified
+from mnist.data import folders
+from mnist import plugins
+from mnist.data.download import DataError
+from mnist.data.cache import Arrays
+from mnist.data.sources import DATASETS, Reader, Source
+from mnist.data.splits import Split, split_stratified
 
 # Shares of the training files, as for MNIST.
 VALIDATION_SHARE, CALIBRATION_SHARE = 5000 / 60000, 2500 / 60000

@@ -11,9 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist import budget
 from mnist.data import FOLDER_PREFIX, Dataset
-from mnist.space import DEFAULT, Space, filter_params
+from mnist.search import budget
+from mnist.search.space import DEFAULT, Space, filter_params
 
 FIRST_PARAMS = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
 MIN_TRIALS_FOR_IMPORTANCE = 10  # complete trials; with fewer, importances are noise

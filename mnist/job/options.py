@@ -12,8 +12,8 @@ import click
 import torch
 
 from mnist import data, folding, models, plugins
-from mnist import space as spaces
-from mnist import study as studies
+from mnist.search import space as spaces
+from mnist.search import study as studies
 
 
 def option(default: Any, text: str, **settings: Any) -> Any:

@@ -13,12 +13,13 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import budget, data, folding, models, registry, search
-from mnist import study as studies
-from mnist.members import Member
-from mnist.options import Options
-from mnist.space import Space
-from mnist.workers import Run, available_cores
+from mnist import data, folding, models, registry
+from mnist.job.options import Options
+from mnist.search import budget, loop
+from mnist.search import study as studies
+from mnist.search.members import Member
+from mnist.search.space import Space
+from mnist.search.workers import Run, available_cores
 
 MEASURE_LR = 1e-8  # of speed measurements: no step diverges
 STALE_AFTER_S = 600  # age at which a temporary file is abandoned; writing one takes seconds
@@ -50,9 +51,9 @@ class Job:
         return self.options.artifacts / f"{self.study.study_name}-{self.member.study_id[:8]}"
 
     def check_timeout(self, unfinished: str) -> None:
-        """Raise search.Unfinished after the deadline of --timeout."""
+        """Raise loop.Unfinished after the deadline of --timeout."""
         if time.monotonic() > self.deadline:
-            raise search.Unfinished(f"--timeout: {unfinished}")
+            raise loop.Unfinished(f"--timeout: {unfinished}")
 
 
 def build_network(options: Options, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mnist import images as pictures
-from mnist.files import (
+from mnist.data.download import (
     DataError,
     FileSet,
     debian_fetcher,
@@ -17,8 +17,8 @@ from mnist.files import (
     npm_fetcher,
     torchvision_fetcher,
 )
-from mnist.reading import Arrays, load_cached, track_progress
-from mnist.splits import split_stratified
+from mnist.data.cache import Arrays, load_cached, track_progress
+from mnist.data.splits import split_stratified
 
 Reader = Callable[[Path, str], Arrays]
 

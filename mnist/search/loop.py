@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import study as studies
 from mnist import training
-from mnist.members import Claim, ClaimLost, Member
-from mnist.space import DEFAULT, Space
-from mnist.workers import Pool, Report, Run, RunResult, Worker
+from mnist.search import study as studies
+from mnist.search.members import Claim, ClaimLost, Member
+from mnist.search.space import DEFAULT, Space
+from mnist.search.workers import Pool, Report, Run, RunResult, Worker
 
 MAX_FAILURES_IN_A_ROW = 5  # then the search ends
 WAIT_S = 1.0

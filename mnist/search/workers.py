@@ -225,7 +225,7 @@ def _start_forkserver(threads: int) -> Any:
     So workers start fast. A fork of the command itself would not be safe, as it copies locks that
     other threads hold. The first pool starts the server, once.
     """
-    root, inherited = str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")
+    root, inherited = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
     path = os.pathsep.join([root, inherited] if inherited else [root])
     resource_tracker.ensure_running()  # first, as its start unblocks the signals
     # Python 3.11 does not pass sys.path on, and silently skips modules that it cannot import.
@@ -233,7 +233,8 @@ def _start_forkserver(threads: int) -> Any:
         if sys.platform == "darwin":  # Metal does not survive a fork
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mnist.workers", "torch._dynamo"])  # optimizers need both
+        preload = ["mnist.search.workers", "torch._dynamo"]  # optimizers need both
+        context.set_forkserver_preload(preload)
         forkserver.ensure_running()
         return context
 

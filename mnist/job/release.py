@@ -14,10 +14,10 @@ import torch
 from optuna.trial import FrozenTrial
 
 from mnist import export, folding, models, plugins, registry, training
-from mnist import study as studies
-from mnist.display import Display
-from mnist.job import Job, build_network, describe_origin, is_replaced
-from mnist.workers import folder_bytes, load_checkpoint, save_checkpoint
+from mnist.job.display import Display
+from mnist.job.state import Job, build_network, describe_origin, is_replaced
+from mnist.search import study as studies
+from mnist.search.workers import folder_bytes, load_checkpoint, save_checkpoint
 
 MAX_MISTAKES = 24  # whose images are saved for the report
 EVALUATION_BYTES = 10_000_000  # an upper bound on the size of a saved evaluation

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from mnist import images as pictures
-from mnist.files import DataError
-from mnist.reading import Arrays, load_cached, track_progress
-from mnist.sources import TEST_SHARE, Source
-from mnist.splits import split_stratified
+from mnist.data.download import DataError
+from mnist.data.cache import Arrays, load_cached, track_progress
+from mnist.data.sources import TEST_SHARE, Source
+from mnist.data.splits import split_stratified
 
 SIZE = 28  # default of --image-size, in pixels: MNIST's
 MIN_CLASS_PICTURES = 10  # of a class: one or two for each split, the others for training

@@ -16,11 +16,12 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import plots, registry
-from mnist import study as studies
-from mnist.display import describe_gain, format_params
-from mnist.members import Member
+from mnist import registry
+from mnist.job.display import describe_gain, format_params
+from mnist.report import plots
 from mnist.scores import calibration_error
+from mnist.search import study as studies
+from mnist.search.members import Member
 
 SUFFIX = ".report.html"
 

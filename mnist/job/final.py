@@ -6,12 +6,13 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from mnist import budget, release, search
-from mnist import study as studies
-from mnist.display import Display, format_params
-from mnist.job import Job, find_result, make_speed_run, select_winner
-from mnist.release import TrainedModel
-from mnist.workers import Pool, Report, Run, RunResult, available_cores, load_checkpoint
+from mnist.job import release
+from mnist.job.display import Display, format_params
+from mnist.job.release import TrainedModel
+from mnist.job.state import Job, find_result, make_speed_run, select_winner
+from mnist.search import budget, loop
+from mnist.search import study as studies
+from mnist.search.workers import Pool, Report, Run, RunResult, available_cores, load_checkpoint
 
 POLL_INTERVAL_S = 1.0
 MIN_FINAL_SAMPLES = 1_200  # a model trained on fewer images is of no use
@@ -54,7 +55,7 @@ def confirm(job: Job, pool: Pool, screen: Display) -> None:
             checkpoint=job.folder / f"confirm-{trial.number}-{i}.pt",
         )
 
-    for done, total in search.confirm(job.member, pool, make_run, job.confirm):
+    for done, total in loop.confirm(job.member, pool, make_run, job.confirm):
         screen.show_confirmation(done, total)
         job.check_timeout("the best trials are not confirmed yet")
 
@@ -85,10 +86,10 @@ def train_final(job: Job, pool: Pool, screen: Display) -> TrainedModel:
         if result.failure is None and weights is not None:
             return TrainedModel(best, weights, run.samples, seconds)
         if result.failure in (None, "died"):
-            raise search.Unfinished(f"the final training failed: {result.reason or run.weights}")
+            raise loop.Unfinished(f"the final training failed: {result.reason or run.weights}")
         exclude_trial(job, best.number, f"{result.failure}: {result.reason}")
         screen.print_line(f"trial {best.number} is set aside: {result.reason}")
-    raise search.Unfinished("no complete trial is left to make the final model from")
+    raise loop.Unfinished("no complete trial is left to make the final model from")
 
 
 def exclude_trial(job: Job, number: int, reason: str) -> None:
@@ -101,7 +102,7 @@ def run_final_training(
     """Train the final model in a worker; also returns the seconds for all of `run.samples`."""
     progress: list[tuple[int, float]] = []  # images, time; a resumed run starts with more images
     expected_s = available_final_s(job)
-    for _, message in search.execute_runs(pool, {"final": run}):
+    for _, message in loop.execute_runs(pool, {"final": run}):
         if isinstance(message, Report):
             screen.show_training("final", message.progress, expected_s, job.plan.release_s)
             progress.append((message.progress.samples, time.monotonic()))
@@ -158,8 +159,8 @@ def choose_final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:
         micro_batch=studies.micro_batch(best),
     )
     try:
-        images_per_s = search.measure_speed(pool, run)
-    except search.RunFailed:  # the final training reports the reason
+        images_per_s = loop.measure_speed(pool, run)
+    except loop.RunFailed:  # the final training reports the reason
         images_per_s = job.plan.images_per_s
     affordable = available_final_s(job) * images_per_s
     return max(minimum, round(min(affordable, job.work.max_final_samples)))

@@ -15,14 +15,15 @@ import optuna
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mnist import budget, data, folding, models, plugins, search, training
-from mnist import space as spaces
-from mnist import study as studies
-from mnist.display import full_message, root_cause
-from mnist.job import Job, build_network, describe_origin, make_speed_run
-from mnist.members import Member
-from mnist.options import Options
-from mnist.workers import Pool
+from mnist import data, folding, models, plugins, training
+from mnist.job.display import full_message, root_cause
+from mnist.job.options import Options
+from mnist.job.state import Job, build_network, describe_origin, make_speed_run
+from mnist.search import budget, loop
+from mnist.search import space as spaces
+from mnist.search import study as studies
+from mnist.search.members import Member
+from mnist.search.workers import Pool
 
 BYTES_PER_WEIGHT = 16  # the weight, its gradient and Adam's two moments, in float32
 DEFAULT_TRIALS, QUICK_TRIALS = 32, 3
@@ -229,15 +230,15 @@ def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[flo
     for batch_size in SPEED_BATCH_SIZES:
         run = make_speed_run(options, {"batch_size": batch_size, "optimizer": "Adam"})
         try:
-            speed = search.measure_speed(pool, run)
+            speed = loop.measure_speed(pool, run)
             break
-        except search.RunFailed as error:  # e.g. for lack of memory
+        except loop.RunFailed as error:  # e.g. for lack of memory
             last_error = error
     else:
         raise click.UsageError(f"network {options.model!r} cannot be used: {last_error}")
     if try_bfloat16:
-        with contextlib.suppress(search.RunFailed):  # an operation without bfloat16
-            bfloat16_speed = search.measure_speed(pool, replace(run, bfloat16=True))
+        with contextlib.suppress(loop.RunFailed):  # an operation without bfloat16
+            bfloat16_speed = loop.measure_speed(pool, replace(run, bfloat16=True))
             if bfloat16_speed > MIN_BFLOAT16_SPEEDUP * speed:
                 return bfloat16_speed, True
     return speed, False

@@ -1,4 +1,4 @@
-"""mnist.finish: one final model of a study, trained as its winner."""
+"""mnist.job.final: one final model of a study, trained as its winner."""
 
 import types
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from mnist import budget, display, models, registry
+from mnist import models, registry
+from mnist.job import display
+from mnist.search import budget
 from tests.conftest import SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")

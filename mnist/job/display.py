@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from mnist.budget import Plan, estimate_remaining_s, estimate_search_s, estimate_training_s
-from mnist.search import Update
-from mnist.study import BASELINES, FINISHED
+from mnist.search.budget import Plan, estimate_remaining_s, estimate_search_s, estimate_training_s
+from mnist.search.loop import Update
+from mnist.search.study import BASELINES, FINISHED
 from mnist.training import Progress
 
 PLAIN_INTERVAL_S = 10.0

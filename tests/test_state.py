@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from mnist import job
+from mnist.job import state
 from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -44,8 +44,8 @@ def test_files_that_a_living_member_may_need_are_left(
     names = ["trial-0.pt", "trial-1.pt", "final-0-1200.pt", ".trial-1.pt.7.tmp", ".old.pt.8.tmp"]
     for name in names:
         (tmp_path / name).touch()
-    os.utime(tmp_path / ".old.pt.8.tmp", (0, time.time() - 2 * job.STALE_AFTER_S))
-    monkeypatch.setattr(job, "find_result", lambda _: result)
+    os.utime(tmp_path / ".old.pt.8.tmp", (0, time.time() - 2 * state.STALE_AFTER_S))
+    monkeypatch.setattr(state, "find_result", lambda _: result)
     member = types.SimpleNamespace(run_locked=lambda _: trials)
-    job.remove_stale_files(types.SimpleNamespace(folder=tmp_path, member=member))  # type: ignore[arg-type]
+    state.remove_stale_files(types.SimpleNamespace(folder=tmp_path, member=member))  # type: ignore[arg-type]
     assert {path.name for path in tmp_path.iterdir()} == {*names[1:4]}

@@ -1,4 +1,4 @@
-"""mnist.reading: progress while many pictures are read, and the cache."""
+"""mnist.data.cache: progress while many pictures are read, and the cache."""
 
 import io
 import os
@@ -8,25 +8,25 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mnist import reading
+from mnist.data import cache
 
 
 def test_without_a_terminal_progress_is_plain_lines_on_standard_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert list(reading.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
+    assert list(cache.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
     assert capsys.readouterr() == ("", "")  # it was quick
-    monkeypatch.setattr(reading, "PLAIN_INTERVAL_S", -1.0)
-    assert list(reading.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
+    monkeypatch.setattr(cache, "PLAIN_INTERVAL_S", -1.0)
+    assert list(cache.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
     assert capsys.readouterr() == ("", "reading: 0 of 3\nreading: 1 of 3\nreading: 2 of 3\n")
 
 
 def test_on_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(
-        reading, "Console", lambda **_: Console(file=stream, force_terminal=True, width=80)
+        cache, "Console", lambda **_: Console(file=stream, force_terminal=True, width=80)
     )
-    assert list(reading.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
+    assert list(cache.track_progress([1, 2, 3], "reading")) == [1, 2, 3]
     assert "100%" in stream.getvalue()
 
 
@@ -36,7 +36,7 @@ class Counted:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self) -> reading.Arrays:
+    def __call__(self) -> cache.Arrays:
         self.calls += 1
         return np.full((2, 1, 4, 4), self.calls, np.uint8), np.array([0, 1])
 
@@ -44,11 +44,11 @@ class Counted:
 def test_the_cache_is_valid_until_files_settings_or_the_recipe_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, cache, make = tmp_path / "1.png", tmp_path / "cache" / "pictures.npz", Counted()
+    file, path, make = tmp_path / "1.png", tmp_path / "cache" / "pictures.npz", Counted()
     file.write_bytes(b"one")
 
     def read(settings: object = 28) -> int:
-        images, labels = reading.load_cached(cache, [file], settings, make)
+        images, labels = cache.load_cached(path, [file], settings, make)
         assert labels.tolist() == [0, 1]
         return int(images.max())
 
@@ -58,14 +58,14 @@ def test_the_cache_is_valid_until_files_settings_or_the_recipe_change(
     assert [read(32), read(32)] == [3, 3]
     os.utime(file, (1, 1))
     assert read(32) == 4
-    monkeypatch.setattr(reading.pictures, "__file__", str(file))
+    monkeypatch.setattr(cache.pictures, "__file__", str(file))
     assert read(32) == 5
-    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
 
 
 def test_without_a_writable_cache_pictures_are_read_again(tmp_path: Path) -> None:
     make = Counted()
     (tmp_path / "file").touch()
     for _ in range(2):
-        reading.load_cached(tmp_path / "file" / "pictures.npz", [], None, make)
+        cache.load_cached(tmp_path / "file" / "pictures.npz", [], None, make)
     assert make.calls == 2

@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
-from mnist import study as studies
-from mnist.space import DEFAULT, Space
+from mnist.search import study as studies
+from mnist.search.space import DEFAULT, Space
 
 HEARTBEAT_S = 10.0
 GRACE_PERIOD_S = 60.0  # silence after which a member on another machine counts as dead

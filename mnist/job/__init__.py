@@ -1,0 +1,1 @@
+"""One command, from its options to the saved model."""

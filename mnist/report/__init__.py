@@ -1,0 +1,1 @@
+"""The pages that explain a study and its models."""

@@ -1,0 +1,1 @@
+"""The search: a study, its trials and the processes that carry them out."""
