@@ -65,7 +65,7 @@ def test_a_timeout_and_quick_shorten_the_plan() -> None:
     assert budget.QUICK_TRIAL_SAMPLES <= plan.trial_samples < 2 * budget.QUICK_TRIAL_SAMPLES
 
 
-def test_what_was_asked_for_is_what_a_trial_sees() -> None:
+def test_a_trial_has_the_requested_number_of_images() -> None:
     assert budget.make_plan(MNIST, 1_000, 10.0, trial_samples=1_234).trial_samples == 1_234
 
 

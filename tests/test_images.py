@@ -277,7 +277,7 @@ def test_a_loose_bar_at_the_edge_of_the_picture_is_ink():
     assert similarity(normalise(encode(five(at=90)))[0], normalise(encode(five()))[0]) > 0.9
 
 
-def test_of_very_many_pieces_none_is_a_frame():
+def test_among_very_many_pieces_none_is_a_frame():
     dots = np.zeros((224, 224), np.uint8)
     dots[::8, ::8] = 255
     assert extent(normalise(encode(Image.fromarray(dots)))[0]) == (20, 20)
@@ -376,7 +376,7 @@ def test_a_digit_that_fills_its_picture_is_no_frame():
     assert max(extent(normalise(encode(drawing))[0])) == 20
 
 
-def test_what_is_no_picture_is_refused():
+def test_files_that_are_no_pictures_are_refused():
     whole = encode(seven())
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     for data in (b"", b"hello", whole[: len(whole) // 2], whole[:40], eps):

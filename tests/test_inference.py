@@ -150,7 +150,7 @@ def test_an_engine_that_fails_the_golden_inputs_gives_way_to_the_next(folder: Pa
         inference.load(folder)
 
 
-def test_of_a_preflighted_model_one_golden_input_is_checked_again(folder: Path) -> None:
+def test_a_preflighted_model_is_checked_with_one_golden_input(folder: Path) -> None:
     other_golden(folder, "onnx_int8", first=1)
     assert inference.load(folder).engine == "onnx"
     assert inference.load(folder, preflighted=True).engine == "onnx_int8"
@@ -270,7 +270,7 @@ def test_a_server_imports_nothing_that_only_training_needs(
     assert not modules & HEAVY
 
 
-def test_a_network_of_a_plugin_is_served_without_its_python(
+def test_a_plugin_s_network_is_served_without_its_python(
     digits: data.Dataset, tmp_path: Path, picture: Path
 ) -> None:
     class Plugin(models.Linear):

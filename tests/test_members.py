@@ -134,7 +134,7 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
 
 
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
-def test_what_failed_for_a_sleep_longer_than_all_retries_is_retried(
+def test_an_action_that_failed_during_a_sleep_longer_than_all_retries_is_retried(
     one: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(members, "RETRY_S", 0.0)

@@ -59,7 +59,7 @@ def test_a_line_says_what_the_model_itself_says(ask: Predict, seven: Path, saved
     assert ask("--model", name, "--models", saved, seven).stdout == done.stdout
 
 
-def test_what_looks_like_no_class_is_not_sure(
+def test_an_uncertain_picture_is_marked_not_sure(
     ask: Predict, seven: Path, saved: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
@@ -82,7 +82,7 @@ def test_json_has_every_file_in_order(ask: Predict, seven: Path, blank: Path) ->
     assert done.returncode == 1
 
 
-def test_what_cannot_be_read_gets_a_line_and_the_others_an_answer(
+def test_an_unreadable_file_gets_a_line_and_the_others_a_prediction(
     ask: Predict, tmp_path: Path, seven: Path, blank: Path
 ) -> None:
     (tmp_path / "text.png").write_text("no picture")

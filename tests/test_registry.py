@@ -63,7 +63,7 @@ def test_a_saved_model_is_found_with_its_files(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_put_beside_a_model_goes_with_it(tmp_path: Path) -> None:
+def test_a_file_beside_a_model_is_removed_with_it(tmp_path: Path) -> None:
     name, current = save(tmp_path, entry()), save(tmp_path, entry())
     registry.put_beside(tmp_path, name, ".report.html", b"page")
     assert (tmp_path / f"{name}.report.html").read_bytes() == b"page"
@@ -103,7 +103,7 @@ def test_a_new_model_becomes_current_only_by_merit(
 
 
 @pytest.mark.parametrize(("wrong", "served", "promoted"), [(10, 8, 1), (10, 9, 0), (11, 7, 0)])
-def test_nor_if_what_is_served_is_worse(
+def test_a_model_that_is_worse_as_served_is_not_promoted(
     tmp_path: Path, wrong: int, served: int, promoted: bool
 ) -> None:
     def save_model(wrong: int, served: int) -> str:
@@ -209,7 +209,7 @@ def test_a_kill_while_saving_leaves_the_previous_model_and_the_next_save_nothing
     assert list(registry.read(folder)["models"]) == [previous, new]
 
 
-def test_what_a_killed_removal_left_goes_with_the_next_save(tmp_path: Path) -> None:
+def test_the_next_save_completes_a_killed_removal(tmp_path: Path) -> None:
     old, new = save(tmp_path, entry()), save(tmp_path, entry())
     killed(tmp_path, old)
     assert list(registry.read(tmp_path)["models"]) == [new]

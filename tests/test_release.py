@@ -33,7 +33,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_who_was_replaced_while_it_exported_does_not_open_the_test_split(
+def test_a_member_replaced_during_export_does_not_open_the_test_split(
     run: Command, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = release.is_replaced

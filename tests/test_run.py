@@ -76,7 +76,7 @@ def test_more_trials_continue_the_study(run: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_some_trials_and_then_more_equal_all_at_once(run: Command, tmp_path: Path) -> None:
+def test_trials_in_two_commands_equal_trials_in_one(run: Command, tmp_path: Path) -> None:
     """By the command, with --epochs: without it a trial's length goes by the time there is."""
     options = ["--dataset", "digits", "--model", "linear", "--epochs", "1", "--final-epochs", "1"]
     run(*options, "--study", "parts", "--trials", "8")
@@ -405,7 +405,7 @@ def test_several_networks_end_with_one_table(run: Command, tmp_path: Path) -> No
     assert "--quick and --thorough exclude each other" in both_ways.stderr
 
 
-def test_what_is_wrong_with_one_of_several_studies_is_said_before_the_first(
+def test_an_error_in_one_of_several_studies_is_reported_before_the_first(
     run: Command, tmp_path: Path
 ) -> None:
     small = fill(tmp_path / "small", {"cat": 12, "dog": 3})
@@ -479,7 +479,7 @@ models.NETWORKS["tiny"] = tiny
 """
 
 
-def test_a_network_of_a_plugin_is_searched_saved_and_answers_without_its_python(
+def test_a_plugin_s_network_is_searched_saved_and_answers_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(models.NETWORKS, "tiny", models.Linear)  # gone when the test is over
@@ -539,7 +539,7 @@ DATASETS["reds"] = Source(read, ("dull", "red"))
 """
 
 
-def test_a_data_set_of_a_plugin_is_searched_saved_and_served_without_its_python(
+def test_a_plugin_s_data_set_is_searched_saved_and_served_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))

@@ -173,7 +173,7 @@ def test_a_data_set_is_fetched_once_by_torchvision_and_read(
 
 
 @pytest.mark.parametrize(("name", "serve"), [(name, serve) for name, serve, *_ in CASES])
-def test_its_images_pass_through_the_server_s_reading_bit_for_bit(
+def test_images_pass_through_normalise_bit_for_bit(
     name: str, serve: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with mirror(tmp_path) as url:
@@ -261,7 +261,7 @@ def made_up(shape: tuple[int, ...], marks: list[int], kind: type = np.uint8) -> 
     return data.Source(read, ("cat", "dog"))
 
 
-def test_a_data_set_of_a_plugin_is_registered_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_s_data_set_is_registered_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(data.DATASETS, "mine", made_up((3, 20, 20), [0, 1] * 20))
     dataset = data.load("mine")
     assert (dataset.size, dataset.channels, dataset.recipe) == (20, 3, "plain")
@@ -278,7 +278,7 @@ def test_a_data_set_of_a_plugin_is_registered_in_a_line(monkeypatch: pytest.Monk
         (made_up((1, 28, 28), [0] * 20), "class 'dog' has 0 training images; at least 8"),
     ],
 )
-def test_what_is_wrong_with_a_data_set_of_a_plugin_is_reported(
+def test_an_error_in_a_plugin_s_data_set_is_reported(
     source: data.Source, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(data.DATASETS, "mine", source)

@@ -89,7 +89,7 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_what_lies_outside_a_space_is_left_out() -> None:
+def test_params_outside_a_space_are_left_out() -> None:
     narrow = space.read_space("default", ["lr=float:0.001:0.1", "batch_size=64"])
     first = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039, "momentum": 0.9}
     assert space.filter_params(narrow, first) == {"optimizer": "Adam"}

@@ -16,7 +16,7 @@ from tests.conftest import DIGITS, SHORT, Command
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
-def test_of_a_finished_study_only_checkpoints_of_trials_that_wait_are_left(
+def test_a_finished_study_leaves_only_checkpoints_of_waiting_trials(
     run: Command, tmp_path: Path
 ) -> None:
     assert run(*DIGITS, *SHORT).returncode == 0

@@ -24,7 +24,7 @@ def fit(model: nn.Module, digits: Dataset, **settings: object) -> list[training.
 
 
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
-def test_one_batch_is_learned_by_heart(digits: Dataset, optimizer: str) -> None:
+def test_one_batch_can_be_overfitted(digits: Dataset, optimizer: str) -> None:
     few = digits.train.head(32)
     model = build(digits)
     lr = {"Adam": 0.01, "AdamW": 0.01, "RMSprop": 0.003, "SGD": 0.1}[optimizer]
@@ -257,7 +257,7 @@ def test_the_recipe_says_how_augmentation_pads(
     assert set(seen) == {padding}
 
 
-def test_the_worst_mistakes_are_those_that_gave_the_truth_the_least() -> None:
+def test_the_worst_mistakes_have_the_lowest_probability_of_the_true_class() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3], [0.4, 0.6]])
     labels = torch.tensor([1, 1, 1, 0, 0])
     assert training.worst_mistakes(probabilities, labels, 24).tolist() == [0, 2, 4]
