@@ -1,4 +1,4 @@
-"""Gates hold processes at chosen steps, so that what is done to them does not go by the clock."""
+"""Gates hold processes at chosen steps, so that kills and stops do not depend on the clock."""
 
 import os
 import time
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WIDTH = 8  # bytes of a line that says which process took a step
+WIDTH = 8  # bytes of a line with the id of the process that took a step
 POLL_S = 0.005
-LONG_S = 600.0  # what takes so long hangs, however slow the machine
+LONG_S = 600.0  # a step that takes longer hangs, even on a slow machine
 
 
 def until(true: Callable[[], Any], what: str, seconds: float = LONG_S) -> None:
-    """Return as soon as it is so; raises AssertionError where that hangs."""
+    """Return as soon as the condition is true; raises AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"after {seconds:.0f} s it is still not so: {what}"
@@ -20,25 +20,25 @@ def until(true: Callable[[], Any], what: str, seconds: float = LONG_S) -> None:
 
 
 class Gate:
-    """Steps that processes take one after the other; those beyond the last allowed one wait.
+    """Steps that processes take one after the other; steps beyond the last allowed one wait.
 
-    A gate is open until something is allowed. Its state is two files, which outlive the processes:
-    whoever is killed while it waits has taken no step that counts.
+    A gate is open until allow() is called. Its state is two files, which outlive the processes: the
+    step of a process that is killed while it waits does not count.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self._steps, self._last = folder / f"{name}.steps", folder / f"{name}.last"
 
     def step(self) -> None:
-        """Take a step, in a process that may be held: returns once the step is allowed."""
+        """Take a step in a process under test; returns once the step is allowed."""
         with self._steps.open("ab", buffering=0) as steps:
             steps.write(f"{os.getpid():{WIDTH - 1}}\n".encode())
-            number = steps.tell() // WIDTH  # of this very line, whoever writes beside
+            number = steps.tell() // WIDTH  # of this line, even if other processes write too
         while number > self.last():
             time.sleep(POLL_S)
 
     def count(self) -> int:
-        """Steps taken, and those that wait or were killed while they did."""
+        """The number of steps taken, including those of processes that wait or were killed."""
         return self._steps.stat().st_size // WIDTH if self._steps.exists() else 0
 
     def last(self) -> float:
@@ -49,7 +49,7 @@ class Gate:
             return float("inf")
 
     def allow(self, steps: int) -> None:
-        """Allow so many steps from now on, those that wait before others; then the gate closes."""
+        """Allow so many further steps, waiting ones first; then the gate closes."""
         count = self.count()
         last = int(min(self.last(), count))
         for pid in self._pids(last, count):
@@ -69,16 +69,16 @@ class Gate:
         self._last.unlink(missing_ok=True)
 
     def passed(self) -> bool:
-        """Whether all steps that are allowed were taken."""
+        """Whether all allowed steps were taken."""
         return self.count() >= self.last()
 
     def held(self) -> list[int]:
-        """Processes that wait."""
+        """The processes that wait."""
         count = self.count()
         return [pid for pid in self._pids(int(min(self.last(), count)), count) if alive(pid)]
 
     def _pids(self, last: int, count: int) -> list[int]:
-        """Who took the steps after the last one, up to `count`."""
+        """The processes of the steps after the last allowed one, up to `count`."""
         if count == last:
             return []
         lines = self._steps.read_bytes()[last * WIDTH : count * WIDTH]
@@ -86,23 +86,23 @@ class Gate:
 
 
 class Gates:
-    """The gates of one machine's commands and of their workers; the files are in the folder."""
+    """The gates of a machine's commands and their workers, with their files in the folder."""
 
     def __init__(self, folder: Path, host: str = "") -> None:
         prefix = f"gate-{host}-"
-        self.reports = Gate(folder, f"{prefix}reports")  # and checkpoints, written but not in place
-        self.runs = Gate(folder, f"{prefix}runs")  # that are over, but not told; the final one not
+        self.reports = Gate(folder, f"{prefix}reports")  # and checkpoints before their rename
+        self.runs = Gate(folder, f"{prefix}runs")  # finished runs before their result is sent
         self.final = Gate(folder, f"{prefix}final")  # reports and checkpoints of the final training
-        self.saving = Gate(folder, f"{prefix}saving")  # before the evaluation, and after it is kept
-        self.statements = Gate(folder, f"{prefix}statements")  # of the command, in a transaction
-        self.losses = Gate(folder, f"{prefix}losses")  # statements and connections that failed
+        self.saving = Gate(folder, f"{prefix}saving")  # before the evaluation and after its saving
+        self.statements = Gate(folder, f"{prefix}statements")  # of the command's transactions
+        self.losses = Gate(folder, f"{prefix}losses")  # failed statements and connections
 
     def open(self) -> None:
         for gate in (self.reports, self.runs, self.final, self.saving, self.statements):
             gate.open()
 
     def held(self) -> list[int]:
-        """Workers that are held in the middle of a run, or at its end before that is told."""
+        """Workers that are held within a run, or at its end before they send the result."""
         return self.reports.held() + self.runs.held()
 
     def hold(
@@ -112,10 +112,10 @@ class Gates:
         statements: int | None = None,
         going: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Let so many runs end, then so many reports be given: a worker is held in its run then.
+        """Let so many runs end and so many reports follow; then a worker is held in its run.
 
-        With `statements` it is the command that is held, in a transaction after so many of them,
-        if no other run ends before. `going` raises where there is nobody to be held any more.
+        With `statements`, the command is held in a transaction after so many statements, unless
+        another run ends first. `going` raises when the command has ended.
         """
         self.statements.open()
         self.runs.allow(runs)

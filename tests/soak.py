@@ -1,4 +1,4 @@
-"""Kill a search at random moments, again and again, and see that nothing is lost.
+"""Kill a search repeatedly at random moments, and check that nothing is lost.
 
 python -m tests.soak --kills 100                            # SQLite, four workers; some 15 minutes
 python -m tests.soak --kills 100 --postgresql               # the server is restarted in the middle
@@ -99,7 +99,7 @@ def children(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def dashboard(storage: str, folder: Path) -> Iterator[list[int]]:
-    """optuna-dashboard over the study, asked for it all the time; the sizes of its answers."""
+    """Run optuna-dashboard and poll it; yields the sizes of its answers."""
     answers: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -132,7 +132,7 @@ def dashboard(storage: str, folder: Path) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def opened(storage: str) -> Iterator[optuna.Study]:
-    """The study, as someone who looks at it from outside."""
+    """The study, opened by another process's connection."""
     database = optuna.storages.RDBStorage(storage, studies.engine_kwargs(storage))
     try:
         yield optuna.load_study(study_name=NAME, storage=database)
@@ -149,7 +149,7 @@ def finished(storage: str) -> dict[int, FrozenTrial]:
 
 
 def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
-    """Train it once more in this process: the same values, as far as both got."""
+    """Train a trial again in this process, and check that all reported values are the same."""
 
     class Pipe:
         def __init__(self) -> None:
@@ -177,8 +177,8 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """Who is killed, and when: after so many runs since the last kill, and then after so many
-    reports or so many statements of the command."""
+    """A kill of `who`: after so many runs since the last kill, and then so many reports or
+    statements of the command."""
 
     who: str
     runs: int
@@ -187,7 +187,7 @@ class Kill:
 
 
 def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
-    """Kills spread over the whole search; it is not over before the last one."""
+    """Kills spread over the whole search, the last one before its end."""
     most = trials - WORKERS - 1
     assert kills <= most, f"{trials} trials are enough for {most} kills"
     times, plan = sorted(chance.sample(range(most), kills)), []
@@ -202,7 +202,7 @@ def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
 def soak(
     storage: str, folder: Path, kills: int, seed: int, server: Any = None, trials: int = 60
 ) -> str:
-    """The whole of it; returns what was seen, raises AssertionError for what was lost.
+    """Run the whole test; returns a summary, raises AssertionError if anything was lost.
 
     The database's `server` is restarted in the middle.
     """
@@ -228,7 +228,7 @@ def soak(
             gates.open()
             assert command.process.wait(2 * LONG_S) == 0, command.log.read_text()[-2000:]
     finally:
-        command.process.kill()  # or where something was lost it is held for ever
+        command.process.kill()  # after a failure, gates would hold it for ever
         command.process.wait()
     failed = check(storage, folder, trials)
     assert resumed(storage), "no trial went on from a checkpoint"
@@ -252,9 +252,9 @@ def unchanged(
 
 
 def restart(server: Any, command: Command, gates: Gates) -> None:
-    """Stop the database server while trials go on; start it again when that has been felt.
+    """Stop the database server during trials; start it again once the command has lost it.
 
-    Not while the command begins: then it does not wait for a server that is away.
+    Not during the start of the command, which does not wait long for a server.
     """
     gates.hold(0, 1, going=command.going)
     gates.runs.allow(1)
@@ -269,12 +269,12 @@ def restart(server: Any, command: Command, gates: Gates) -> None:
 
 
 def resumed(storage: str) -> int:
-    """How many finished trials had gone on from a checkpoint."""
+    """The number of finished trials that were resumed from a checkpoint."""
     return sum("resumed" in trial.user_attrs for trial in finished(storage).values())
 
 
 def check(storage: str, folder: Path, trials: int, stalled: int = 0) -> int:
-    """That a study has ended as it should; returns how many trials failed.
+    """Check a finished study; returns the number of failed trials.
 
     Each of the `stalled` members may have claimed a trial too many: suspended in a transaction that
     the database then ends, it goes on as if it had the trial, which waits for a larger --trials.
