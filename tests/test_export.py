@@ -96,7 +96,7 @@ def test_any_network_answers_in_onnx_as_in_torch_and_in_int8_nearly(
     float32 = export.to_onnx(model, dataset)
     int8 = export.to_int8(float32, dataset)
     wanted = inference.torch_runner(model, dataset.mean, dataset.std)
-    for n in (1, 2, 20):  # the size of a batch is free
+    for n in (1, 2, 20):  # any batch size
         images = dataset.validation.images[:n].numpy()
         logits, wanted_features = wanted(images)
         largest = float(np.abs(logits).max())
@@ -120,7 +120,9 @@ def test_exporting_leaves_the_model_as_it_was_and_repeats_exactly() -> None:
     model = fresh(Normed, dataset)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     one, two = export.export(model, dataset), export.export(model, dataset)
-    assert one.files == two.files  # so who takes over from a killed process goes on with the same
+    assert (
+        one.files == two.files
+    )  # a process that takes over from a killed one continues with the same files
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -132,7 +134,7 @@ def test_files_say_nothing_of_the_machine_that_made_them() -> None:
 
 
 class Hidden(models.Linear):
-    """Goes through NumPy, where no exporter sees it."""
+    """Computes in NumPy, which exporters do not see."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return super().forward(torch.from_numpy(images.detach().numpy() * 1))
@@ -358,7 +360,9 @@ def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
     assert "saved without onnx: made up" in caplog.text
     info = registry.read(tmp_path / "saved_models")
     (name,) = info["models"]
-    assert info["current"] == (None if from_plugin else name)  # no server could build it
+    assert info["current"] == (
+        None if from_plugin else name
+    )  # a server cannot build a plugin's network
     _, record = registry.record(tmp_path / "saved_models", name)
     assert set(record["files"]) == {"weights", "golden", "likeness", "predictions"}
     assert record["engines"] == {"served": "torch", "left_out": {"onnx": "made up"}}
@@ -368,7 +372,7 @@ def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
 
 
 def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path) -> None:
-    """Its int8 is another network than its weights, each with what was calibrated for it."""
+    """Its int8 file and its weights are different networks, each with its own calibration."""
     dataset = data.load("digits")
     model, other = (trained(dataset, seed=seed, samples=4_000) for seed in (0, 1))
     full, low = export.export(model, dataset), export.export(other, dataset)

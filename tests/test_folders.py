@@ -176,7 +176,7 @@ def test_a_few_unreadable_files_are_named_and_left_out(
     assert caplog.text.count(text + "cat/Thumbs.db, dog/blank.png") == 1
     caplog.clear()
     folders._warn.cache_clear()
-    load(root, color=color)  # from what was remembered
+    load(root, color=color)  # from the cache
     assert text in caplog.text
 
 

@@ -37,7 +37,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, kind: str, content: bytes) -> None:
-    """Put another file in place of the current model's, as if it had been saved with it."""
+    """Replace a file of the current model, and its checksum in the record."""
     path = registry.file(folder, registry.record(folder)[0], kind)
     path.write_bytes(content)
     change(folder, lambda record: record["files"][kind].update(sha256=sha256(content)))
@@ -54,7 +54,7 @@ def change(folder: Path, edit: Any) -> None:
 
 
 def other_golden(folder: Path, engine: str, first: int = 0) -> None:
-    """As if the golden inputs, from `first` on, had given something else at saving."""
+    """Change the stored probabilities of the golden inputs from `first` on."""
     with np.load(registry.file(folder, registry.record(folder)[0], "golden")) as golden:
         parts = dict(golden)
     parts[engine][first:] = np.roll(parts[engine], 1, axis=1)[first:]

@@ -152,7 +152,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_registry_as_it_was(
         save(tmp_path, entry(errors=0))
     monkeypatch.undo()
     after = registry.read(tmp_path)
-    if moment < 5:  # at 5 only the folder's own fsync was left to do
+    if moment < 5:  # at 5 only the fsync of the folder remained
         assert after == before
     assert registry.file(tmp_path, old).read_bytes() == b"weights"
     new = save(tmp_path, entry(errors=0))
@@ -268,7 +268,7 @@ def test_unreadable_info_is_named(tmp_path: Path) -> None:
 
 
 def without(*keys: str) -> Any:
-    """A change that takes away what these keys lead to, from a whole model_info.json."""
+    """A change that deletes the value at these keys from a model_info.json."""
 
     def change(info: Any) -> None:
         for key in keys[:-1]:
@@ -279,7 +279,7 @@ def without(*keys: str) -> Any:
 
 
 def put(value: Any, *keys: str) -> Any:
-    """A change that puts `value` where these keys lead to."""
+    """A change that puts `value` at these keys of a model_info.json."""
 
     def change(info: Any) -> None:
         for key in keys[:-1]:
@@ -324,7 +324,7 @@ def test_info_of_another_shape_is_refused_in_a_line_that_says_where(
     info = json.loads(json.dumps(info))
     path = tmp_path / "model_info.json"
     path.write_text(json.dumps(info | {"later": 1}))
-    assert registry.record(tmp_path)[0] == NAME  # what is not known is not minded
+    assert registry.record(tmp_path)[0] == NAME  # unknown keys are ignored
     change(info)
     path.write_text(json.dumps(info))
     with pytest.raises(registry.RegistryError, match=named) as refused:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happened to the test split."""
+    """Events of the test split."""
     seen: list[str] = []
     evaluate = release.evaluate
 
@@ -40,7 +40,7 @@ def test_a_member_replaced_during_export_does_not_open_the_test_split(
 
     def replaced(job: Job) -> bool:
         opened.append("asked")
-        return opened == ["asked"] or real(job)  # the first time it was; then it finishes again
+        return opened == ["asked"] or real(job)  # only the first time; then the member leads again
 
     monkeypatch.setattr(release, "is_replaced", replaced)
     done = run(*DIGITS, *SHORT)

@@ -77,7 +77,7 @@ def test_more_trials_continue_the_study(run: Command, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trials_in_two_commands_equal_trials_in_one(run: Command, tmp_path: Path) -> None:
-    """By the command, with --epochs: without it a trial's length goes by the time there is."""
+    """With --epochs, as the length of a trial otherwise depends on the time."""
     options = ["--dataset", "digits", "--model", "linear", "--epochs", "1", "--final-epochs", "1"]
     run(*options, "--study", "parts", "--trials", "8")
     run(*options, "--study", "parts", "--trials", "16")
@@ -98,7 +98,7 @@ def test_trials_in_two_commands_equal_trials_in_one(run: Command, tmp_path: Path
 def killed(
     folder: Path, options: list[str], when: Callable[[Gates, Callable[[], bool]], None], sig: int
 ) -> tuple[int, str]:
-    """Start run.py and send it `sig` once `when` returns; its exit status and standard error."""
+    """Start run.py and send it `sig` after `when` returns; returns status and standard error."""
     command = [sys.executable, str(ROOT / "run.py"), "--import", str(GATED), *options]
     process = subprocess.Popen(
         command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
@@ -112,7 +112,7 @@ def killed(
     gates = Gates(folder)
     try:
         when(gates, going)
-        if sig == signal.SIGINT:  # as a terminal does: to the workers, too
+        if sig == signal.SIGINT:  # to the workers, too, like a terminal
             os.killpg(process.pid, sig)
         else:
             process.send_signal(sig)
@@ -124,7 +124,7 @@ def killed(
 
 
 def trial_is_running(gates: Gates, going: Callable[[], bool]) -> None:
-    """Until a trial is finished and the next one is under way."""
+    """Wait until a trial is finished and the next one is running."""
     gates.hold(runs=1, reports=3, going=going)
 
 
@@ -188,7 +188,9 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
     done = run(*options)
     assert done.returncode == 0, done.stderr
     assert "evaluating, once, and saving" in done.stderr
-    assert ("final model: " in done.stderr) == (moment == final_training)  # else it is trained
+    assert ("final model: " in done.stderr) == (
+        moment == final_training
+    )  # or its weights are saved already
     assert not re.search(r"^trial \d", done.stderr, re.MULTILINE)
     assert len(states(tmp_path)) == 2
     models = registry.read(tmp_path / "saved_models")["models"]
@@ -240,7 +242,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
 def test_a_timeout_keeps_what_finished_and_says_so(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of it is over as soon as three trials are finished, on whatever machine."""
+    """On any machine, half of the timeout is over when three trials are finished."""
     finished: list[int] = []
     real = loop.Member.tell
 
@@ -259,7 +261,7 @@ def test_a_timeout_keeps_what_finished_and_says_so(
     assert TrialState.RUNNING not in states(tmp_path)
     assert 3 <= sum(state.is_finished() for state in states(tmp_path)) < 10
     _, record = registry.record(tmp_path / "saved_models")
-    assert record["metrics"]["test"]["errors"] < 60  # of 257: it was not just begun
+    assert record["metrics"]["test"]["errors"] < 60  # of 257: the final model is trained
 
 
 def test_a_full_disk_ends_with_one_line_and_loses_nothing(
@@ -354,7 +356,7 @@ def test_a_folder_s_model_is_served_without_the_folder_by_its_own_class_names(
         blank = client.post("/predict", files={"file": ("0.ppm", b"P5 9 9 255\n" + bytes(81))})
     assert set(answer["probabilities"]) == {"cat", "emu"}
     assert blank.json()["error"]["code"] == "blank"
-    if color:  # which are as light as each other, in grey
+    if color:  # in grey, the classes have the same brightness
         assert record["metrics"]["test"]["errors"] == 0
         assert answer["prediction"] == "emu"
 
@@ -482,7 +484,7 @@ models.NETWORKS["tiny"] = tiny
 def test_a_plugin_s_network_is_searched_saved_and_answers_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(models.NETWORKS, "tiny", models.Linear)  # gone when the test is over
+    monkeypatch.setitem(models.NETWORKS, "tiny", models.Linear)  # removed after the test
     file = tmp_path / "plugin.py"
     file.write_text(NETWORK_PLUGIN)
     options = ["--dataset", "digits", "--import", str(file), "--model", "tiny", *SHORT]
@@ -493,7 +495,7 @@ def test_a_plugin_s_network_is_searched_saved_and_answers_without_its_python(
     assert record["hyperparameters"]["lr"] == 0.01
     assert 0 <= record["hyperparameters"]["dropout"] <= 0.5
     assert record["imports"] == {"plugin.py": NETWORK_PLUGIN}
-    with monkeypatch.context() as later:  # by its ONNX file, without the Python
+    with monkeypatch.context() as later:  # from its ONNX file, without the plugin
         later.delitem(models.NETWORKS, "tiny")
         picture = tmp_path / "blot.png"
         Image.fromarray(np.pad(np.zeros((20, 9), np.uint8), 15, constant_values=255)).save(picture)

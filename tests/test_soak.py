@@ -74,7 +74,7 @@ def test_five_kills_and_a_restart_of_postgresql_lose_nothing(
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a Command; none is left behind, nor asleep, where a test fails."""
+    """Starts a Command; all of them are killed after the test."""
     begun: list[Command] = []
 
     def start(options: list[str], patch: str = "") -> Command:
@@ -109,7 +109,7 @@ def start_as(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
 
 
 def send(command: Command, sign: int) -> None:
-    """A signal for the command and its workers, as where their machine falls asleep, or wakes."""
+    """Send a signal to the command and its workers, as if their machine fell asleep or woke."""
     for pid in (command.process.pid, *command.below()):
         os.kill(pid, sign)
 
@@ -119,7 +119,7 @@ def end(*commands: Command) -> None:
 
 
 def running(storage: str) -> tuple[int, str]:
-    """The number of the only trial that is RUNNING, and the member whose it is."""
+    """The number of the only RUNNING trial, and its owner."""
     with soak.opened(storage) as study:
         (trial,) = study.get_trials(states=(TrialState.RUNNING,))
     return trial.number, trial.user_attrs["run"]["by"]

@@ -25,7 +25,7 @@ RUN = Run("linear", PARAMS, 2_000, seed=0, rungs=(300, 900))
 
 
 class Pipe:
-    """The worker's end of its pipe, in this process; `stop` is asked for after so many reports."""
+    """The worker's end of its pipe, in this process; requests a stop after so many reports."""
 
     def __init__(self, stop_after: int = 10**6) -> None:
         self.reports: list[training.Progress] = []
@@ -68,7 +68,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         workers.run_safely(run, digits, often, first)
     assert run.checkpoint is not None
     assert run.checkpoint.exists()
-    torch.manual_seed(99)  # whatever this process did in between
+    torch.manual_seed(99)  # another state, as in another process
     workers.run_safely(run, digits, often, second)
     assert len(second.reports) < len(reference.reports)
     together = {**dict(first.accuracies()), **dict(second.accuracies())}
@@ -82,7 +82,7 @@ def test_between_two_reports_without_an_accuracy_there_is_some_time(digits: Data
     workers.run_safely(RUN, digits, replace(SETUP, report_s=3600.0), seldom)
     workers.run_safely(RUN, digits, SETUP, often)
     assert len(often.reports) > 50
-    assert len(seldom.reports) == 1 + len(RUN.rungs) + 1  # the first and the last are always there
+    assert len(seldom.reports) == 1 + len(RUN.rungs) + 1  # the first and last are always sent
     assert seldom.accuracies() == often.accuracies()
 
 
@@ -186,7 +186,7 @@ def test_checkpoints_stay_under_the_quota_and_leave_nothing_half_written(tmp_pat
     folder, state = tmp_path / "artifacts" / "study", {"weights": torch.zeros(10_000)}
     path, left = folder / "one.pt", folder / ".two.pt.1234.tmp"
     folder.mkdir(parents=True)
-    left.write_bytes(bytes(50_000))  # by a process that was killed
+    left.write_bytes(bytes(50_000))  # of a killed process
     assert workers.save_checkpoint(state, path, quota=50_000)
     # Old and new content together exceed this quota.
     assert not workers.save_checkpoint(state, path, quota=50_000)
