@@ -59,7 +59,7 @@ def gate_command() -> None:
     """Gates of what is not done by workers: database, evaluation."""
     from sqlalchemy import Engine, event
 
-    from mnist import release
+    from mnist.job import release
     from mnist.job.display import Display
 
     print_line, save_checkpoint = Display.print_line, release.save_checkpoint

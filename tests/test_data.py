@@ -20,6 +20,7 @@ import torch
 
 from mnist import data
 from mnist.data import download, sources
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -259,8 +260,7 @@ def test_torchvision_can_be_imported_beside_a_cpu_build_of_torch() -> None:
 
 
 def test_the_test_split_is_opened_in_one_place() -> None:
-    root = Path(data.__file__).parent.parent
-    modules = [root / "run.py", *(root / "mnist").glob("*.py"), *(root / "serve").glob("*.py")]
+    modules = [ROOT / "run.py", *(ROOT / "mnist").rglob("*.py"), *(ROOT / "serve").rglob("*.py")]
     calls = [path.name for path in modules for _ in range(path.read_text().count(".open_test("))]
     assert calls == ["release.py"]
     readers = [path.name for path in modules if "t10k" in path.read_text()]

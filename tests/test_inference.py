@@ -236,7 +236,7 @@ async def scenario():
     async with app.router.lifespan_context(app):
         engine = app.state.engine
         answer = await engine.answer(engine.current, Path(sys.argv[1]).read_bytes(), None)
-        print(json.dumps([answer["prediction"], engine.current.run.engine, [*sys.modules]]))
+        print(json.dumps([answer["prediction"], engine.current.classifier.engine, [*sys.modules]]))
 
 asyncio.run(scenario())
 """

@@ -68,7 +68,8 @@ def test_bfloat16_is_for_training_forms_of_studies_that_no_other_machine_shares(
 
 def test_weights_are_counted_without_the_compiler(digits: data.Dataset) -> None:
     program = (
-        "import sys; from mnist import data, prepare; from mnist.job.options import Options;"
+        "import sys; from mnist import data; from mnist.job import prepare;"
+        "from mnist.job.options import Options;"
         "print(prepare.count_weights(Options(model='parallel'), data.load('digits')));"
         "print('torch._dynamo' in sys.modules)"
     )

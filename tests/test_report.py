@@ -173,7 +173,7 @@ def test_names_that_a_font_lacks_are_numbers_and_long_ones_are_cut() -> None:
 
 def test_a_run_imports_nothing_that_draws_before_it_draws() -> None:
     code = (
-        "import sys, run, mnist.report, mnist.predict; "
+        "import sys, run, mnist.report.page, mnist.predict; "
         "print({'matplotlib', 'jinja2.environment', 'optuna_dashboard'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
