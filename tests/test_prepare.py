@@ -26,7 +26,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
             raise loop.RunFailed("RuntimeError: made up")
         return speeds[key]
 
-    monkeypatch.setattr(prepare.search, "measure_speed", speed)
+    monkeypatch.setattr(prepare.loop, "measure_speed", speed)
     return speeds
 
 
