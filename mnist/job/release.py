@@ -55,7 +55,7 @@ def save(job: Job, trained: TrainedModel, screen: Display) -> dict[str, Any] | N
     digest.update(files.get(exported.served.engine, ("", b""))[1])
     if is_replaced(job):
         return None
-    evaluation = evaluate(job, model, exported, job.folder / f"test-{digest.hexdigest()[:16]}.pt")
+    evaluation = evaluate(job, form, exported, job.folder / f"test-{digest.hexdigest()[:16]}.pt")
     scores = training.classification_scores(
         evaluation["probabilities"], evaluation["labels"], dataset.classes
     )
@@ -103,15 +103,16 @@ def save(job: Job, trained: TrainedModel, screen: Display) -> dict[str, Any] | N
 
 
 def evaluate(
-    job: Job, model: torch.nn.Module, exported: export.Export, path: Path
+    job: Job, form: torch.nn.Module, exported: export.Export, path: Path
 ) -> dict[str, torch.Tensor]:
     """Predictions on the test split, which only this function opens.
 
     `probabilities` (N, classes) float32 of the weights, `served` those of the file that a server
     runs, `labels` (N,) int64, and of the weights' worst MAX_MISTAKES the indices `mistakes` (M,)
-    int64 and `images` (M, channels, size, size) uint8. They are saved at `path` until the model is
-    saved, so that no process evaluates again after another one was killed in between. Raises
-    OSError where the disk has no room for them.
+    int64 and `images` (M, channels, size, size) uint8. The training form stands in for the weights:
+    it computes the same, of `parallel` in 3 instead of 16 s. They are saved at `path` until the
+    model is saved, so that no process evaluates again after another one was killed in between.
+    Raises OSError where the disk has no room for them.
     """
     evaluation = load_checkpoint(path)
     if evaluation is None:
@@ -123,7 +124,8 @@ def evaluate(
         test = job.dataset.open_test()
         images = test.images.to(job.device)
         temperature = exported.calibration["temperature"]
-        probabilities = training.predict(model, job.dataset, images, temperature)
+        narrow = folding.merge_norms(form).to(job.device)
+        probabilities = training.predict(narrow, job.dataset, images, temperature)
         worst = training.worst_mistakes(probabilities, test.labels, MAX_MISTAKES)
         evaluation = {
             "probabilities": probabilities,
