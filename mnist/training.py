@@ -240,7 +240,8 @@ def fit(
     the learning rate ends at each of these numbers: the noise of a high rate would hide what was
     learnt (Loshchilov and Hutter 2017, arXiv 1608.03983). At most `micro_batch` images pass through
     the network at once: the gradient is that of the whole batch, but batch norms see each part
-    alone. With `bfloat16`, weights stay in float32. `resume` is the state() of an earlier Progress
+    alone. With `bfloat16`, for training and
+    validation, weights stay in float32. `resume` is the state() of an earlier Progress
     of the same run: with the same seed, model and number of threads, a resumed run gives the same
     weights on a CPU as an uninterrupted one. Raises Diverged.
     """
@@ -297,7 +298,9 @@ def fit(
         if split is None or not (is_rung or step == steps):
             yield Progress(seen, total, mean_loss, state=state)
             continue
-        yield Progress(seen, total, mean_loss, *_validate(model, dataset, split), state)
+        with precision:
+            wrong, n, log_loss = _validate(model, dataset, split)
+        yield Progress(seen, total, mean_loss, wrong, n, log_loss, state)
         model.train()
 
 
