@@ -7,20 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-RUNGS = (1 / 3,)  # shares of a trial's images after which the pruner compares it
+RUNGS = (1 / 2,)  # shares of a trial's images after which the pruner compares it
 REDUCTION_FACTOR = 3  # about one in this many trials survives a rung
 # Mean share of a trial's images that is trained: up to the first rung, and by survivors the rest.
 # More than one in REDUCTION_FACTOR survives, as the first trials are compared with few.
 TRIAL_SHARE = RUNGS[0] + (1 - RUNGS[0]) * 0.4
 TRIAL_OVERHEAD_S = 0.4  # for a new network and its study record, on a processor of 2024
-# Time per image in evaluation, as a share of that in training. It is larger with bfloat16, as only
-# training uses bfloat16.
-FORWARD_SHARE, BFLOAT16_FORWARD_SHARE = 0.3, 0.45
+FORWARD_SHARE = 0.3  # time per image in evaluation, as a share of that in training
 SEARCH_SHARE, MIN_FINAL_SHARE = 0.4, 0.3  # of the time; confirmations belong to the search
 # Bounds on the training images of a trial, however fast the machine. The best trial should classify
 # 95 % of the images correctly at its first rung: the published best has 95.9 % after 4,000 images
 # (`parallel` on MNIST, benchmarks/curves.json).
-MAX_TRIAL_SAMPLES, MIN_TRIAL_SAMPLES, QUICK_TRIAL_SAMPLES = 24_000, 12_000, 1_200
+MAX_TRIAL_SAMPLES, MIN_TRIAL_SAMPLES, QUICK_TRIAL_SAMPLES = 24_000, 8_000, 1_200
 # Bounds on the final training; on small data it may exceed the epochs, up to a number of images.
 MAX_FINAL_EPOCHS, THOROUGH_EPOCHS, SMALL_DATA_FINAL_SAMPLES = 20, 60, 60_000
 # The default run: on two cores with AVX-512 it ends within 8 minutes, even if the machine becomes a
@@ -99,7 +97,7 @@ def make_plan(
     MIN_TRIAL_SAMPLES, and the final training MIN_FINAL_SHARE of the time, however long that takes.
     `trial_samples` is the number of images asked for, if any.
     """
-    cost = _Cost(work, images_per_s, BFLOAT16_FORWARD_SHARE if bfloat16 else FORWARD_SHARE)
+    cost = _Cost(work, images_per_s)
     release_s = QUICK_RELEASE_S if quick else RELEASE_S
     total_s = min(QUICK_S if quick else cost.total_s(), timeout_s)
     remaining_s = max(0.0, total_s - elapsed_s - release_s)
@@ -120,11 +118,10 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Cost:
-    """Seconds that parts of a study take at a training speed; `forward`: see FORWARD_SHARE."""
+    """Seconds that parts of a study take at a training speed."""
 
     work: Workload
     images_per_s: float
-    forward: float
 
     def total_s(self) -> float:
         """For the whole command: TARGET_S, or up to LIMIT_S where the machine is too slow to train
@@ -157,7 +154,7 @@ class _Cost:
         return int((search_s - self.search_s(0)) / s_per_image)
 
     def _seconds(self, trained: float, evaluated: float) -> float:
-        return TRIAL_OVERHEAD_S + (trained + evaluated * self.forward) / self.images_per_s
+        return TRIAL_OVERHEAD_S + (trained + evaluated * FORWARD_SHARE) / self.images_per_s
 
 
 def allot_final_s(plan: Plan, remaining_s: float) -> float:
