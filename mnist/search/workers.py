@@ -29,6 +29,9 @@ MAX_DEATHS = 3  # of a run's processes without a new checkpoint in between; then
 # Least time between two reports without an accuracy, as reading them takes processor time: with 64
 # reports in 1.5 s, a worker did 2,200 images per second instead of 2,900 (two cores of Zen 5).
 REPORT_INTERVAL_S = 0.25
+# oneDNN keeps compiled operations for each batch size that it has seen, by default 1,024 of them: 8
+# MB for each trial. Training and evaluation of `parallel` need between 32 and 64.
+ONEDNN_SETTINGS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 CHECKPOINT_INTERVAL_S = 30.0  # least time between checkpoints; `parallel` with Adam takes 340 MB
 
 
@@ -229,7 +232,8 @@ def _start_forkserver(threads: int) -> Any:
     path = os.pathsep.join([root, inherited] if inherited else [root])
     resource_tracker.ensure_running()  # first, as its start unblocks the signals
     # Python 3.11 does not pass sys.path on, and silently skips modules that it cannot import.
-    with extend_environment(OMP_NUM_THREADS=str(threads), PYTHONPATH=path), block_signals():
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, **ONEDNN_SETTINGS}
+    with extend_environment(**environment), block_signals():
         if sys.platform == "darwin":  # Metal does not survive a fork
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
