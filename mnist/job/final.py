@@ -162,5 +162,5 @@ def choose_final_samples(job: Job, pool: Pool, best: FrozenTrial) -> int:
         images_per_s = loop.measure_speed(pool, run)
     except loop.RunFailed:  # the final training reports the reason
         images_per_s = job.plan.images_per_s
-    affordable = available_final_s(job) * images_per_s
+    affordable = available_final_s(job) * images_per_s * budget.SUSTAINED_SPEED
     return max(minimum, round(min(affordable, job.work.max_final_samples)))
