@@ -22,7 +22,7 @@ import click
 import optuna
 import torch
 
-from mnist import data, registry
+from mnist import data, registry, training
 from mnist.job import display
 from mnist.job.display import Display, format_duration, full_message, root_cause
 from mnist.job.final import finish
@@ -170,6 +170,7 @@ def save_forecasts(job: Job, forecasts: list[tuple[float, float]]) -> None:
 def write_report(job: Job, result: dict[str, Any]) -> None:
     """Write and attach the report; an error only prints a line, as the model is complete."""
     options = job.options
+    training.return_freed_memory()  # of the export
     try:
         page.make(job.member, result["name"], options.output, options.artifacts)
     except Exception as error:  # noqa: BLE001 - drawing figures may raise anything
