@@ -9,7 +9,6 @@ if __name__ == "__main__":
     # Ctrl-C ends the imports at once, as nothing can be lost yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import contextlib
 import gc
 import json
 import logging
@@ -23,37 +22,86 @@ import optuna
 import torch
 
 from mnist import data, registry, training
-from mnist.job import display
-from mnist.job.display import Display, format_duration, full_message, root_cause
-from mnist.job.final import finish
+from mnist.job import display, prepare, release, results
+from mnist.job.clock import Clock
+from mnist.job.display import Display, full_message, root_cause
+from mnist.job.final import FinalTraining
 from mnist.job.options import Options, make_command
-from mnist.job.prepare import check_all, check_writable, choose_device, make_loader, prepare
-from mnist.job.state import Job, find_result, publish_result, remove_stale_files
+from mnist.job.trials import run_trials
 from mnist.report import compare, page
-from mnist.search import budget, loop
+from mnist.search import loop, storage
 from mnist.search import study as studies
-from mnist.search.members import Claim, Member
-from mnist.search.workers import Pool, Run, Setup, available_cores
+from mnist.search.members import Member
+from mnist.search.runs import Setup
+from mnist.search.workers import Pool, available_cores
 
 # Errors in a study's options, data, registry or database: exit code 2.
-INVALID_INPUT = (click.UsageError, data.DataError, registry.RegistryError, studies.StudyError)
+INVALID_INPUT = (click.UsageError, data.DataError, registry.RegistryError, storage.StudyError)
+
+
+def run(options: Options, clock: Clock) -> dict[str, Any]:
+    """options -> data -> study -> final training -> one evaluation -> saved model -> report."""
+    registry.check_writable(options.output)
+    prepare.check_writable(options.artifacts)
+    device = prepare.choose_device(options)
+    workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    threads = max(1, available_cores() // workers)
+    load = prepare.make_loader(options)
+    setup = Setup(load, str(device), threads, options.disk_quota, imports=options.import_)
+    pool = Pool(workers, setup)  # workers start their imports now, during the preparation
+    with Member(options.storage, options.study_name, threads) as member, pool:
+        prepared = prepare.prepare(options, member, pool, device, clock)
+        plan, recipe, space = prepared.plan, prepared.recipe, prepared.space
+        finished = member.run_locked(studies.count_finished)
+        result = None
+        if finished >= options.total_trials:
+            result = results.find_result(member, options)
+        screen = Display(options.total_trials, plan, space, clock.start)
+        if result is None:
+            results.remove_stale_files(member, options, recipe.checkpoints)
+            epoch = prepared.epoch
+            final = FinalTraining(member, pool, screen, options, recipe, plan, clock, epoch)
+            with screen:
+                run_trials(member, pool, screen, options, space, recipe, plan, clock)
+                result = release.finish(final, lambda: load().to(device))
+        results.publish_result(member, result)
+        results.remove_stale_files(member, options, recipe.checkpoints)
+        write_report(member, options, result["name"])
+        if not finished and screen.forecasts:  # a continued study took longer than this command
+            results.save_forecasts(member, clock.elapsed_s, screen.forecasts)
+        place = results.find_place(options, result["name"])
+        best = result["study"]["trial"]
+        outcome = member.run_locked(lambda study: studies.summarise(study, best)) | result
+    if not options.json:
+        display.print_result(outcome, options, place)
+    return outcome
+
+
+def write_report(member: Member, options: Options, name: str) -> None:
+    """Write and attach the report; an error only prints a line, as the model is complete."""
+    training.return_freed_memory()  # of the export
+    try:
+        page.make(member, name, options.output, options.artifacts)
+    except Exception as error:  # noqa: BLE001 - drawing figures may raise anything
+        print(f"run.py: the report could not be made: {root_cause(error)}", file=sys.stderr)
 
 
 def main(option_sets: list[Options]) -> None:
     """Run one study after the other; usually there is only one."""
     if len(option_sets) > 1:  # report errors of any study before the first is trained
-        check_all(option_sets)
+        prepare.check_all(option_sets)
     outcomes: list[dict[str, Any]] = []
     failed: dict[str, Exception] = {}
     deadline = time.monotonic() + (option_sets[0].timeout or float("inf"))
     for i, options in enumerate(option_sets):
+        clock = Clock(time.monotonic(), deadline)
         if options.timeout:  # each study gets an equal share of the remaining time
-            remaining_s = deadline - time.monotonic()
-            options = replace(options, timeout=max(1.0, remaining_s / (len(option_sets) - i)))
+            share_s = (deadline - clock.start) / (len(option_sets) - i)
+            options = replace(options, timeout=max(1.0, share_s))
         if len(option_sets) > 1:
             click.echo(f"\n{options.study_name} ({i + 1} of {len(option_sets)})", err=True)
         try:
-            outcomes.append(run(options, deadline))
+            outcomes.append(run(options, clock))
         except (loop.Unfinished, *INVALID_INPUT) as error:
             if len(option_sets) == 1:
                 raise
@@ -67,136 +115,6 @@ def main(option_sets: list[Options]) -> None:
         raise combine_errors(failed)
 
 
-def combine_errors(failed: dict[str, Exception]) -> Exception:
-    """The error of several studies: Unfinished if the same command can continue one of them."""
-    names = [name for name, error in failed.items() if isinstance(error, loop.Unfinished)]
-    if names:
-        return loop.Unfinished(f"not finished: {', '.join(names)}")
-    return click.UsageError(f"refused, for the reasons above: {', '.join(failed)}")
-
-
-def run(options: Options, deadline: float) -> dict[str, Any]:
-    """options -> data -> study -> final training -> one evaluation -> saved model.
-
-    `deadline`: by time.monotonic().
-    """
-    start = time.monotonic()
-    registry.check_writable(options.output)
-    check_writable(options.artifacts)
-    device = choose_device(options)
-    workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
-    threads = max(1, available_cores() // workers)
-    setup = Setup(
-        make_loader(options), str(device), threads, options.disk_quota, imports=options.import_
-    )
-    pool = Pool(workers, setup)  # workers start their imports now, during the preparation
-    with Member(options.storage, options.study_name, threads) as member, pool:
-        job = prepare(options, member, pool, device, (start, deadline))
-        forecasts: list[tuple[float, float]] = []
-        started_here = not member.run_locked(studies.count_finished)
-        complete = member.run_locked(studies.count_finished) >= job.trials
-        result = find_result(job) if complete else None
-        if result is None:
-            screen = Display(job.trials, job.plan, job.space, start)
-            remove_stale_files(job)
-            with screen:
-                run_search(job, pool, screen)
-                result = finish(job, pool, screen)
-            forecasts = screen.forecasts
-        publish_result(job, result)
-        remove_stale_files(job)
-        write_report(job, result)
-        if started_here and forecasts:  # a continued study took longer than this command
-            save_forecasts(job, forecasts)
-        return print_result(job, result)
-
-
-def run_search(job: Job, pool: Pool, screen: Display) -> None:
-    """Search until the budget of trials is reached, or half of --timeout is over."""
-    trials = job.member.run_locked(lambda study: study.get_trials(deepcopy=False))
-    for trial in (trial for trial in trials if trial.state in studies.FINISHED):
-        screen.add_finished(trial.state, trial.number, trial.value)
-    finished = screen.done
-    if finished >= job.trials:
-        return
-    screen.print_line(
-        f"study {job.study.study_name}: {finished} of {job.trials} trials finished; a trial sees "
-        f"at most {job.plan.trial_samples:,} images; expected: "
-        f"{format_duration((job.trials - finished) * job.plan.trial_s)} for the search, "
-        f"{format_duration(job.plan.after_search_s)} for the final model"
-    )
-    updates = loop.search(
-        job.member,
-        pool,
-        lambda claim: make_trial_run(job, claim),
-        trials=job.trials,
-        seed=job.options.seed,
-        sampler=job.options.sampler,
-        space=job.space,
-    )
-    half = job.start + (job.options.timeout or float("inf")) / 2
-    with contextlib.closing(updates):
-        for update in updates:
-            screen.show_update(update)
-            if time.monotonic() > half:
-                break
-    if job.member.run_locked(studies.count_finished) < job.trials:
-        if not job.member.run_locked(lambda study: studies.best_trials(study, 1)):
-            raise loop.Unfinished("--timeout: no trial was completed")
-        screen.print_line(f"--timeout: the budget of {job.trials} trials was not reached")
-
-
-def make_trial_run(job: Job, claim: Claim) -> Run:
-    return Run(
-        job.options.model,
-        claim.params,
-        job.plan.trial_samples,
-        studies.derive_seed(job.options.seed),  # the same for all trials: paired comparisons
-        tuple(budget.rungs(job.plan.trial_samples)),
-        plain=job.options.plain,
-        bfloat16=job.plan.bfloat16,
-        threads=claim.threads,
-        checkpoint=job.folder / f"trial-{claim.number}.pt",
-    )
-
-
-def save_forecasts(job: Job, forecasts: list[tuple[float, float]]) -> None:
-    """Store the forecasts and the command's duration with the study, for benchmarks.forecasts."""
-    timing = {"seconds": round(time.monotonic() - job.start, 1), "forecasts": forecasts}
-    with contextlib.suppress(*studies.STORAGE_ERRORS):  # the model is already saved
-        job.member.run_locked(lambda study: study.set_user_attr("time", timing))
-
-
-def write_report(job: Job, result: dict[str, Any]) -> None:
-    """Write and attach the report; an error only prints a line, as the model is complete."""
-    options = job.options
-    training.return_freed_memory()  # of the export
-    try:
-        page.make(job.member, result["name"], options.output, options.artifacts)
-    except Exception as error:  # noqa: BLE001 - drawing figures may raise anything
-        print(f"run.py: the report could not be made: {root_cause(error)}", file=sys.stderr)
-
-
-def print_result(job: Job, result: dict[str, Any]) -> dict[str, Any]:
-    """Print and return the outcome; verifies the weights first, if they are in this registry."""
-    options, name = job.options, result["name"]
-    local = registry.read(options.output)
-    is_local = name in local["models"]
-    if is_local:
-        registry.file(options.output, name)
-    best = result["study"]["trial"]
-    outcome = job.member.run_locked(lambda study: studies.summarise(study, best)) | result
-    if not options.json:
-        display.print_result(
-            outcome,
-            str(options.output),
-            studies.without_password(options.storage),
-            str(options.artifacts),
-            "current" if local["current"] == name else "saved" if is_local else "elsewhere",
-        )
-    return outcome
-
-
 def print_comparison(options: Options, outcomes: list[dict[str, Any]]) -> None:
     """Compare the models of several studies that are in this registry: a table and a page."""
     local = registry.read(options.output)["models"]
@@ -206,6 +124,14 @@ def print_comparison(options: Options, outcomes: list[dict[str, Any]]) -> None:
     path = options.output / "comparison.html"
     path.write_text(compare.render_page(rows), "utf-8")
     click.echo(f"the same as a page: {path}", err=options.json)
+
+
+def combine_errors(failed: dict[str, Exception]) -> Exception:
+    """The error of several studies: Unfinished if the same command can continue one of them."""
+    names = [name for name, error in failed.items() if isinstance(error, loop.Unfinished)]
+    if names:
+        return loop.Unfinished(f"not finished: {', '.join(names)}")
+    return click.UsageError(f"refused, for the reasons above: {', '.join(failed)}")
 
 
 def run_cli(arguments: list[str]) -> int:
@@ -219,7 +145,7 @@ def run_cli(arguments: list[str]) -> int:
         return print_error(str(error), 2)
     except loop.Unfinished as error:
         return print_error(f"{error}; the same command goes on from here", 1)
-    except (OSError, *studies.STORAGE_ERRORS) as error:
+    except (OSError, *storage.STORAGE_ERRORS) as error:
         return print_error(
             f"{root_cause(error)}; what was finished is kept, the same command goes on from here", 1
         )

@@ -12,6 +12,7 @@ from scipy.stats import qmc
 from mnist import folding, models, training
 from mnist.data import Dataset
 from mnist.search import study as studies
+from mnist.search.runs import derive_seed
 from mnist.search.space import DEFAULT, WIDE, Space
 
 # With them trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
@@ -71,7 +72,7 @@ def configurations(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
     The first of them are the same, and spread over the space, whatever n is.
     """
     first = [studies.FIRST_PARAMS] if space == DEFAULT else []
-    sequence = qmc.Sobol(len(space), rng=studies.derive_seed(seed))
+    sequence = qmc.Sobol(len(space), rng=derive_seed(seed))
     points = sequence.random_base2(max(1, math.ceil(math.log2(n + 1))))
     drawn = [
         {name: value(space[name], share) for name, share in zip(space, point, strict=True)}

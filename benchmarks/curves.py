@@ -31,6 +31,7 @@ from benchmarks.curve_runs import FIDELITIES, SPACES, Run, Settings, carry_out, 
 from mnist import data, folding, training
 from mnist.data import Dataset
 from mnist.search import study as studies
+from mnist.search.storage import StudyError, open_study, without_password
 from mnist.search.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
@@ -60,7 +61,7 @@ def recorded(study: optuna.Study) -> dict[tuple[int, int], FrozenTrial]:
 
 def opened(storage: str, name: str, settings: Settings, dataset: Dataset) -> dict[str, Any]:
     """The three studies by their parts. Raises StudyError where they are of another table."""
-    opened_studies = {part: studies.open_study(storage, f"{name}-{part}") for part in SPACES}
+    opened_studies = {part: open_study(storage, f"{name}-{part}") for part in SPACES}
     for part, study in opened_studies.items():
         fidelities = [settings.final_samples] if part == "finals" else list(settings.fidelities)
         wanted = studies.fingerprint(dataset, settings.network, fidelities[-1], SPACES[part])
@@ -153,10 +154,10 @@ def line(run: Run, result: dict[str, Any], n: int, seconds: float, left_s: float
 
 def table(storage: str, name: str, settings: Settings) -> dict[str, Any]:
     """The header and the rows of all runs so far. Raises StudyError where there are none."""
-    found = {part: studies.open_study(storage, f"{name}-{part}") for part in SPACES}
+    found = {part: open_study(storage, f"{name}-{part}") for part in SPACES}
     made = found["default"].user_attrs.get("made")
     if made is None:
-        raise studies.StudyError(f"{studies.without_password(storage)} has no study {name}-default")
+        raise StudyError(f"{without_password(storage)} has no study {name}-default")
     done = {part: recorded(study) for part, study in found.items()}
     rows = [
         _row(part, number, trial, done["finals"])
@@ -270,7 +271,7 @@ def main(
             for run, result, *times in work(found, settings, dataset, share):
                 click.echo(line(run, result, len(dataset.validation), *times))
         content = table(storage, study, settings)
-    except (studies.StudyError, data.DataError, ValueError) as error:
+    except (StudyError, data.DataError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     write(content, path)
     counts = (

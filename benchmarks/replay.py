@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist.search import budget
 from mnist.search import study as studies
+from mnist.search.runs import derive_seed
 from mnist.search.space import DEFAULT, Space
 from mnist.training import MIN_PROBABILITY
 
@@ -189,7 +190,7 @@ class Trials:
         )
         seen, number = 0, 0
         while nearest.free.any():
-            nearest.sampler = self.sampler(studies.derive_seed(seed, number), DEFAULT)
+            nearest.sampler = self.sampler(derive_seed(seed, number), DEFAULT)
             trial = study.ask(DEFAULT)
             values = table.values[self.metric][nearest.taken]
             state, i = self.state(trial, values, fidelities, table)

@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 from mnist.search import budget, space
 from mnist.search import study as studies
 from mnist.search.members import Member
+from mnist.search.storage import open_study
 
 SAMPLES = 6_000
 STEPS = [*budget.rungs(SAMPLES), SAMPLES]
@@ -88,7 +89,7 @@ def compare(storage: str, n: int, repeats: int) -> tuple[float, float]:
     """Median milliseconds per trial, ours and bare, with at least n trials in each study."""
     with Member(storage, "ours", threads=1) as member:
         member.study.pruner = studies.make_pruner(SAMPLES)
-        bare = studies.open_study(storage, "bare")
+        bare = open_study(storage, "bare")
         bare.pruner, bare.sampler = studies.make_pruner(SAMPLES), optuna.samplers.TPESampler(seed=0)
         for study in (member.study, bare):
             fill(study, n - len(study.get_trials(deepcopy=False)))

@@ -11,8 +11,9 @@ import click
 
 from mnist import data
 from mnist.search.loop import execute_runs
+from mnist.search.runs import Run, Setup
 from mnist.search.study import FIRST_PARAMS
-from mnist.search.workers import Pool, Run, Setup, available_cores
+from mnist.search.workers import Pool, available_cores
 
 RUNS = 4  # at once or one after the other
 

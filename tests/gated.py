@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mnist.search import workers
+from mnist.search import checkpoints, runs
 from tests.gates import Gate, Gates
 
 GATES = Gates(Path.cwd(), os.environ.get("SOAK_HOST", ""))
-real = workers.run_safely
+real = runs.run_safely
 
 
 class Pipe:
@@ -25,7 +25,7 @@ class Pipe:
     def __init__(self, pipe: Any, gate: Gate) -> None:
         self.pipe, self.gate = pipe, gate
 
-    def send(self, report: workers.Report) -> None:
+    def send(self, report: runs.Report) -> None:
         self.gate.step()
         self.pipe.send(report)
 
@@ -41,7 +41,7 @@ def before(call: Callable[[int], None], gate: Gate) -> Callable[[int], None]:
     return gated
 
 
-def run_gated(run: workers.Run, dataset: Any, setup: workers.Setup, pipe: Any) -> workers.RunResult:
+def run_gated(run: runs.Run, dataset: Any, setup: runs.Setup, pipe: Any) -> runs.RunResult:
     """One run; with reports and a checkpoint whenever there could be one, as it would end before
     the first is due. What only measures the machine's speed passes no gate."""
     if run.checkpoint is None:
@@ -59,28 +59,26 @@ def gate_command() -> None:
     """Gates of what is not done by workers: database, evaluation."""
     from sqlalchemy import Engine, event
 
-    from mnist.job import release
     from mnist.job.display import Display
 
-    print_line, save_checkpoint = Display.print_line, release.save_checkpoint
+    print_line, save = Display.print_line, checkpoints.save
 
     def print_gated(screen: Display, text: str) -> None:
         print_line(screen, text)
         if text.startswith("evaluating"):
             GATES.saving.step()
 
-    def save_gated(state: dict[str, Any], path: Path, *rest: Any) -> bool:
-        saved = save_checkpoint(state, path, *rest)
+    def save_gated(state: dict[str, Any], path: Path, *rest: Any) -> None:
+        save(state, path, *rest)
         if path.name.startswith("test-"):
             GATES.saving.step()
-        return saved
 
     event.listen(Engine, "after_cursor_execute", lambda *_: GATES.statements.step())
     event.listen(Engine, "handle_error", lambda *_: GATES.losses.step())
     mock.patch.object(Display, "print_line", print_gated).start()
-    mock.patch.object(release, "save_checkpoint", save_gated).start()
+    mock.patch.object(checkpoints, "save", save_gated).start()
 
 
-mock.patch.object(workers, "run_safely", run_gated).start()
+mock.patch.object(runs, "run_safely", run_gated).start()
 if multiprocessing.parent_process() is None:  # else it is a worker, which has none of these
     gate_command()

@@ -33,8 +33,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist import data, registry
-from mnist.search import budget, workers
-from mnist.search import study as studies
+from mnist.search import budget, runs
+from mnist.search.storage import STORAGE_ERRORS, engine_kwargs
 from tests.gates import LONG_S, Gates, alive, until
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +133,7 @@ def dashboard(storage: str, folder: Path) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def opened(storage: str) -> Iterator[optuna.Study]:
     """The study, opened by another process's connection."""
-    database = optuna.storages.RDBStorage(storage, studies.engine_kwargs(storage))
+    database = optuna.storages.RDBStorage(storage, engine_kwargs(storage))
     try:
         yield optuna.load_study(study_name=NAME, storage=database)
     finally:
@@ -143,7 +143,7 @@ def opened(storage: str) -> Iterator[optuna.Study]:
 
 def finished(storage: str) -> dict[int, FrozenTrial]:
     """The study's finished trials by number; none before there is a study."""
-    with contextlib.suppress(KeyError, *studies.STORAGE_ERRORS), opened(storage) as study:
+    with contextlib.suppress(KeyError, *STORAGE_ERRORS), opened(storage) as study:
         return {trial.number: trial for trial in study.get_trials(states=FINISHED)}
     return {}
 
@@ -155,7 +155,7 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
         def __init__(self) -> None:
             self.values: dict[int, float] = {}
 
-        def send(self, report: workers.Report) -> None:
+        def send(self, report: runs.Report) -> None:
             if report.progress.accuracy is not None:
                 self.values[report.progress.samples] = report.progress.accuracy
 
@@ -164,10 +164,10 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
 
     pipe = Pipe()
     threads = trial.user_attrs["run"]["threads"]
-    setup = workers.Setup(functools.partial(data.load, "digits"), "cpu", threads)
-    seed, rungs = studies.derive_seed(0), tuple(budget.rungs(samples))
-    run = workers.Run("linear", trial.params, samples, seed, rungs, threads=threads)
-    result = workers.run_safely(run, dataset, setup, pipe)
+    setup = runs.Setup(functools.partial(data.load, "digits"), "cpu", threads)
+    seed, rungs = runs.derive_seed(0), tuple(budget.rungs(samples))
+    run = runs.Run("linear", trial.params, samples, seed, rungs, threads=threads)
+    result = runs.run_safely(run, dataset, setup, pipe)
     assert result.failure is None, result
     for step, value in trial.intermediate_values.items():
         assert pipe.values[step] == value, (trial.number, step, value, pipe.values)
@@ -191,11 +191,11 @@ def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
     most = trials - WORKERS - 1
     assert kills <= most, f"{trials} trials are enough for {most} kills"
     times, plan = sorted(chance.sample(range(most), kills)), []
-    for before, runs in itertools.pairwise([0, *times]):
+    for before, after in itertools.pairwise([0, *times]):
         who, reports = chance.choice(WHO), chance.randint(0, MOST_REPORTS)
         locked = who != "worker" and chance.random() < 0.5
         statements = chance.randint(0, MOST_STATEMENTS) if locked else None
-        plan.append(Kill(who, runs - before, reports, statements))
+        plan.append(Kill(who, after - before, reports, statements))
     return plan
 
 

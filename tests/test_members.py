@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from mnist.search import budget, members
+from mnist.search import budget, liveness, locks
+from mnist.search import storage as storages
 from mnist.search import study as studies
-from mnist.search.members import ClaimLost, Member
+from mnist.search.members import Claim, ClaimLost, Member
 from tests.conftest import ROOT, Clock
 from tests.gates import until
 
@@ -81,7 +82,7 @@ def test_a_running_trial_takes_its_place_in_the_budget(one: Member, two: Member)
 def test_a_trial_whose_transaction_fails_waits_and_blocks_nobody(
     one: Member, two: Member, others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, lost = one._lock, []
+    real, lost = one.shared.lock, []
 
     @contextlib.contextmanager
     def failing_lock() -> Iterator[None]:
@@ -95,7 +96,7 @@ def test_a_trial_whose_transaction_fails_waits_and_blocks_nobody(
 
     before = one.ask(2, seed=0)
     assert before is not None
-    monkeypatch.setattr(one, "_lock", failing_lock)
+    monkeypatch.setattr(one.shared, "lock", failing_lock)
     claim = one.ask(2, seed=0)
     assert lost
     if others:
@@ -110,7 +111,7 @@ def test_a_trial_whose_transaction_fails_waits_and_blocks_nobody(
 
 def sessions(member: Member) -> list[int]:
     """Process ids of the database server's sessions."""
-    with member._engine.connect() as connection:
+    with member.shared.engine.connect() as connection:
         return list(connection.execute(text("SELECT pid FROM pg_stat_activity")).scalars())
 
 
@@ -121,9 +122,9 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
 ) -> None:
     claim = two.ask(1, seed=0)
     assert claim is not None
-    engine = {"lock": one._engine, "storage": one._storage._backend.engine}[holder]
+    engine = {"lock": one.shared.engine, "storage": one._storage._backend.engine}[holder]
     engine.dispose()
-    monkeypatch.setattr(studies, "TRANSACTION_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(storages, "TRANSACTION_TIMEOUT_S", 1.0)
     with engine.connect() as stopped:
         stopped.execute(text("SELECT * FROM trials FOR UPDATE"))
         pid = stopped.execute(text("SELECT pg_backend_pid()")).scalar()
@@ -137,7 +138,7 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
 def test_an_action_that_failed_during_a_sleep_longer_than_all_retries_is_retried(
     one: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(members, "RETRY_S", 0.0)
+    monkeypatch.setattr(storages, "RETRY_S", 0.0)
     attempts = []
 
     def change(_: object) -> int:
@@ -155,10 +156,10 @@ def test_a_member_on_this_machine_is_dead_when_its_lock_is_free_and_only_then(
 ) -> None:
     claim = one.ask(5, seed=0)
     assert claim is not None
-    monkeypatch.setattr(members, "GRACE_PERIOD_S", -1.0)
+    monkeypatch.setattr(liveness, "GRACE_PERIOD_S", -1.0)
     two.poll()
     assert states(two) == [TrialState.RUNNING]
-    one._liveness_lock.release()  # as the operating system does it
+    one.liveness.file_lock.release()  # as the operating system does it
     two.poll()
     assert states(two) == [TrialState.WAITING]
 
@@ -170,16 +171,16 @@ def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_per
     assert claim is not None
     one._stopping.set()  # it sends heartbeats only by poll()
     one._heartbeat.join()
-    monkeypatch.setattr(members, "time", clock)
-    monkeypatch.setattr(members, "host_id", lambda folder: "another machine")
-    monkeypatch.setattr(members, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(members, "GRACE_PERIOD_S", 10.5 * members.HEARTBEAT_S)
+    monkeypatch.setattr(liveness, "time", clock)
+    monkeypatch.setattr(locks, "host_id", lambda folder: "another machine")
+    monkeypatch.setattr(liveness, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(liveness, "GRACE_PERIOD_S", 10.5 * liveness.HEARTBEAT_S)
 
     def beats() -> int:
-        return far._read_members()[far.id]["beat"]
+        return far.entries()[far.id]["beat"]
 
     def one_beat_later() -> None:
-        clock.now_s += members.HEARTBEAT_S
+        clock.now_s += liveness.HEARTBEAT_S
         count = beats()
         until(lambda: beats() > count, "the other machine has polled", 60)
 
@@ -213,10 +214,10 @@ def test_however_a_database_is_spelled_it_has_the_same_lock(storage: str) -> Non
     with Member(storage, "study", threads=1) as one, Member(other, "study", threads=1) as two:
 
         def enter() -> None:
-            with two._lock():
+            with two.shared.lock():
                 seen.append("two")
 
-        with one._lock():
+        with one.shared.lock():
             thread = threading.Thread(target=enter)
             thread.start()
             time.sleep(0.5)
@@ -236,13 +237,11 @@ def test_studies_that_start_together_on_a_new_database_do_not_disturb_one_anothe
         assert list(threads.map(work, range(4))) == [0] * 4
 
 
-def lose(one: Member, two: Member) -> members.Claim:
+def lose(one: Member, two: Member) -> Claim:
     """A claim of `one`, whose trial `two` has claimed since."""
     claim = one.ask(5, seed=0)
     assert claim is not None
-    two.run_locked(
-        lambda study: study.set_user_attr("members", {two.id: two._read_members()[two.id]})
-    )
+    two.run_locked(lambda study: study.set_user_attr("members", {two.id: two.entries()[two.id]}))
     two.poll()
     taken = two.ask(5, seed=0)
     assert taken is not None
@@ -285,14 +284,14 @@ def test_one_member_leads_until_it_leaves(one: Member, two: Member) -> None:
     assert two.become_leader()
     one._heartbeat = threading.Thread(target=lambda: None)  # for its second exit
     one._heartbeat.start()
-    one._liveness_lock.acquire()
+    one.liveness.file_lock.acquire()
 
 
 def test_ctrl_c_waits_for_the_end_of_the_lock(one: Member) -> None:
     done = []
 
     def interrupted() -> None:
-        with one._lock():
+        with one.shared.lock():
             signal.raise_signal(signal.SIGINT)
             done.append(1)
 
@@ -303,7 +302,7 @@ def test_ctrl_c_waits_for_the_end_of_the_lock(one: Member) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == [1]
-    with one._lock():
+    with one.shared.lock():
         pass
 
 
@@ -319,9 +318,9 @@ def test_a_killed_member_is_found_at_once(one: Member, storage: str) -> None:
     assert states(one) == [TrialState.RUNNING]
     one.poll()
     assert states(one) == [TrialState.WAITING]
-    assert set(one._read_members()) == {one.id}
-    locks = list(one._folder.glob(f"{one._prefix}-*.lock"))
-    assert [path.name for path in locks] == [Path(one._liveness_lock.lock_file).name]
+    assert set(one.entries()) == {one.id}
+    files = list(one.shared.folder.glob(f"{one.shared.prefix}-*.lock"))
+    assert [path.name for path in files] == [Path(one.liveness.file_lock.lock_file).name]
 
 
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
@@ -337,8 +336,8 @@ def test_a_lock_on_the_database_is_waited_for(one: Member, tmp_path: Path) -> No
 
 def test_a_member_leaves_no_lock_behind(storage: str) -> None:
     with Member(storage, "study", threads=1) as member:
-        file = Path(member._liveness_lock.lock_file)
+        file = Path(member.liveness.file_lock.lock_file)
         assert file.exists()
-        with pytest.raises(members.Timeout):
+        with pytest.raises(Timeout):
             FileLock(file).acquire(timeout=0)
     assert not file.exists()

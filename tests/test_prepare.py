@@ -12,7 +12,7 @@ from mnist import data, folding, models
 from mnist.job import prepare
 from mnist.job.options import Options
 from mnist.search import loop
-from mnist.search.workers import Run
+from mnist.search.runs import Run
 from tests.conftest import ROOT
 
 

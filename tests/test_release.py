@@ -10,7 +10,7 @@ import torch
 
 from mnist import data, models, registry, training
 from mnist.job import release
-from mnist.job.state import Job
+from mnist.search import checkpoints
 from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -22,12 +22,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     evaluate = release.evaluate
 
-    def watched(job: Job, *arguments: Any) -> dict[str, torch.Tensor]:
+    def watched(model: Any, dataset: data.Dataset, *arguments: Any) -> dict[str, torch.Tensor]:
         def open_test() -> data.Split:
             seen.append("opened")
-            return job.dataset.open_test()
+            return dataset.open_test()
 
-        return evaluate(replace(job, dataset=replace(job.dataset, open_test=open_test)), *arguments)
+        return evaluate(model, replace(dataset, open_test=open_test), *arguments)
 
     monkeypatch.setattr(release, "evaluate", watched)
     return seen
@@ -38,9 +38,10 @@ def test_a_member_replaced_during_export_does_not_open_the_test_split(
 ) -> None:
     real = release.is_replaced
 
-    def replaced(job: Job) -> bool:
+    def replaced(*arguments: Any) -> bool:
         opened.append("asked")
-        return opened == ["asked"] or real(job)  # only the first time; then the member leads again
+        # Only the first time; then the member leads again.
+        return opened == ["asked"] or real(*arguments)
 
     monkeypatch.setattr(release, "is_replaced", replaced)
     done = run(*DIGITS, *SHORT)
@@ -53,10 +54,12 @@ def test_without_room_for_its_result_the_test_split_stays_closed(
     run: Command, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as full:
-        full.setattr(release.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
+        full.setattr(
+            checkpoints.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000)
+        )
         done = run(*DIGITS, *SHORT)
     assert done.returncode == 1
-    assert "no room for the evaluation" in done.stderr.splitlines()[-1]
+    assert "the evaluation needs 10 MB free" in done.stderr.splitlines()[-1]
     assert opened == []
     assert run(*DIGITS, *SHORT).returncode == 0
     assert opened == ["opened"]

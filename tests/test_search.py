@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
 
 from mnist import data
 from mnist.search import budget, loop
 from mnist.search import study as studies
-from mnist.search.members import Claim, Member
-from mnist.search.workers import Pool, Run, RunResult, Setup, Worker
+from mnist.search.checkpoints import Checkpoints
+from mnist.search.members import Member
+from mnist.search.runs import Recipe, Run, RunResult, Setup
+from mnist.search.space import DEFAULT
+from mnist.search.workers import Pool, Worker
 
 SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
 SAMPLES = 600
+RECIPE = Recipe("linear", 0, SAMPLES, Checkpoints(Path("none")))
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +30,15 @@ def pool() -> Iterator[Pool]:
         yield pool
 
 
-def make_run(claim: Claim, network: str = "linear") -> Run:
-    rungs = tuple(budget.rungs(SAMPLES))
-    return Run(network, claim.params, SAMPLES, studies.derive_seed(0, claim.number), rungs)
-
-
 def member(folder: Path, name: str = "study") -> Member:
     member = Member(f"sqlite:///{folder}/db.sqlite3", name, threads=1)
     member.study.pruner = studies.make_pruner(SAMPLES)
     return member
 
 
-def run_search(
-    member: Member, pool: Pool, trials: int, make_run: Any = make_run
-) -> list[loop.Update]:
+def run_search(member: Member, pool: Pool, trials: int, **options: Any) -> list[loop.Update]:
     with member:
-        return list(loop.search(member, pool, make_run, trials=trials, seed=0))
+        return list(loop.search(member, pool, RECIPE, trials=trials, **options))
 
 
 def outcome(member: Member) -> list[tuple[Any, ...]]:
@@ -89,7 +87,7 @@ def test_a_stop_in_mid_trial_changes_nothing(tmp_path: Path, pool: Pool) -> None
     whole, stopped = member(tmp_path, "whole"), member(tmp_path, "stopped")
     run_search(whole, pool, 4)
     with stopped:
-        updates = loop.search(stopped, pool, make_run, trials=4, seed=0)
+        updates = loop.search(stopped, pool, RECIPE, trials=4)
         next(update for update in updates if update.number == 2 and update.progress)
         updates.close()
         assert states(stopped)[2:] == [TrialState.WAITING]
@@ -100,12 +98,10 @@ def test_a_stop_in_mid_trial_changes_nothing(tmp_path: Path, pool: Pool) -> None
 def test_a_trial_that_fails_has_its_reason_and_five_in_a_row_end_the_search(
     tmp_path: Path, pool: Pool
 ) -> None:
-    def diverging(claim: Claim) -> Run:
-        return Run("linear", claim.params | {"lr": 1e38}, SAMPLES, 0)
-
+    diverging = DEFAULT | {"lr": FloatDistribution(1e38, 1e38)}
     one = member(tmp_path)
     with pytest.raises(loop.Unfinished, match=r"5 trials in a row failed, .* the loss is nan"):
-        run_search(one, pool, 10, diverging)
+        run_search(one, pool, 10, space=diverging)
     assert states(one) == [TrialState.FAIL] * 5
     assert one.study.trials[0].user_attrs["fail_reason"].startswith("nan: the loss is")
 
@@ -134,13 +130,16 @@ def fail_worker(worker: Worker, failure: str) -> RunResult:
 
 
 def test_a_bug_in_a_network_is_the_trial_s_failure_not_the_search_s(
-    tmp_path: Path, pool: Pool
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def once(claim: Claim) -> Run:
-        return make_run(claim, "unknown" if claim.number == 1 else "linear")
+    real = Run.for_trial
 
+    def once(recipe: Recipe, number: int, *rest: Any) -> Run:
+        return real(replace(recipe, network="unknown") if number == 1 else recipe, number, *rest)
+
+    monkeypatch.setattr(Run, "for_trial", once)
     one = member(tmp_path)
-    run_search(one, pool, 3, once)
+    run_search(one, pool, 3)
     assert states(one)[1] == TrialState.FAIL
     assert "error: ValueError: unknown network" in one.study.trials[1].user_attrs["fail_reason"]
     assert studies.count_finished(one.study) == 3
@@ -153,7 +152,7 @@ def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_retried(
     run_search(whole, pool, 2)
     seen = []
     with one:
-        for update in loop.search(one, pool, make_run, trials=2, seed=0):
+        for update in loop.search(one, pool, RECIPE, trials=2):
             seen.append(update.state)
             if update.number == 1 and update.progress and TrialState.WAITING not in seen:
                 pool.workers[0].process.kill()
@@ -172,7 +171,7 @@ def test_the_speed_of_a_worker_is_measured_and_a_network_that_fails_says_why(poo
 def test_a_trial_on_which_three_workers_die_is_given_up(tmp_path: Path, pool: Pool) -> None:
     one = member(tmp_path)
     with one:
-        for update in loop.search(one, pool, make_run, trials=1, seed=0):
+        for update in loop.search(one, pool, RECIPE, trials=1):
             if update.number == 0 and update.progress:
                 pool.workers[0].process.kill()
                 pool.workers[0].process.join()
@@ -187,34 +186,38 @@ def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: P
     with one:
         claim = one.ask(5, 0)
         assert claim is not None
-        trial = loop.RunningTrial(claim, make_run(claim), 0.0)
+        run = Run.for_trial(RECIPE, claim.number, claim.params, claim.threads)
+        trial = loop.RunningTrial(claim, run, 0.0)
         full = RunResult(failure="disk", reason="[Errno 28] No space left on device")
         with pytest.raises(OSError, match="No space left"):
             loop.record_message(one, pool.workers[0], trial, full)
     assert states(one) == [TrialState.WAITING]
 
 
-def test_confirmations_are_kept_as_they_come_in_and_made_once(tmp_path: Path, pool: Pool) -> None:
-    one, runs = member(tmp_path), []
+def test_confirmations_are_kept_as_they_come_in_and_made_once(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, runs, real = member(tmp_path), [], Run.for_confirmation
 
-    def fresh(trial: FrozenTrial, i: int) -> Run:
-        runs.append((trial.number, i))
-        return Run("linear", trial.params, SAMPLES, seed=100 + i)
+    def counted(*arguments: Any) -> Run:
+        runs.append(arguments)
+        return real(*arguments)
 
+    monkeypatch.setattr(Run, "for_confirmation", counted)
     with one:
-        list(loop.search(one, pool, make_run, trials=4, seed=0))
+        list(loop.search(one, pool, RECIPE, trials=4))
         best = [trial.number for trial in studies.best_trials(one.study, 2)]
         compared = {
             *best,
             *(trial.number for trial in studies.select_baselines(one.study).values()),
         }
-        for done, _ in loop.confirm(one, pool, fresh, 2):
+        for done, _ in loop.confirm(one, pool, RECIPE, 2):
             if done == 1:
                 break
         first = studies.select_winner(one.study, 2)
         runs.clear()
         left = 2 * len(compared) - 1
-        assert list(loop.confirm(one, pool, fresh, 2))[-1] == (left, left)
+        assert list(loop.confirm(one, pool, RECIPE, 2))[-1] == (left, left)
         assert first is None
         assert len(runs) == left
         assert studies.select_winner(one.study, 2) is not None

@@ -20,9 +20,10 @@ StartAs = Callable[..., tuple[Command, Gates]]
 
 LEASES = """
 import os
-from mnist.search import members, study
-members.HEARTBEAT_S, members.GRACE_PERIOD_S, study.TRANSACTION_TIMEOUT_S = 0.5, {grace_s}, {stall_s}
-members.host_id = lambda folder: os.environ["SOAK_HOST"]
+from mnist.search import liveness, locks, storage
+liveness.HEARTBEAT_S, liveness.GRACE_PERIOD_S = 0.5, {grace_s}
+storage.TRANSACTION_TIMEOUT_S = {stall_s}
+locks.host_id = lambda folder: os.environ["SOAK_HOST"]
 """
 # Over in some seconds, but longer than a command on a busy machine is silent by itself.
 SHORT_LEASES = LEASES.format(grace_s=10.0, stall_s=5.0)
@@ -50,14 +51,14 @@ data.DATASETS["digits"] = data.Source(counting, digits.classes, digits.recipe)
 """
 COUNT_RESULTS = """
 from pathlib import Path
-from mnist.job import release
-real = release.save_checkpoint
-def save_checkpoint(state, path, *rest):
+from mnist.search import checkpoints
+real = checkpoints.save
+def save(state, path, *rest):
     if path.name.startswith("test-"):
         with Path("evaluations").open("a") as log:
             log.write(path.name + chr(10))
     return real(state, path, *rest)
-release.save_checkpoint = save_checkpoint
+checkpoints.save = save
 """
 
 

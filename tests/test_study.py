@@ -10,13 +10,14 @@ from optuna.trial import TrialState
 
 from mnist.data import Dataset
 from mnist.job.options import Options
-from mnist.search import space
+from mnist.search import runs, space
 from mnist.search import study as studies
+from mnist.search.storage import StudyError, open_study
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> optuna.Study:
-    return studies.open_study(f"sqlite:///{tmp_path}/db.sqlite3", "study")
+    return open_study(f"sqlite:///{tmp_path}/db.sqlite3", "study")
 
 
 def add(study: optuna.Study, value: float, state: str = "COMPLETE", **params: Any) -> int:
@@ -41,7 +42,7 @@ def test_a_waiting_trial_comes_first_with_its_number_and_parameters(study: optun
 
 
 def test_another_seed_asks_for_other_trials(study: optuna.Study) -> None:
-    other = studies.open_study("sqlite:///:memory:", "other")
+    other = open_study("sqlite:///:memory:", "other")
     params = [
         [studies.ask(s, seed).params for _ in range(2)] for s, seed in ((study, 0), (other, 1))
     ]
@@ -54,7 +55,7 @@ def test_tpe_with_a_known_space_proposes_the_same_as_optuna_s(space: space.Space
     def propose(sampler: Any) -> list[dict[str, Any]]:
         study, proposals = optuna.create_study(direction="maximize"), []
         for number in range(20):
-            study.sampler = sampler(studies.derive_seed(0, number))
+            study.sampler = sampler(runs.derive_seed(0, number))
             trial = study.ask(space)
             proposals.append(trial.params)
             study.tell(trial, -abs(trial.params["lr"] - 0.001))
@@ -69,7 +70,7 @@ def test_trials_that_cannot_be_compared_are_refused_in_one_line(
 ) -> None:
     studies.check_fingerprint(study, studies.fingerprint(digits, "linear", 600))
     studies.check_fingerprint(study, studies.fingerprint(digits, "linear", 600))
-    with pytest.raises(studies.StudyError) as caught:
+    with pytest.raises(StudyError) as caught:
         studies.check_fingerprint(study, studies.fingerprint(digits, "parallel", 700))
     for word in ("network is parallel, there linear", "images a trial is 700", "--study study-2"):
         assert word in str(caught.value)
@@ -83,7 +84,7 @@ def test_a_finished_study_from_before_training_forms_is_accepted(
     study.set_user_attr("fingerprint", {k: v for k, v in wanted.items() if k != "layers"})
     studies.check_fingerprint(study, wanted, finished=True)
     studies.check_fingerprint(study, wanted | {"layers": "plain"})
-    with pytest.raises(studies.StudyError, match="layers is in their training form, there plain"):
+    with pytest.raises(StudyError, match="layers is in their training form, there plain"):
         studies.check_fingerprint(study, wanted)
 
 
@@ -92,16 +93,16 @@ def test_a_finished_study_from_before_training_forms_is_accepted(
     ["nonsense", "sqlite:////nowhere/at/all/db.sqlite3", "postgresql://127.0.0.1:9/x", "x://y"],
 )
 def test_a_storage_that_cannot_be_opened_is_named(storage: str) -> None:
-    with pytest.raises(studies.StudyError, match="cannot be opened") as caught:
-        studies.open_study(storage, "study")
+    with pytest.raises(StudyError, match="cannot be opened") as caught:
+        open_study(storage, "study")
     assert repr(storage) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_password_is_neither_shown_nor_recorded() -> None:
     storage = "postgresql://me:secret@127.0.0.1:9/x"
-    with pytest.raises(studies.StudyError) as caught:
-        studies.open_study(storage, "study")
+    with pytest.raises(StudyError) as caught:
+        open_study(storage, "study")
     assert "secret" not in str(caught.value)
     assert "secret" not in str(Options(storage=storage).record())
 
@@ -171,9 +172,9 @@ def test_importance_is_withheld_below_ten_complete_trials(study: optuna.Study) -
 
 
 def test_a_seed_follows_from_the_study_s_seed_and_the_trial_s_number() -> None:
-    seeds = {studies.derive_seed(seed, number) for seed in range(20) for number in range(50)}
+    seeds = {runs.derive_seed(seed, number) for seed in range(20) for number in range(50)}
     assert len(seeds) == 1000
-    assert studies.derive_seed(3, 7) == studies.derive_seed(3, 7)
+    assert runs.derive_seed(3, 7) == runs.derive_seed(3, 7)
 
 
 def test_a_quick_study_is_another_one(digits: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""mnist.search.workers: resumed runs, kinds of failures, processes that end."""
+"""mnist.search.runs and workers: resumed runs, kinds of failures, processes that end."""
 
 import functools
 import os
@@ -14,8 +14,10 @@ import torch
 
 from mnist import data, models, training
 from mnist.data import Dataset
-from mnist.search import workers
-from mnist.search.workers import Pool, Report, Run, RunResult, Setup
+from mnist.search import checkpoints, runs
+from mnist.search.checkpoints import QuotaExceeded
+from mnist.search.runs import Report, Run, RunResult, Setup
+from mnist.search.workers import Pool
 from tests.conftest import ROOT
 from tests.gates import until
 
@@ -53,7 +55,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     params = PARAMS | {"optimizer": optimizer}
     whole = replace(RUN, params=params, weights=tmp_path / "whole.pt")
     reference = Pipe()
-    workers.run_safely(whole, digits, SETUP, reference)
+    runs.run_safely(whole, digits, SETUP, reference)
 
     class Killing(Pipe):
         def send(self, message: Report) -> None:
@@ -65,11 +67,11 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     often = replace(SETUP, checkpoint_s=-1.0)
     first, second = Killing(), Pipe()
     with pytest.raises(Killed):
-        workers.run_safely(run, digits, often, first)
+        runs.run_safely(run, digits, often, first)
     assert run.checkpoint is not None
     assert run.checkpoint.exists()
     torch.manual_seed(99)  # another state, as in another process
-    workers.run_safely(run, digits, often, second)
+    runs.run_safely(run, digits, often, second)
     assert len(second.reports) < len(reference.reports)
     together = {**dict(first.accuracies()), **dict(second.accuracies())}
     assert together == dict(reference.accuracies())
@@ -79,8 +81,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 
 def test_between_two_reports_without_an_accuracy_there_is_some_time(digits: Dataset) -> None:
     seldom, often = Pipe(), Pipe()
-    workers.run_safely(RUN, digits, replace(SETUP, report_s=3600.0), seldom)
-    workers.run_safely(RUN, digits, SETUP, often)
+    runs.run_safely(RUN, digits, replace(SETUP, report_s=3600.0), seldom)
+    runs.run_safely(RUN, digits, SETUP, often)
     assert len(often.reports) > 50
     assert len(seldom.reports) == 1 + len(RUN.rungs) + 1  # the first and last are always sent
     assert seldom.accuracies() == often.accuracies()
@@ -121,14 +123,14 @@ def test_a_micro_batch_takes_the_same_steps(digits: Dataset) -> None:
     outcomes = []
     for micro_batch in (None, 8):
         pipe = Pipe()
-        workers.run_safely(replace(RUN, micro_batch=micro_batch), digits, SETUP, pipe)
+        runs.run_safely(replace(RUN, micro_batch=micro_batch), digits, SETUP, pipe)
         outcomes.append([progress.loss for progress in pipe.reports])
     assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-3)
 
 
 def test_a_run_is_stopped_when_its_report_is_answered_so(digits: Dataset) -> None:
     pipe = Pipe(stop_after=1)
-    result = workers.run_safely(RUN, digits, SETUP, pipe)
+    result = runs.run_safely(RUN, digits, SETUP, pipe)
     assert isinstance(result, RunResult)
     assert result.stopped
     assert pipe.reports[-1].samples == 320
@@ -155,7 +157,7 @@ def test_failures_are_told_apart_in_one_line(
         raise error
 
     monkeypatch.setattr(training, "fit", fail)
-    result = workers.run_safely(RUN, digits, SETUP, Pipe())
+    result = runs.run_safely(RUN, digits, SETUP, Pipe())
     assert result.failure == failure
     assert "\n" not in result.reason
 
@@ -187,15 +189,16 @@ def test_checkpoints_stay_under_the_quota_and_leave_nothing_half_written(tmp_pat
     path, left = folder / "one.pt", folder / ".two.pt.1234.tmp"
     folder.mkdir(parents=True)
     left.write_bytes(bytes(50_000))  # of a killed process
-    assert workers.save_checkpoint(state, path, quota=50_000)
-    # Old and new content together exceed this quota.
-    assert not workers.save_checkpoint(state, path, quota=50_000)
-    assert workers.save_checkpoint(state, path, quota=100_000)
-    assert workers.save_checkpoint(state, folder / "two.pt", quota=100_000)
-    assert not workers.save_checkpoint(state, folder.with_name("other") / "three.pt", quota=100_000)
+    checkpoints.save(state, path, quota=50_000)
+    with pytest.raises(QuotaExceeded):  # by old and new content together
+        checkpoints.save(state, path, quota=50_000)
+    checkpoints.save(state, path, quota=100_000)
+    checkpoints.save(state, folder / "two.pt", quota=100_000)
+    with pytest.raises(QuotaExceeded):
+        checkpoints.save(state, folder.with_name("other") / "three.pt", quota=100_000)
     assert {each.name for each in folder.glob("[!.]*")} == {"one.pt", "two.pt"}
     assert not left.exists()
-    assert workers.folder_bytes(folder.parent) < 100_000
+    assert checkpoints.used_bytes(folder.parent) < 100_000
 
 
 def test_final_weights_take_the_checkpoint_s_room_where_they_must(
@@ -210,15 +213,15 @@ def test_final_weights_take_the_checkpoint_s_room_where_they_must(
     class Watching(Pipe):
         def send(self, message: Report) -> None:
             super().send(message)
-            most.append(workers.folder_bytes(tmp_path / "artifacts"))
+            most.append(checkpoints.used_bytes(tmp_path / "artifacts"))
 
-    result = workers.run_safely(run, digits, setup, Watching())
+    result = runs.run_safely(run, digits, setup, Watching())
     assert result.failure is None
     assert 0 < max(most) <= quota
-    assert workers.load_checkpoint(run.weights) is not None
+    assert checkpoints.load(run.weights) is not None
     too_small = replace(setup, quota=10_000)
     run = replace(run, weights=folder / "more.pt")
-    result = workers.run_safely(run, digits, too_small, Pipe())
+    result = runs.run_safely(run, digits, too_small, Pipe())
     assert (result.failure, "--disk-quota" in result.reason) == ("disk", True)
 
 
@@ -226,9 +229,9 @@ def test_a_damaged_checkpoint_means_beginning_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "run.pt"
-    assert workers.load_checkpoint(path) is None
+    assert checkpoints.load(path) is None
     path.write_bytes(b"not a checkpoint")
-    assert workers.load_checkpoint(path) is None
+    assert checkpoints.load(path) is None
     assert "cannot be read" in caplog.text
 
 
@@ -267,7 +270,8 @@ def test_workers_end_with_the_command_that_started_them(tmp_path: Path) -> None:
     code = f"""
 import functools, os, signal
 from mnist import data
-from mnist.search.workers import Pool, Run, Setup
+from mnist.search.runs import Run, Setup
+from mnist.search.workers import Pool
 with Pool(2, Setup(functools.partial(data.load, "digits"), "cpu", 1)) as pool:
     for worker in pool.workers:
         worker.start(Run("linear", {PARAMS!r}, 10**7, 0))

@@ -1,7 +1,6 @@
 """Progress and results in the terminal: a live table, or plain lines without a terminal."""
 
 import shlex
-import statistics
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,9 +13,12 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from mnist.job.options import Options
+from mnist.report.text import describe_confirmation, format_value
 from mnist.search.budget import Plan, estimate_remaining_s, estimate_search_s, estimate_training_s
 from mnist.search.loop import Update
-from mnist.search.study import BASELINES, FINISHED
+from mnist.search.storage import without_password
+from mnist.search.study import FINISHED
 from mnist.training import Progress
 
 PLAIN_INTERVAL_S = 10.0
@@ -123,7 +125,7 @@ class Display:
         self._render(row, training_s + after_s)
 
     def _make_row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
-        return [str(first), *(_format_value((params or {}).get(name, "")) for name in self.names)]
+        return [str(first), *(format_value((params or {}).get(name, "")) for name in self.names)]
 
     def _estimate_search_s(self) -> float:
         now, remaining = time.monotonic(), self.trials - self.done
@@ -156,87 +158,22 @@ class Display:
             self.print_line(f"trial {' '.join(word for word in row if word)} | {summary}")
 
 
-def _format_value(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
-
-
-def format_params(params: dict[str, Any]) -> str:
-    """ "batch_size 33, optimizer Adam, lr 0.00039" """
-    return ", ".join(f"{name} {_format_value(value)}" for name, value in params.items())
-
-
-def describe_confirmation(record: dict[str, Any]) -> list[str]:
-    """The winner's accuracy on fresh seeds, in lines; none where it was not confirmed."""
-    validation, gain = record["metrics"]["validation"], describe_gain(record)
-    if validation["std"] is None:
-        return []
-    mean, deviation, n = (validation[key] for key in ("mean", "std", "seeds"))
-    line = f"confirmed: {mean:.2%} ± {deviation:.2%} on fresh seeds (n = {n})"
-    return [line, gain] if gain else [line]
-
-
-def describe_gain(record: dict[str, Any]) -> str | None:
-    """The gain over the baselines, in errors on fresh seeds; None for records without it."""
-    gain = record["study"].get("worth", {})
-    if not {"winner", *BASELINES} <= set(gain):
-        return None
-    n = record["dataset"]["splits"]["validation"]
-    winner, first, median = (
-        round(n * (1 - statistics.fmean(gain[name]["accuracies"])))
-        for name in ("winner", *BASELINES)
-    )
-    return (
-        f"on the same fresh seeds the winner makes {winner} errors of {n:,} validation images, "
-        f"the first trial {first}, the median trial {median}"
-    )
-
-
 def format_duration(seconds: float) -> str:
     """ "40 s", "7 min" """
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def print_result(
-    outcome: dict[str, Any], folder: str, storage: str, artifacts: str, place: str
-) -> None:
+def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
     """Print the result of a study: study.summarise() joined with the saved model's record.
 
-    `place` is "current" or "saved" for a model in the registry `folder`, or "elsewhere" for one on
-    the machine that finished the study.
+    `place`: see results.find_place().
     """
+    folder = str(options.output)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    counts, test = outcome["trials"], outcome["metrics"]["test"]
-    n = counts["complete"]
-    console.print(
-        f"study {outcome['study']['name']}: {n} complete, {counts['pruned']} pruned, "
-        f"{counts['fail']} failed"
-    )
-    for number, reason in list(outcome["failures"].items())[:MAX_FAILURES]:
-        console.print(f"trial {number} failed: {reason}")
-    names = list(outcome["best"]["params"])
-    table = Table("", "trial", *names, "validation accuracy", box=None)
-    for label in ("best", "first"):
-        trial = outcome[label]
-        note = " (pruned)" if trial["state"] == "pruned" else ""
-        values = [_format_value(trial["params"][name]) for name in names]
-        table.add_row(label, str(trial["number"]), *values, f"{trial['accuracy']:.2%}{note}")
-    console.print(table)
-    shares = outcome["importance"]
-    if shares is None:
-        console.print(f"importance: withheld, too few complete trials (n = {n})")
-    else:
-        text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        console.print(f"importance: {text} (n = {n} complete trials)")
+    _print_study(console, outcome)
     for text in describe_confirmation(outcome):
         console.print(text)
-    low, high = test["interval95"]
-    console.print(
-        f"test: {test['errors']} errors of {test['n']:,}, accuracy {test['accuracy']:.2%} "
-        f"(95 % interval {low:.2%} to {high:.2%})"
-    )
-    engine = outcome.get("engines", {}).get("served", "torch")  # old records have none
-    if engine != "torch":
-        console.print(f"as it is served, in {engine}: {test['served_errors']} errors")
+    _print_errors(console, outcome)
     name = outcome["name"]
     if place == "elsewhere":
         console.print(
@@ -257,9 +194,49 @@ def print_result(
         *activate,
         ("" if is_default else f"MODELS={shlex.quote(folder)} ") + "uvicorn serve.app:app",
         "curl -F file=@picture.png http://127.0.0.1:8000/predict",
-        f"optuna-dashboard {shlex.quote(storage)} --artifact-dir {shlex.quote(artifacts)}",
+        f"optuna-dashboard {shlex.quote(without_password(options.storage))} "
+        f"--artifact-dir {shlex.quote(str(options.artifacts))}",
     ):
         console.print(f"  {command}")
+
+
+def _print_study(console: Console, outcome: dict[str, Any]) -> None:
+    """Print the trials: counts, failures, the best one beside the first, importances."""
+    counts = outcome["trials"]
+    n = counts["complete"]
+    console.print(
+        f"study {outcome['study']['name']}: {n} complete, {counts['pruned']} pruned, "
+        f"{counts['fail']} failed"
+    )
+    for number, reason in list(outcome["failures"].items())[:MAX_FAILURES]:
+        console.print(f"trial {number} failed: {reason}")
+    names = list(outcome["best"]["params"])
+    table = Table("", "trial", *names, "validation accuracy", box=None)
+    for label in ("best", "first"):
+        trial = outcome[label]
+        note = " (pruned)" if trial["state"] == "pruned" else ""
+        values = [format_value(trial["params"][name]) for name in names]
+        table.add_row(label, str(trial["number"]), *values, f"{trial['accuracy']:.2%}{note}")
+    console.print(table)
+    shares = outcome["importance"]
+    if shares is None:
+        console.print(f"importance: withheld, too few complete trials (n = {n})")
+    else:
+        text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        console.print(f"importance: {text} (n = {n} complete trials)")
+
+
+def _print_errors(console: Console, outcome: dict[str, Any]) -> None:
+    """Print the errors on the test split, of the weights and as they are served."""
+    test = outcome["metrics"]["test"]
+    low, high = test["interval95"]
+    console.print(
+        f"test: {test['errors']} errors of {test['n']:,}, accuracy {test['accuracy']:.2%} "
+        f"(95 % interval {low:.2%} to {high:.2%})"
+    )
+    engine = outcome.get("engines", {}).get("served", "torch")  # old records have none
+    if engine != "torch":
+        console.print(f"as it is served, in {engine}: {test['served_errors']} errors")
 
 
 def full_message(error: Exception) -> str:

@@ -14,6 +14,7 @@ import torch
 from mnist import data, folding, models, plugins
 from mnist.search import space as spaces
 from mnist.search import study as studies
+from mnist.search.storage import without_password
 
 
 def option(default: Any, text: str, **settings: Any) -> Any:
@@ -103,6 +104,8 @@ def _load_plugins(ctx: click.Context, param: click.Parameter, paths: tuple[Path,
 
 
 ALL = "all"
+DEFAULT_TRIALS, QUICK_TRIALS = 32, 3
+DEFAULT_CONFIRM, QUICK_CONFIRM = 2, 0
 AT_LEAST_1 = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 
@@ -208,6 +211,17 @@ class Options:
     json: bool = option(False, "The result as JSON on standard output.", is_flag=True)
 
     @property
+    def total_trials(self) -> int:
+        return self.trials or (QUICK_TRIALS if self.quick else DEFAULT_TRIALS)
+
+    @property
+    def confirmed(self) -> int:
+        """The number of best trials that are run again on fresh seeds."""
+        if self.confirm is None:
+            return QUICK_CONFIRM if self.quick else DEFAULT_CONFIRM
+        return self.confirm
+
+    @property
     def study_name(self) -> str:
         dataset = self.dataset
         if dataset.startswith(data.FOLDER_PREFIX):
@@ -221,7 +235,7 @@ class Options:
             "data_dir": str(self.data_dir),
             "output": str(self.output),
             "artifacts": str(self.artifacts),
-            "storage": studies.without_password(self.storage),
+            "storage": without_password(self.storage),
             "import_": list(map(str, self.import_)),
         }
         return {key.rstrip("_"): value for key, value in values.items() if key != "json"}

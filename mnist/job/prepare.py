@@ -5,8 +5,7 @@ import functools
 import math
 import os
 import tempfile
-import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +15,76 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mnist import data, folding, models, plugins, training
+from mnist.job.clock import Clock
 from mnist.job.display import full_message, root_cause
 from mnist.job.options import Options
-from mnist.job.state import Job, build_network, describe_origin, make_speed_run
-from mnist.search import budget, loop
+from mnist.job.results import describe_origin
+from mnist.search import budget, loop, runs
 from mnist.search import space as spaces
 from mnist.search import study as studies
+from mnist.search.checkpoints import Checkpoints
 from mnist.search.members import Member
-from mnist.search.workers import Pool
+from mnist.search.runs import Recipe, Run
+from mnist.search.storage import sqlite_file
+from mnist.search.workers import Pool, available_cores
 
 BYTES_PER_WEIGHT = 16  # the weight, its gradient and Adam's two moments, in float32
-DEFAULT_TRIALS, QUICK_TRIALS = 32, 3
-DEFAULT_CONFIRM, QUICK_CONFIRM = 2, 0
 MIN_BFLOAT16_SPEEDUP = 1.2  # bfloat16 rounds to 8 bits; a smaller speed-up does not justify that
 SPEED_BATCH_SIZES = (64, 8)  # of the speed measurement; the second is used if the first fails
 
 
-def prepare(
-    options: Options,
-    member: Member,
-    pool: Pool,
-    device: torch.device,
-    times: tuple[float, float],
-) -> Job:
-    """Load the data, check network and space, make the plan, check the study's fingerprint.
+@dataclass(frozen=True)
+class Preparation:
+    """What a study needs: search space, plan, recipe, and the number of images that the final
+    training may see."""
 
-    `times`: start and deadline of the command.
-    """
+    space: spaces.Space
+    plan: budget.Plan
+    recipe: Recipe
+    epoch: int
+
+
+def prepare(
+    options: Options, member: Member, pool: Pool, device: torch.device, clock: Clock
+) -> Preparation:
+    """Load the data, check network and space, make the plan, check the study's fingerprint."""
     dataset = load_dataset(options).to(device)
     model = validate_network(options, dataset, device)
     space = read_space(options, model)
-    trials = options.trials or (QUICK_TRIALS if options.quick else DEFAULT_TRIALS)
-    confirm = options.confirm
-    if confirm is None:
-        confirm = QUICK_CONFIRM if options.quick else DEFAULT_CONFIRM
     work = budget.Workload(
-        trials,
-        (confirm + len(studies.BASELINES)) * studies.CONFIRM_SEEDS if confirm else 0,
+        options.total_trials,
+        (options.confirmed + len(studies.BASELINES)) * studies.CONFIRM_SEEDS
+        if options.confirmed
+        else 0,
         len(dataset.train),
         len(dataset.validation),
         min(training.VALIDATION_SUBSET, len(dataset.validation)),
         training.NORM_IMAGES if training.batch_norms(model) else 0,
         options.thorough,
     )
-    try_bfloat16 = may_use_bfloat16(options, device, model)
-    plan = make_plan(options, member, pool, dataset, space, work, times[0], try_bfloat16)
+    stored = member.run_locked(lambda study: study.user_attrs.get("plan"))
+    requested = round(options.epochs * len(dataset.train)) if options.epochs else None
+    if stored and requested in (None, stored["trial_samples"]):
+        plan = budget.Plan(**stored)
+    else:
+        try_bfloat16 = may_use_bfloat16(options, device, model)
+        plan = make_plan(options, pool, work, clock, requested, try_bfloat16)
+    plan = agree_on_plan(options, member, dataset, space, plan, requested)
+    epoch = len(dataset.train) + len(dataset.validation)
+    if options.final_epochs:
+        final_s = options.final_epochs * epoch / plan.images_per_s
+        plan = replace(plan, final_s=final_s, total_s=0.0)
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
-    return Job(options, member, dataset, space, device, plan, trials, confirm, work, *times)
+    folder = options.artifacts / f"{member.study.study_name}-{member.study_id[:8]}"
+    recipe = Recipe(
+        options.model,
+        options.seed,
+        plan.trial_samples,
+        Checkpoints(folder),
+        options.plain,
+        plan.bfloat16,
+    )
+    return Preparation(space, plan, recipe, epoch)
 
 
 def check_all(option_sets: list[Options]) -> None:
@@ -132,7 +154,7 @@ def validate_network(
         if on_cpu and (n := count_weights(options, dataset)) * BYTES_PER_WEIGHT > total_memory():
             text = f"its {n:,} weights are too many to be trained here"
             raise MemoryError(f"{text}; try --model cnn or a smaller --image-size")
-        model = build_network(options, dataset, device)
+        model = runs.build_network(options.model, dataset, options.plain).to(device)
         with torch.no_grad():
             shape = tuple(model.eval()(training.standardise(images, dataset)).shape)
     except Exception as error:  # a plugin's network may raise anything
@@ -155,7 +177,7 @@ class _Uninitialised(TorchFunctionMode):
 def count_weights(options: Options, dataset: data.Dataset) -> int:
     """The number of the network's weights, without allocating them; 0 where that fails."""
     with contextlib.suppress(Exception), torch.device("meta"), _Uninitialised():
-        return models.count_parameters(build_network(options, dataset, torch.device("meta")))
+        return models.count_parameters(runs.build_network(options.model, dataset, options.plain))
     return 0
 
 
@@ -174,35 +196,39 @@ def read_space(options: Options, model: torch.nn.Module) -> spaces.Space:
 
 def make_plan(
     options: Options,
-    member: Member,
     pool: Pool,
-    dataset: data.Dataset,
-    space: spaces.Space,
     work: budget.Workload,
-    start: float,
+    clock: Clock,
+    trial_samples: int | None,
     try_bfloat16: bool,
 ) -> budget.Plan:
-    """The study's stored plan, or one from a speed measurement, which may `try_bfloat16`."""
-    stored = member.run_locked(lambda study: study.user_attrs.get("plan"))
-    requested = round(options.epochs * len(dataset.train)) if options.epochs else None
-    if stored and requested in (None, stored["trial_samples"]):
-        plan = budget.Plan(**stored)
-    else:
-        images_per_s, bfloat16 = measure_speed(options, pool, try_bfloat16)
-        plan = budget.make_plan(
-            work,
-            images_per_s,
-            time.monotonic() - start,
-            timeout_s=options.timeout or math.inf,
-            trial_samples=requested,
-            quick=options.quick,
-            bfloat16=bfloat16,
-        )
+    """A plan for this machine, from a speed measurement, which may `try_bfloat16`."""
+    images_per_s, bfloat16 = measure_speed(options, pool, try_bfloat16)
+    return budget.make_plan(
+        work,
+        images_per_s,
+        clock.elapsed_s,
+        timeout_s=options.timeout or math.inf,
+        trial_samples=trial_samples,
+        quick=options.quick,
+        bfloat16=bfloat16,
+    )
+
+
+def agree_on_plan(
+    options: Options,
+    member: Member,
+    dataset: data.Dataset,
+    space: spaces.Space,
+    plan: budget.Plan,
+    trial_samples: int | None,
+) -> budget.Plan:
+    """Store the plan, or return the plan of the member that stored one first, unless other
+    `trial_samples` are requested. Raises StudyError where the fingerprint differs."""
 
     def store_plan(study: optuna.Study) -> budget.Plan:
-        """Store the plan, or return the plan of the member that stored one first."""
         first = study.user_attrs.get("plan", asdict(plan))
-        agreed = budget.Plan(**first) if requested in (None, first["trial_samples"]) else plan
+        agreed = budget.Plan(**first) if trial_samples in (None, first["trial_samples"]) else plan
         if "plan" not in study.user_attrs:  # stored before the fingerprint: after a kill in
             study.set_user_attr("plan", asdict(agreed))  # between, no fingerprint lacks its plan
             study.set_user_attr("origin", describe_origin(options))
@@ -212,14 +238,11 @@ def make_plan(
         fingerprint = studies.fingerprint(
             dataset, model, agreed.trial_samples, space, options.plain
         )
-        studies.check_fingerprint(study, fingerprint, studies.count_finished(study) >= work.trials)
+        finished = studies.count_finished(study) >= options.total_trials
+        studies.check_fingerprint(study, fingerprint, finished)
         return agreed
 
-    plan = member.run_locked(store_plan)
-    if options.final_epochs:
-        samples = options.final_epochs * (len(dataset.train) + len(dataset.validation))
-        plan = replace(plan, final_s=samples / plan.images_per_s, total_s=0.0)
-    return plan
+    return member.run_locked(store_plan)
 
 
 def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[float, bool]:
@@ -228,7 +251,8 @@ def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[flo
     Raises click.UsageError where the network cannot be trained.
     """
     for batch_size in SPEED_BATCH_SIZES:
-        run = make_speed_run(options, {"batch_size": batch_size, "optimizer": "Adam"})
+        params = {"batch_size": batch_size, "optimizer": "Adam"}
+        run = Run.for_speed(options.model, params, available_cores(), options.plain)
         try:
             speed = loop.measure_speed(pool, run)
             break
@@ -247,7 +271,7 @@ def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[flo
 def may_use_bfloat16(options: Options, device: torch.device, model: torch.nn.Module) -> bool:
     """Whether to measure bfloat16: for training forms on devices that have it, in studies that no
     other machine shares, as a machine without bfloat16 would get other results."""
-    if not folding.has_factors(model) or studies.sqlite_file(options.storage) is None:
+    if not folding.has_factors(model) or sqlite_file(options.storage) is None:
         return False
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()

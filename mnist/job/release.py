@@ -3,9 +3,9 @@
 import hashlib
 import io
 import logging
-import shutil
 import statistics
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,118 +14,145 @@ import torch
 from optuna.trial import FrozenTrial
 
 from mnist import export, folding, models, plugins, registry, training
-from mnist.job.display import Display
-from mnist.job.state import Job, build_network, describe_origin, is_replaced
+from mnist.data import Dataset
+from mnist.job.final import FinalTraining, TrainedModel
+from mnist.job.options import Options
+from mnist.job.results import describe_origin, find_result
+from mnist.search import checkpoints, runs
 from mnist.search import study as studies
-from mnist.search.workers import folder_bytes, load_checkpoint, save_checkpoint
+from mnist.search.members import Member
+from mnist.search.runs import Recipe
 
 MAX_MISTAKES = 24  # whose images are saved for the report
 EVALUATION_BYTES = 10_000_000  # an upper bound on the size of a saved evaluation
+POLL_INTERVAL_S = 1.0
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """Weights of a training form, with the hyperparameters of `best`, trained on training and
-    validation images. `seconds`: the training time; None if an earlier process finished it."""
+def finish(final: FinalTraining, load: Callable[[], Dataset]) -> dict[str, Any]:
+    """The study's result (see find_result); only the leading member makes it.
 
-    best: FrozenTrial
-    weights: dict[str, torch.Tensor]
-    samples: int
-    seconds: float | None
+    `load` loads the data, which the command does not keep during the training.
+    """
+    member, options, screen = final.member, final.options, final.screen
+    while True:
+        if member.become_leader():
+            final.confirm()
+            if result := find_result(member, options):
+                screen.print_line(
+                    f"trial {result['study']['trial']} has won before; its model is kept"
+                )
+                return result
+            trained = final.train()
+            final.pool.stop_workers()  # frees memory for the plain network and its export
+            screen.print_line("evaluating, once, and saving")
+            if result := save(trained, load(), member, options, final.recipe):
+                return result
+        screen.show_waiting("another process finishes the study")
+        time.sleep(POLL_INTERVAL_S)
+        final.clock.check("another process has not finished the study yet")
+        member.poll()
+        if result := find_result(member, options):
+            return result
 
 
-def save(job: Job, trained: TrainedModel, screen: Display) -> dict[str, Any] | None:
+def is_replaced(member: Member, options: Options) -> bool:
+    """Whether another member has the lead or has finished the study, as this one was silent."""
+    return not member.become_leader() or find_result(member, options) is not None
+
+
+def save(
+    trained: TrainedModel, dataset: Dataset, member: Member, options: Options, recipe: Recipe
+) -> dict[str, Any] | None:
     """Export the model, evaluate it once on the test split and save it; returns the result.
 
     None where another member has replaced this one as the leader.
     """
-    options, dataset, best = job.options, job.dataset, trained.best
-    screen.print_line("evaluating, once, and saving")
-    form = build_network(options, dataset, torch.device("cpu"))
+    form = runs.build_network(recipe.network, dataset, recipe.plain)
     form.load_state_dict(trained.weights)
-    form.eval()
-    model = folding.fold(form).to(job.device)
-    exported = export.export(model, dataset, folding.merge_norms(form))
-    state, predictions = io.BytesIO(), io.BytesIO()
-    torch.save({key: value.cpu() for key, value in model.state_dict().items()}, state)
-    files = {"weights": (".pth", state.getvalue())} | exported.files
+    model, merged = folding.fold(form.eval()), folding.merge_norms(form)
+    exported = export.export(model, dataset, merged)
+    files = {"weights": (".pth", state_dict_bytes(model))} | exported.files
     digest = hashlib.sha256(files["weights"][1])
     digest.update(files.get(exported.served.engine, ("", b""))[1])
-    if is_replaced(job):
+    if is_replaced(member, options):
         return None
-    evaluation = evaluate(job, form, exported, job.folder / f"test-{digest.hexdigest()[:16]}.pt")
-    scores = training.classification_scores(
-        evaluation["probabilities"], evaluation["labels"], dataset.classes
-    )
-    served_errors = export.count_errors(evaluation["served"].numpy(), evaluation["labels"].numpy())
+    path = recipe.checkpoints.evaluation(digest.hexdigest()[:16])
+    evaluation = evaluate(merged, dataset, exported, path, options.disk_quota)
     record = {
-        "dataset": dataset.record(scores["n"]),
-        "model": {"name": options.model, "parameters": models.count_parameters(model)},
-        "hyperparameters": best.params,
+        "dataset": dataset.record(len(evaluation["labels"])),
+        "model": {"name": recipe.network, "parameters": models.count_parameters(model)},
+        "hyperparameters": trained.best.params,
         "training": {
             "samples": trained.samples,
             "seconds": trained.seconds,
             "form": "factored" if folding.has_factors(form) else "plain",
-            "bfloat16": job.plan.bfloat16,
+            "bfloat16": recipe.bfloat16,
         },
-        "study": {
-            "name": job.study.study_name,
-            "id": job.member.study_id,
-            "trial": best.number,
-            "trials": job.member.run_locked(studies.count_finished),
-            "worth": job.member.run_locked(
-                lambda study: studies.gain_over_baselines(study, best.number)
-            ),
-        },
+        "study": describe_study(member, trained.best),
         "metrics": {
-            "validation": validation_metrics(job, best),
+            "validation": validation_metrics(member, trained.best, len(dataset.validation)),
             "calibration": exported.metrics,
-            "test": scores | {"served_errors": served_errors},
+            "test": test_metrics(evaluation, dataset),
         },
         "calibration": exported.calibration,
         "engines": {"served": exported.served.engine, "left_out": exported.left_out},
         "quick": options.quick,
         **describe_origin(options),
     }
-    arrays: dict[str, Any] = {key: part.numpy() for key, part in evaluation.items()}
-    np.savez_compressed(predictions, **arrays)
-    files["predictions"] = (".test.npz", predictions.getvalue())
-    if is_replaced(job):
+    files["predictions"] = (".test.npz", compressed_bytes(evaluation))
+    if is_replaced(member, options):
         return None
-    promote = options.promote
-    if exported.served.engine == "torch" and plugins.is_from_plugin(models.NETWORKS[options.model]):
+    promote, network = options.promote, models.NETWORKS[recipe.network]
+    if exported.served.engine == "torch" and plugins.is_from_plugin(network):
         log.warning("without ONNX nothing can serve a plugin's network; it is not made current")
         promote = "never"
     name = registry.save(options.output, files, record, promote)
     return registry.record(options.output, name)[1] | {"name": name}
 
 
-def evaluate(
-    job: Job, form: torch.nn.Module, exported: export.Export, path: Path
-) -> dict[str, torch.Tensor]:
-    """Predictions on the test split, which only this function opens.
+def state_dict_bytes(model: torch.nn.Module) -> bytes:
+    stream = io.BytesIO()
+    torch.save({key: value.cpu() for key, value in model.state_dict().items()}, stream)
+    return stream.getvalue()
 
-    `probabilities` (N, classes) float32 of the weights, `served` those of the file that a server
-    runs, `labels` (N,) int64, and of the weights' worst MAX_MISTAKES the indices `mistakes` (M,)
-    int64 and `images` (M, channels, size, size) uint8. The training form stands in for the weights:
-    it computes the same, of `parallel` in 3 instead of 16 s. They are saved at `path` until the
-    model is saved, so that no process evaluates again after another one was killed in between.
-    Raises OSError where the disk has no room for them.
+
+def compressed_bytes(evaluation: dict[str, torch.Tensor]) -> bytes:
+    stream = io.BytesIO()
+    arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in evaluation.items()}
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()
+
+
+def evaluate(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    exported: export.Export,
+    path: Path,
+    quota: int | None,
+) -> dict[str, torch.Tensor]:
+    """Predictions of `model` on the test split, which only this function opens.
+
+    `model` stands in for the saved weights: it computes the same, with narrow layers in 3 s instead
+    of 16 (`parallel`, two cores of Zen 4).
+
+    Returns `probabilities` (N, classes) float32, `served` those of the file that a server runs,
+    `labels` (N,) int64, and of the worst MAX_MISTAKES mistakes the indices `mistakes` (M,) int64
+    and `images` (M, channels, size, size) uint8. They are saved at `path` until the model is saved,
+    so that no process evaluates again after another one was killed in between. Raises OSError where
+    the disk or the quota has no room for them.
     """
-    evaluation = load_checkpoint(path)
+    evaluation = checkpoints.load(path)
     if evaluation is None:
-        quota = job.options.disk_quota
-        free_bytes = [shutil.disk_usage(job.folder).free]
-        free_bytes += [] if quota is None else [quota - folder_bytes(job.options.artifacts)]
-        if min(free_bytes) < EVALUATION_BYTES:
-            raise OSError(f"no room for the evaluation in {job.folder}; it is not begun")
-        test = job.dataset.open_test()
-        images = test.images.to(job.device)
-        temperature = exported.calibration["temperature"]
-        narrow = folding.merge_norms(form).to(job.device)
-        probabilities = training.predict(narrow, job.dataset, images, temperature)
+        if checkpoints.free_bytes(path.parent, quota) < EVALUATION_BYTES:
+            needed = f"{EVALUATION_BYTES // 10**6} MB free in {path.parent}"
+            raise OSError(f"the evaluation needs {needed}; it was not started")
+        test = dataset.open_test()
+        device = dataset.train.images.device
+        probabilities = training.predict(
+            model.to(device), dataset, test.images.to(device), exported.calibration["temperature"]
+        )
         worst = training.worst_mistakes(probabilities, test.labels, MAX_MISTAKES)
         evaluation = {
             "probabilities": probabilities,
@@ -134,15 +161,32 @@ def evaluate(
             "mistakes": worst,
             "images": test.images[worst],
         }
-        save_checkpoint(evaluation, path)
+        checkpoints.save(evaluation, path)
     return evaluation
 
 
-def validation_metrics(job: Job, best: FrozenTrial) -> dict[str, Any]:
-    """The winner's errors as a trial, and its accuracies on fresh seeds."""
+def test_metrics(evaluation: dict[str, torch.Tensor], dataset: Dataset) -> dict[str, Any]:
+    """The scores of the weights, and the errors of the file that a server runs."""
+    labels = evaluation["labels"]
+    scores = training.classification_scores(evaluation["probabilities"], labels, dataset.classes)
+    served_errors = export.count_errors(evaluation["served"].numpy(), labels.numpy())
+    return scores | {"served_errors": served_errors}
+
+
+def describe_study(member: Member, best: FrozenTrial) -> dict[str, Any]:
+    return {
+        "name": member.study.study_name,
+        "id": member.study_id,
+        "trial": best.number,
+        "trials": member.run_locked(studies.count_finished),
+        "worth": member.run_locked(lambda study: studies.gain_over_baselines(study, best.number)),
+    }
+
+
+def validation_metrics(member: Member, best: FrozenTrial, n: int) -> dict[str, Any]:
+    """The winner's errors as a trial, of `n` images, and its accuracies on fresh seeds."""
     assert best.value is not None
-    n = len(job.dataset.validation)
-    confirmed = job.member.run_locked(lambda study: studies.confirmations(study, best.number))
+    confirmed = member.run_locked(lambda study: studies.confirmations(study, best.number))
     values = confirmed or [best.value]
     return {
         "errors": round((1 - best.value) * n),

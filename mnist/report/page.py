@@ -17,8 +17,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist import registry
-from mnist.job.display import describe_gain, format_params
 from mnist.report import plots
+from mnist.report.text import describe_gain, format_params
 from mnist.scores import calibration_error
 from mnist.search import study as studies
 from mnist.search.members import Member

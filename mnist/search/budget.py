@@ -73,9 +73,13 @@ class Workload:
 
     @property
     def max_final_samples(self) -> int:
-        """Most images of the final training, unless --final-epochs is given."""
-        epochs = THOROUGH_EPOCHS if self.thorough else MAX_FINAL_EPOCHS
-        return max(epochs * (self.train + self.validation), SMALL_DATA_FINAL_SAMPLES)
+        return max_final_samples(self.train + self.validation, self.thorough)
+
+
+def max_final_samples(epoch: int, thorough: bool) -> int:
+    """Most images of the final training on `epoch` images, unless --final-epochs is given."""
+    epochs = THOROUGH_EPOCHS if thorough else MAX_FINAL_EPOCHS
+    return max(epochs * epoch, SMALL_DATA_FINAL_SAMPLES)
 
 
 def rungs(trial_samples: int) -> list[int]:

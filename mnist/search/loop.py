@@ -1,17 +1,18 @@
 """The search: trials and confirmations, executed by workers."""
 
 import time
-from collections.abc import Callable, Generator, Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from mnist import training
 from mnist.search import study as studies
 from mnist.search.members import Claim, ClaimLost, Member
+from mnist.search.runs import Recipe, Report, Run, RunResult
 from mnist.search.space import DEFAULT, Space
-from mnist.search.workers import Pool, Report, Run, RunResult, Worker
+from mnist.search.workers import Pool, Worker
 
 MAX_FAILURES_IN_A_ROW = 5  # then the search ends
 WAIT_S = 1.0
@@ -56,28 +57,28 @@ class RunningTrial:
 def search(
     member: Member,
     pool: Pool,
-    make_run: Callable[[Claim], Run],
+    recipe: Recipe,
     *,
     trials: int,
-    seed: int,
     sampler: str = "tpe",
     space: Space = DEFAULT,
 ) -> Generator[Update]:
     """Run trials until `trials` of the study are finished, by this or other members.
 
-    `make_run` makes the run of a claimed trial. Yields an Update at least every WAIT_S seconds.
-    Raises Unfinished after MAX_FAILURES_IN_A_ROW failed trials, OSError where a worker cannot
-    write. No trial of this member is left RUNNING, however the search ends.
+    Yields an Update at least every WAIT_S seconds. Raises Unfinished after MAX_FAILURES_IN_A_ROW
+    failed trials, OSError where a worker cannot write. No trial of this member is left RUNNING,
+    however the search ends.
     """
     running: dict[Worker, RunningTrial] = {}
     failures = 0
     try:
         while True:
             for worker in pool.idle_workers():
-                claim = member.ask(trials, seed, sampler, space)
+                claim = member.ask(trials, recipe.seed, sampler, space)
                 if claim is None:
                     break
-                run = replace(make_run(claim), **claim.attrs.get("again", {}))
+                retry = claim.attrs.get("again", {})
+                run = Run.for_trial(recipe, claim.number, claim.params, claim.threads, **retry)
                 resumed = run.checkpoint is not None and run.checkpoint.exists()
                 running[worker] = RunningTrial(claim, run, time.monotonic(), resumed)
                 worker.start(run)
@@ -198,18 +199,20 @@ def measure_speed(pool: Pool, run: Run) -> float:
     raise AssertionError("a run ends with a RunResult")
 
 
-def confirm(
-    member: Member, pool: Pool, make_run: Callable[[FrozenTrial, int], Run], k: int
-) -> Generator[tuple[int, int]]:
-    """Train with the hyperparameters of the k best trials again, on fresh seeds.
+def confirm(member: Member, pool: Pool, recipe: Recipe, k: int) -> Generator[tuple[int, int]]:
+    """Train with the hyperparameters of the k best trials, and of the baselines, on fresh seeds.
 
-    `make_run` makes the run of a trial for seed 0, 1, …. Each result is stored with the study at
-    once. A trial whose run fails is excluded, and the next best takes its place. Yields the number
-    of finished runs and of all runs at least every WAIT_S seconds.
+    Each result is stored with the study at once. A trial whose run fails is excluded, and the next
+    best takes its place. Yields the number of finished runs and of all runs at least every WAIT_S
+    seconds.
     """
     while unconfirmed := member.run_locked(lambda study: studies.find_unconfirmed(study, k)):
         runs = {
-            (trial.number, i): make_run(trial, i) for trial, seeds in unconfirmed for i in seeds
+            (trial.number, i): Run.for_confirmation(
+                recipe, trial.number, trial.params, i, studies.micro_batch(trial)
+            )
+            for trial, seeds in unconfirmed
+            for i in seeds
         }
         total, done = len(runs), 0
         for key, message in execute_runs(pool, runs):

@@ -1,101 +1,22 @@
 """The Optuna study: sampler, pruner, fingerprint, best trials, baselines, summary."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
 from mnist.data import FOLDER_PREFIX, Dataset
 from mnist.search import budget
+from mnist.search.runs import derive_seed
 from mnist.search.space import DEFAULT, Space, filter_params
+from mnist.search.storage import StudyError
 
 FIRST_PARAMS = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
 MIN_TRIALS_FOR_IMPORTANCE = 10  # complete trials; with fewer, importances are noise
 BASELINES = ("first", "median")
 CONFIRM_SEEDS = 2  # fresh seeds, on which the best trials and the baselines are trained again
-SQLITE_TIMEOUT_S = 60  # how long SQLite waits for another process's statement
-# Time after which PostgreSQL ends an idle transaction or a wait for a lock; less than
-# members.GRACE_PERIOD_S, so that a trial is free before another member claims it.
-TRANSACTION_TIMEOUT_S = 30.0
-STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError)  # a full disk, a lost server
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-class StudyError(RuntimeError):
-    """A study that this command cannot open or continue."""
-
-
-def open_study(storage: str, name: str) -> optuna.Study:
-    """Create or continue a study. Raises StudyError where the storage cannot be used."""
-    try:
-        database = optuna.storages.RDBStorage(storage, engine_kwargs(storage))
-        study = optuna.create_study(
-            storage=database, study_name=name, direction="maximize", load_if_exists=True
-        )
-        if "id" not in study.user_attrs:
-            study.set_user_attr("id", uuid4().hex)
-    except (*STORAGE_ERRORS, ImportError, ValueError) as error:
-        raise unusable_storage(storage, str(getattr(error, "orig", None) or error)) from error
-    return study
-
-
-def without_password(storage: str) -> str:
-    """The storage's URL without its password, for output and records."""
-    try:
-        return make_url(storage).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return storage
-
-
-def engine_kwargs(storage: str) -> dict[str, Any]:
-    """Arguments of SQLAlchemy's engine for a storage; raises StudyError for a malformed URL."""
-    try:
-        kind = make_url(storage).get_backend_name()
-    except SQLAlchemyError as error:
-        raise unusable_storage(storage, str(error)) from error
-    if kind == "sqlite":
-        return {"connect_args": {"timeout": SQLITE_TIMEOUT_S}}
-    if kind == "postgresql":  # libpq's parameters, which detect a server that hangs
-        timeouts = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5}
-        keepalives = {"keepalives_count": 3, "tcp_user_timeout": 30_000}
-        events = [(set_transaction_timeout, "connect")]
-        return {"pool_pre_ping": True, "connect_args": timeouts | keepalives, "pool_events": events}
-    return {"pool_pre_ping": True}
-
-
-def set_transaction_timeout(connection: Any, _: Any) -> None:
-    """Let PostgreSQL end transactions of a new connection that stall for TRANSACTION_TIMEOUT_S.
-
-    A process suspended in a transaction would hold its locks for as long as its machine sleeps.
-    """
-    with connection.cursor() as cursor:
-        for name in ("idle_in_transaction_session_timeout", "lock_timeout"):
-            cursor.execute(f"SET {name} = {int(TRANSACTION_TIMEOUT_S * 1000)}")
-    connection.commit()
-
-
-def unusable_storage(storage: str, reason: str) -> StudyError:
-    """The one-line error for a storage that cannot be opened."""
-    return StudyError(
-        f"--storage {without_password(storage)!r} cannot be opened: "
-        f"{reason.strip().splitlines()[0]}; a URL such as sqlite:///db.sqlite3 is wanted"
-    )
-
-
-def sqlite_file(storage: str) -> Path | None:
-    """The file of an SQLite database; None for other storages."""
-    try:
-        url = make_url(storage)
-    except SQLAlchemyError:
-        return None
-    is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    return Path(str(url.database)).resolve() if is_file else None
 
 
 def fingerprint(
@@ -323,14 +244,19 @@ def select_winner(study: optuna.Study, k: int) -> FrozenTrial | None:
     return max(best, key=mean, default=None)  # of equals the better trial, which comes first
 
 
+def final_samples(study: optuna.Study, number: int) -> int | None:
+    """The images of the final training with the hyperparameters of this trial, if it has begun."""
+    return study.user_attrs.get("final_samples", {}).get(str(number))
+
+
+def store_final_samples(study: optuna.Study, number: int, samples: int) -> None:
+    stored = study.user_attrs.get("final_samples", {})
+    study.set_user_attr("final_samples", stored | {str(number): samples})
+
+
 def micro_batch(trial: FrozenTrial) -> int | None:
     """The trial's micro-batch at its end; None where its memory was enough for whole batches."""
     return trial.user_attrs.get("again", {}).get("micro_batch")
-
-
-def derive_seed(seed: int, *numbers: int) -> int:
-    """A seed (31 bits) derived from the study's seed and further numbers, such as a trial's."""
-    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0] >> 1)
 
 
 def compute_importance(study: optuna.Study) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""mnist.job: the files that a finished study leaves."""
+"""mnist.job.results: the files that a finished study leaves."""
 
 import os
 import time
@@ -10,7 +10,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from mnist.job import state
+from mnist.job import results
+from mnist.job.options import Options
+from mnist.search import checkpoints
 from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -44,8 +46,8 @@ def test_files_that_a_living_member_may_need_are_left(
     names = ["trial-0.pt", "trial-1.pt", "final-0-1200.pt", ".trial-1.pt.7.tmp", ".old.pt.8.tmp"]
     for name in names:
         (tmp_path / name).touch()
-    os.utime(tmp_path / ".old.pt.8.tmp", (0, time.time() - 2 * state.STALE_AFTER_S))
-    monkeypatch.setattr(state, "find_result", lambda _: result)
-    member = types.SimpleNamespace(run_locked=lambda _: trials)
-    state.remove_stale_files(types.SimpleNamespace(folder=tmp_path, member=member))  # type: ignore[arg-type]
+    os.utime(tmp_path / ".old.pt.8.tmp", (0, time.time() - 2 * checkpoints.STALE_AFTER_S))
+    monkeypatch.setattr(results, "find_result", lambda *_: result)
+    member: Any = types.SimpleNamespace(run_locked=lambda _: trials)
+    results.remove_stale_files(member, Options(), checkpoints.Checkpoints(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {*names[1:4]}

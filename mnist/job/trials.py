@@ -1,0 +1,52 @@
+"""The search of one command: trials until the budget is reached, or half of --timeout is over."""
+
+import contextlib
+import math
+import time
+
+from mnist.job.clock import Clock
+from mnist.job.display import Display, format_duration
+from mnist.job.options import Options
+from mnist.search import loop
+from mnist.search import study as studies
+from mnist.search.budget import Plan
+from mnist.search.members import Member
+from mnist.search.runs import Recipe
+from mnist.search.space import Space
+from mnist.search.workers import Pool
+
+
+def run_trials(
+    member: Member,
+    pool: Pool,
+    screen: Display,
+    options: Options,
+    space: Space,
+    recipe: Recipe,
+    plan: Plan,
+    clock: Clock,
+) -> None:
+    """Run trials; raises loop.Unfinished where --timeout leaves no complete one."""
+    trials = options.total_trials
+    for trial in member.run_locked(lambda study: study.get_trials(deepcopy=False)):
+        if trial.state in studies.FINISHED:
+            screen.add_finished(trial.state, trial.number, trial.value)
+    if screen.done >= trials:
+        return
+    screen.print_line(
+        f"study {member.study.study_name}: {screen.done} of {trials} trials finished; a trial sees "
+        f"at most {plan.trial_samples:,} images; expected: "
+        f"{format_duration((trials - screen.done) * plan.trial_s)} for the search, "
+        f"{format_duration(plan.after_search_s)} for the final model"
+    )
+    half = clock.start + (options.timeout or math.inf) / 2
+    updates = loop.search(member, pool, recipe, trials=trials, sampler=options.sampler, space=space)
+    with contextlib.closing(updates):
+        for update in updates:
+            screen.show_update(update)
+            if time.monotonic() > half:
+                break
+    if member.run_locked(studies.count_finished) < trials:
+        if not member.run_locked(lambda study: studies.best_trials(study, 1)):
+            raise loop.Unfinished("--timeout: no trial was completed")
+        screen.print_line(f"--timeout: the budget of {trials} trials was not reached")
