@@ -72,11 +72,11 @@ def objective(trial: optuna.Trial) -> float:
 
 
 def ours(member: Member) -> None:
-    claim = member.ask(10**9, seed=0)
+    claim = member.trials.ask(10**9, seed=0)
     assert claim is not None
     for step in STEPS:
-        member.report(claim, step, accuracy(claim.params, step))
-    member.tell(claim, TrialState.COMPLETE, accuracy(claim.params, SAMPLES))
+        member.trials.report(claim, step, accuracy(claim.params, step))
+    member.trials.tell(claim, TrialState.COMPLETE, accuracy(claim.params, SAMPLES))
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -20,7 +20,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from mnist.search import budget, liveness, locks
 from mnist.search import storage as storages
 from mnist.search import study as studies
-from mnist.search.members import Claim, ClaimLost, Member
+from mnist.search.claims import Claim, ClaimLost
+from mnist.search.members import Member
 from tests.conftest import ROOT, Clock
 from tests.gates import until
 
@@ -55,8 +56,8 @@ def test_many_members_together_finish_exactly_the_trials_asked_for(storage: str)
     def work(_: int) -> int:
         done = 0
         with Member(storage, "study", threads=1) as member:
-            while claim := member.ask(20, seed=0):
-                member.tell(claim, TrialState.COMPLETE, claim.params["lr"])
+            while claim := member.trials.ask(20, seed=0):
+                member.trials.tell(claim, TrialState.COMPLETE, claim.params["lr"])
                 done += 1
         return done
 
@@ -68,11 +69,11 @@ def test_many_members_together_finish_exactly_the_trials_asked_for(storage: str)
 
 
 def test_a_running_trial_takes_its_place_in_the_budget(one: Member, two: Member) -> None:
-    claim = one.ask(1, seed=0)
+    claim = one.trials.ask(1, seed=0)
     assert claim is not None
-    assert two.ask(1, seed=0) is None
-    one.requeue(claim)
-    again = two.ask(1, seed=0)
+    assert two.trials.ask(1, seed=0) is None
+    one.trials.requeue(claim)
+    again = two.trials.ask(1, seed=0)
     assert again is not None
     assert (again.number, again.params) == (claim.number, claim.params)
 
@@ -91,22 +92,22 @@ def test_a_trial_whose_transaction_fails_waits_and_blocks_nobody(
         if not lost:  # as after a suspended process or a restarted server
             lost.append(True)
             for _ in range(others):
-                assert two.ask(3, seed=1)
+                assert two.trials.ask(3, seed=1)
             raise OperationalError("COMMIT", {}, Exception("the server ended the session"))
 
-    before = one.ask(2, seed=0)
+    before = one.trials.ask(2, seed=0)
     assert before is not None
     monkeypatch.setattr(one.shared, "lock", failing_lock)
-    claim = one.ask(2, seed=0)
+    claim = one.trials.ask(2, seed=0)
     assert lost
     if others:
         assert claim is None
         assert states(one) == [TrialState.RUNNING, TrialState.WAITING, TrialState.RUNNING]
     else:
         assert claim is not None
-        one.tell(claim, TrialState.COMPLETE, 0.5)
+        one.trials.tell(claim, TrialState.COMPLETE, 0.5)
         assert states(one) == [TrialState.RUNNING, TrialState.COMPLETE]
-    one.tell(before, TrialState.COMPLETE, 0.5)
+    one.trials.tell(before, TrialState.COMPLETE, 0.5)
 
 
 def sessions(member: Member) -> list[int]:
@@ -120,9 +121,9 @@ def sessions(member: Member) -> list[int]:
 def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
     one: Member, two: Member, holder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim = two.ask(1, seed=0)
+    claim = two.trials.ask(1, seed=0)
     assert claim is not None
-    engine = {"lock": one.shared.engine, "storage": one._storage._backend.engine}[holder]
+    engine = {"lock": one.shared.engine, "storage": one.shared.storage._backend.engine}[holder]
     engine.dispose()
     monkeypatch.setattr(storages, "TRANSACTION_TIMEOUT_S", 1.0)
     with engine.connect() as stopped:
@@ -131,7 +132,7 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
         until(lambda: pid not in sessions(two), "its session is ended", 60)
         with pytest.raises(DBAPIError, match="idle-in-transaction timeout"):
             stopped.execute(text("SELECT 1"))
-        assert two.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
+        assert two.trials.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
 
 
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
@@ -154,7 +155,7 @@ def test_an_action_that_failed_during_a_sleep_longer_than_all_retries_is_retried
 def test_a_member_on_this_machine_is_dead_when_its_lock_is_free_and_only_then(
     one: Member, two: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim = one.ask(5, seed=0)
+    claim = one.trials.ask(5, seed=0)
     assert claim is not None
     monkeypatch.setattr(liveness, "GRACE_PERIOD_S", -1.0)
     two.poll()
@@ -167,7 +168,7 @@ def test_a_member_on_this_machine_is_dead_when_its_lock_is_free_and_only_then(
 def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_period(
     one: Member, storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim, clock = one.ask(5, seed=0), Clock()
+    claim, clock = one.trials.ask(5, seed=0), Clock()
     assert claim is not None
     one._stopping.set()  # it sends heartbeats only by poll()
     one._heartbeat.join()
@@ -199,11 +200,11 @@ def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_per
 def test_a_trial_recorded_as_this_member_s_without_a_claim_is_requeued(
     one: Member, two: Member
 ) -> None:
-    claim = one.ask(1, seed=0)
+    claim = one.trials.ask(1, seed=0)
     assert claim is not None
-    one.requeue(claim)
+    one.trials.requeue(claim)
     studies.ask(two.study, seed=0)  # and killed before it recorded its claim
-    again = one.ask(1, seed=0)
+    again = one.trials.ask(1, seed=0)
     assert again is not None
     assert again.number == claim.number
 
@@ -239,11 +240,11 @@ def test_studies_that_start_together_on_a_new_database_do_not_disturb_one_anothe
 
 def lose(one: Member, two: Member) -> Claim:
     """A claim of `one`, whose trial `two` has claimed since."""
-    claim = one.ask(5, seed=0)
+    claim = one.trials.ask(5, seed=0)
     assert claim is not None
     two.run_locked(lambda study: study.set_user_attr("members", {two.id: two.entries()[two.id]}))
     two.poll()
-    taken = two.ask(5, seed=0)
+    taken = two.trials.ask(5, seed=0)
     assert taken is not None
     assert taken.number == claim.number
     return claim
@@ -252,28 +253,28 @@ def lose(one: Member, two: Member) -> Claim:
 def test_a_member_that_was_taken_for_dead_cannot_change_the_trial(one: Member, two: Member) -> None:
     claim = lose(one, two)
     with pytest.raises(ClaimLost, match="trial 0 was taken over"):
-        one.report(claim, 100, 0.1)
+        one.trials.report(claim, 100, 0.1)
     with pytest.raises(ClaimLost):
-        one.tell(claim, TrialState.COMPLETE, 0.1)
+        one.trials.tell(claim, TrialState.COMPLETE, 0.1)
     with pytest.raises(ClaimLost):
-        one.requeue(claim)
+        one.trials.requeue(claim)
     assert two.study.trials[0].intermediate_values == {}
     assert states(two) == [TrialState.RUNNING]
     before = one.id
     one.poll()  # it works on, as another member
     assert one.id != before
-    assert one.ask(5, seed=0) is not None
+    assert one.trials.ask(5, seed=0) is not None
 
 
 def test_a_pruning_decision_that_was_lost_with_its_process_is_repeated(one: Member) -> None:
     rung = budget.rungs(600)[0]
     for accuracy in (0.9, 0.8, 0.7):
-        claim = one.ask(9, seed=0)
+        claim = one.trials.ask(9, seed=0)
         assert claim is not None
-        prune = one.report(claim, rung, accuracy)
+        prune = one.trials.report(claim, rung, accuracy)
         assert prune == (accuracy < 0.9)
-        assert one.report(claim, rung, accuracy) == prune
-        one.tell(claim, TrialState.PRUNED if prune else TrialState.COMPLETE, accuracy)
+        assert one.trials.report(claim, rung, accuracy) == prune
+        one.trials.tell(claim, TrialState.PRUNED if prune else TrialState.COMPLETE, accuracy)
 
 
 def test_one_member_leads_until_it_leaves(one: Member, two: Member) -> None:
@@ -310,7 +311,7 @@ def test_ctrl_c_waits_for_the_end_of_the_lock(one: Member) -> None:
 def test_a_killed_member_is_found_at_once(one: Member, storage: str) -> None:
     code = (
         "import os, signal; from mnist.search.members import Member; "
-        f"m = Member({storage!r}, 'study', 1); m.__enter__(); m.ask(5, 0); "
+        f"m = Member({storage!r}, 'study', 1); m.__enter__(); m.trials.ask(5, 0); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ))
@@ -330,7 +331,7 @@ def test_a_lock_on_the_database_is_waited_for(one: Member, tmp_path: Path) -> No
     other = sqlite3.connect(tmp_path / "db.sqlite3", check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
     threading.Timer(1.0, other.rollback).start()
-    assert one.ask(5, seed=0) is not None
+    assert one.trials.ask(5, seed=0) is not None
     other.close()
 
 

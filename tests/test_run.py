@@ -25,8 +25,10 @@ from PIL import Image
 
 import run as run_module
 from mnist import data, models, predict, registry
-from mnist.job import prepare
+from mnist.job import prepare, trials
+from mnist.job.options import Options
 from mnist.search import loop
+from mnist.search.claims import Trials
 from serve.app import app
 from tests.conftest import DATA_DIR, DIGITS, ROOT, SHORT, Command
 from tests.gates import LONG_S, Gates, until
@@ -244,7 +246,7 @@ def test_a_timeout_keeps_what_finished_and_says_so(
 ) -> None:
     """On any machine, half of the timeout is over when three trials are finished."""
     finished: list[int] = []
-    real = loop.Member.tell
+    real = Trials.tell
 
     def tell(*args: Any, **kwargs: Any) -> Any:
         finished.append(1)
@@ -253,8 +255,8 @@ def test_a_timeout_keeps_what_finished_and_says_so(
     def monotonic() -> float:
         return time.monotonic() + (1800 if len(finished) >= 3 else 0)
 
-    monkeypatch.setattr(loop.Member, "tell", tell)
-    monkeypatch.setattr(run_module, "time", types.SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(Trials, "tell", tell)
+    monkeypatch.setattr(trials, "time", types.SimpleNamespace(monotonic=monotonic))
     done = run(*DIGITS, "--trials", "100000", "--timeout", "1h", "--epochs", "2")
     assert done.returncode == 0, done.stderr
     assert "--timeout: the budget of 100000 trials was not reached" in done.stderr
@@ -429,12 +431,14 @@ def test_an_error_in_one_of_several_studies_is_reported_before_the_first(
 def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(job: Any, *_: Any) -> None:
-        if job.options.model == "linear":
-            raise loop.Unfinished("--timeout: of linear")
+    real = run_module.run_trials
 
-    real = run_module.run_search
-    monkeypatch.setattr(run_module, "run_search", lambda *a: fail(*a) or real(*a))
+    def run_trials(*arguments: Any) -> None:
+        if any(isinstance(part, Options) and part.model == "linear" for part in arguments):
+            raise loop.Unfinished("--timeout: of linear")
+        real(*arguments)
+
+    monkeypatch.setattr(run_module, "run_trials", run_trials)
     done = run("--dataset", "digits", "--model", "linear", "--model", "compact", *SHORT)
     assert done.returncode == 1
     assert "digits-linear: --timeout: of linear" in done.stderr

@@ -184,7 +184,7 @@ def test_a_trial_on_which_three_workers_die_is_given_up(tmp_path: Path, pool: Po
 def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: Pool) -> None:
     one = member(tmp_path)
     with one:
-        claim = one.ask(5, 0)
+        claim = one.trials.ask(5, 0)
         assert claim is not None
         run = Run.for_trial(RECIPE, claim.number, claim.params, claim.threads)
         trial = loop.RunningTrial(claim, run, 0.0)

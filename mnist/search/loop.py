@@ -9,7 +9,8 @@ from optuna.trial import TrialState
 
 from mnist import training
 from mnist.search import study as studies
-from mnist.search.members import Claim, ClaimLost, Member
+from mnist.search.claims import Claim, ClaimLost
+from mnist.search.members import Member
 from mnist.search.runs import Recipe, Report, Run, RunResult
 from mnist.search.space import DEFAULT, Space
 from mnist.search.workers import Pool, Worker
@@ -74,7 +75,7 @@ def search(
     try:
         while True:
             for worker in pool.idle_workers():
-                claim = member.ask(trials, recipe.seed, sampler, space)
+                claim = member.trials.ask(trials, recipe.seed, sampler, space)
                 if claim is None:
                     break
                 retry = claim.attrs.get("again", {})
@@ -133,24 +134,26 @@ def record_message(
     if isinstance(message, Report):
         progress = message.progress
         if progress.accuracy is not None:
-            prune = member.report(claim, progress.samples, progress.accuracy)
+            prune = member.trials.report(claim, progress.samples, progress.accuracy)
             worker.reply(stop=prune and progress.samples < progress.total)
         return Update(claim.number, claim.params, progress)
     value = None
     if message.failure is None:
         state = TrialState.PRUNED if message.stopped else TrialState.COMPLETE
         resumed = {"resumed": True} if trial.resumed else {}
-        value = member.tell(claim, state, None if message.stopped else message.accuracy, **resumed)
+        value = member.trials.tell(
+            claim, state, None if message.stopped else message.accuracy, **resumed
+        )
     elif message.failure == "disk":
-        member.requeue(claim)
+        member.trials.requeue(claim)
         raise OSError(message.reason)
     elif next_run := trial.run.retry(message):
         state = TrialState.WAITING
         keys = ("micro_batch", "deaths", "mark")
-        member.requeue(claim, again={key: getattr(next_run, key) for key in keys})
+        member.trials.requeue(claim, again={key: getattr(next_run, key) for key in keys})
     else:
         state = TrialState.FAIL
-        member.tell(claim, state, fail_reason=f"{message.failure}: {message.reason}")
+        member.trials.tell(claim, state, fail_reason=f"{message.failure}: {message.reason}")
     if state != TrialState.WAITING and trial.run.checkpoint:
         trial.run.checkpoint.unlink(missing_ok=True)
     seconds = time.monotonic() - trial.start
