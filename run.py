@@ -21,7 +21,7 @@ import click
 import optuna
 import torch
 
-from mnist import data, registry, training
+from mnist import data, memory, registry
 from mnist.job import display, prepare, release, results
 from mnist.job.clock import Clock
 from mnist.job.display import Display, full_message, root_cause
@@ -79,7 +79,7 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
 
 def write_report(member: Member, options: Options, name: str) -> None:
     """Write and attach the report; an error only prints a line, as the model is complete."""
-    training.return_freed_memory()  # of the export
+    memory.return_freed_memory()  # of the export
     try:
         page.make(member, name, options.output, options.artifacts)
     except Exception as error:  # noqa: BLE001 - drawing figures may raise anything

@@ -28,7 +28,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from benchmarks.curve_runs import FIDELITIES, SPACES, Run, Settings, carry_out, runs
-from mnist import data, folding, training
+from mnist import data, folding, memory, training
 from mnist.data import Dataset
 from mnist.search import study as studies
 from mnist.search.storage import StudyError, open_study, without_password
@@ -267,7 +267,7 @@ def main(
             found = opened(storage, study, settings, dataset)
             restore(found, path, settings)
             found["default"].set_user_attr("made", made_by(settings, place))
-            training.keep_freed_memory()
+            memory.keep_freed_memory()
             for run, result, *times in work(found, settings, dataset, share):
                 click.echo(line(run, result, len(dataset.validation), *times))
         content = table(storage, study, settings)

@@ -14,7 +14,7 @@ import click
 import torch
 
 from benchmarks.training import STEPS, usual_loop
-from mnist import data, training
+from mnist import data, memory
 from mnist.search import workers
 
 IMAGES = 60_000
@@ -32,7 +32,7 @@ def main(
 ) -> None:
     """Measure steps of the usual procedure, and compute its total."""
     torch.set_num_threads(workers.available_cores())
-    training.keep_freed_memory()  # which helps it
+    memory.keep_freed_memory()  # which helps it
     dataset = data.load("mnist", data_dir)
     speeds = sorted(usual_loop("parallel", dataset, batch_size) for _ in range(rounds))
     speed = speeds[rounds // 2]

@@ -21,11 +21,11 @@ from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHal
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from mnist.metrics import MIN_PROBABILITY
 from mnist.search import budget
 from mnist.search import study as studies
 from mnist.search.runs import derive_seed
 from mnist.search.space import DEFAULT, Space
-from mnist.training import MIN_PROBABILITY
 
 FAR = 10.0  # distance of two optimizers; all else is at most the square root of 2
 CLOSE = 1.1  # by default, a choice is good with at most so many times the least final errors

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import torch
 
-from mnist import data, folding, models, training
+from mnist import data, folding, memory, metrics, models, training
 from mnist.data import Dataset
 from mnist.search import workers
 
@@ -41,7 +41,7 @@ def train(
     ):
         pass
     seconds = time.perf_counter() - start
-    wrong = training.errors(model, dataset, dataset.validation)
+    wrong = metrics.errors(model, dataset, dataset.validation)
     return 1 - wrong / len(dataset.validation), seconds
 
 
@@ -64,7 +64,7 @@ def main(
 ) -> None:
     """Train and print a line for each seed, then the median of each target."""
     torch.set_num_threads(workers.available_cores())
-    training.keep_freed_memory()
+    memory.keep_freed_memory()
     dataset = data.load("mnist", data_dir)
     params = {"optimizer": optimizer, "batch_size": batch_size, "lr": lr}
     times: dict[float, list[float]] = {target: [] for target in TARGETS}

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mnist import data, folding, models, training
+from mnist import data, folding, memory, models, training
 from mnist.data import Dataset
 from mnist.search import workers
 
@@ -37,7 +37,7 @@ def usual_loop(network: str, dataset: Dataset, batch_size: int) -> float:
     ):
         start = time.perf_counter()
         adam.zero_grad()
-        F.cross_entropy(model(training.standardise(images, dataset)), labels).backward()
+        F.cross_entropy(model(dataset.standardise(images)), labels).backward()
         adam.step()
         times.append(time.perf_counter() - start)
     return batch_size / statistics.median(times[2:])
@@ -67,7 +67,7 @@ def step_flops(model: nn.Module, dataset: Dataset) -> float:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_hook(count)
     with torch.no_grad():
-        model.eval()(training.standardise(dataset.train.images[:1], dataset))
+        model.eval()(dataset.standardise(dataset.train.images[:1]))
     return 3.0 * total
 
 
@@ -97,7 +97,7 @@ def ways(network: str, dataset: Dataset, batch_size: int) -> dict[str, Callable[
 def main(model: str, batch_size: int, rounds: int, data_dir: Path | None) -> None:
     """Compare and print a table."""
     torch.set_num_threads(workers.available_cores())
-    training.keep_freed_memory()  # which helps the usual loop as well
+    memory.keep_freed_memory()  # which helps the usual loop as well
     dataset = data.load("mnist", data_dir)
     measured: dict[str, list[float]] = {}
     for _ in range(rounds):

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from scipy.special import logsumexp, softmax
 
-from mnist import data, export, images, inference, models, registry, training
+from mnist import calibration, data, images, inference, models, registry
 
 SIDES = (28, 140)  # of noise pictures
 EACH = 100  # noise pictures of a kind and a side
@@ -158,7 +158,7 @@ def penultimate(model: torch.nn.Module, dataset: data.Dataset, pictures: np.ndar
     """Logits (N, classes) and features (N, d) of pictures uint8, in torch."""
     watched, parts = models.WithFeatures(model).eval(), torch.from_numpy(pictures).split(250)
     with torch.inference_mode():
-        outputs = [watched(training.standardise(part, dataset)) for part in parts]
+        outputs = [watched(dataset.standardise(part)) for part in parts]
     return [torch.cat([output[i] for output in outputs]).numpy() for i in (0, -1)]
 
 
@@ -167,7 +167,7 @@ def penultimate(model: torch.nn.Module, dataset: data.Dataset, pictures: np.ndar
 
 def row(name: str, score: Callable[[str], np.ndarray], groups: dict[str, list[str]]) -> None:
     """Per cent flagged of each group, under the threshold that 1 % of `calibration` is below."""
-    limit = export.fit_threshold(score("calibration"))
+    limit = calibration.fit_threshold(score("calibration"))
     flagged = {
         group: np.concatenate([score(each) for each in members]) < limit
         for group, members in groups.items()
@@ -201,7 +201,7 @@ def main(folder: Path, data_dir: Path | None, seed: int) -> None:
     click.echo(f"{'% flagged':18}" + "".join(f"{group[:9]:>10}" for group in groups))
     number = sum(len(pictures[each]) for each in noise)
     click.echo(f"{'n':18}{number:10}" + "".join(f"{len(pictures[g]):10}" for g in [*groups][1:]))
-    known = dataset.train.head(export.OOD_IMAGES)
+    known = dataset.train.head(calibration.OOD_IMAGES)
     weights = torch.load(registry.file(folder, name, "weights"), weights_only=True)
     model = models.build(
         record["model"]["name"], dataset.channels, dataset.size, len(dataset.classes)

@@ -7,19 +7,19 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 from torch import nn
 
-from mnist import inference, models, ood, training
+from mnist import inference, models
+from mnist.calibration import EngineOutputs, calibrate
 from mnist.data import Dataset
-from mnist.inference import Classifier, Outputs, probabilities
+from mnist.inference import Classifier, probabilities
+from mnist.metrics import count_errors
 from mnist.scores import calibration_error
 
 # Layers with weights, and operations between them; norms and softmax stay in float32.
@@ -28,15 +28,8 @@ QUANTISED_OPS += ["MaxPool", "AveragePool", "GlobalAveragePool"]
 RANGE_IMAGES = 512  # training images that determine the int8 range of each layer
 MAX_EXTRA_ERRORS = 1  # errors of int8 on the calibration split beyond those of torch
 GOLDEN_IMAGES = 16
-MAX_TEMPERATURE = 10.0  # the smallest is its inverse
-MAX_UNCERTAIN = 0.01  # share of the calibration images
-MAX_UNCERTAIN_OTHER = 0.1  # the same in engines that are not served; 1 to 2 % is usual
-OOD_IMAGES = 5_000  # training images; with 2,500 of them 2 % less noise is flagged
 
 log = logging.getLogger(__name__)
-
-EngineOutputs = tuple[Classifier, Outputs]
-"""A model in one engine, and its outputs for the calibration images."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +125,6 @@ def _build_engines(
     return best_first, files, left_out
 
 
-def count_errors(scores: np.ndarray, labels: np.ndarray) -> int:
-    """The number of rows of logits or probabilities (N, classes) with a wrong prediction."""
-    return int((scores.argmax(1) != labels).sum())
-
-
 def _check_outputs(
     engine: str, logits: np.ndarray, expected: np.ndarray, labels: np.ndarray
 ) -> None:
@@ -167,7 +155,7 @@ class _FromPixels(nn.Module):
         self.model, self.dataset = models.WithFeatures(model), dataset
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.model(training.standardise(images, self.dataset))
+        return self.model(self.dataset.standardise(images))
 
 
 def to_onnx(model: nn.Module, dataset: Dataset) -> bytes:
@@ -245,64 +233,3 @@ def make_golden(images: np.ndarray, predicted: dict[str, np.ndarray], served: st
     parts: dict[str, Any] = {engine: rows[chosen] for engine, rows in predicted.items()}
     np.savez_compressed(stream, images=images[chosen], **parts)
     return stream.getvalue()
-
-
-# --- the temperature -----------------------------------------------------------------------------
-
-
-def calibrate(engines: dict[str, EngineOutputs], dataset: Dataset) -> Classifier:
-    """The first engine's classifier, with temperature and threshold."""
-    outputs = {engine: output for engine, (_, output) in engines.items()}
-    first = next(iter(engines))
-    temperature = fit_temperature(outputs[first][0], dataset.calibration.labels.numpy())
-    return set_threshold(replace(engines[first][0], temperature=temperature), outputs, dataset)
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature with the highest likelihood of the labels (N,) (Guo et al. 2017).
-
-    1 without errors, as the likelihood then grows for ever as the temperature falls.
-    """
-    if not count_errors(logits, labels):
-        return 1.0
-
-    def loss(log_temperature: float) -> float:
-        shares = log_softmax(logits / np.exp(log_temperature), axis=1)
-        return -float(shares[np.arange(len(labels)), labels].mean())
-
-    limit = float(np.log(MAX_TEMPERATURE))
-    optimum = minimize_scalar(loss, bounds=(-limit, limit), method="bounded")
-    return round(float(np.exp(optimum.x)), 4)
-
-
-# --- the threshold of uncertainty ----------------------------------------------------------------
-
-
-def set_threshold(served: Classifier, outputs: dict[str, Outputs], dataset: Dataset) -> Classifier:
-    """The classifier with a score and the threshold below which a picture is uncertain.
-
-    `outputs` maps each engine to its outputs for the calibration images. The score is the
-    out-of-distribution score of the features, or the largest logit where features are missing or
-    differ between engines.
-    """
-    samples = dataset.train.head(OOD_IMAGES)
-    try:
-        _, features = served.outputs(samples.images.numpy())
-        by_features = replace(served, ood_score=ood.fit(features, samples.labels.numpy()))
-        scores = {engine: by_features.scores(*output) for engine, output in outputs.items()}
-        limit = fit_threshold(scores[served.engine])
-        for engine in scores:
-            share = float((scores[engine] < limit).mean())
-            if share > MAX_UNCERTAIN_OTHER:
-                raise ValueError(f"{engine} is uncertain of {share:.1%} of calibration images")
-        return replace(by_features, uncertain_below=limit)
-    except ValueError as error:
-        log.info("no out-of-distribution score: %s", error)
-        limit = fit_threshold(outputs[served.engine][0].max(1))
-        return replace(served, ood_score=None, uncertain_below=limit)
-
-
-def fit_threshold(scores: np.ndarray) -> float:
-    """The highest value, to four places, with at most MAX_UNCERTAIN of the scores (N,) below it."""
-    lowest = np.sort(scores)[int(MAX_UNCERTAIN * len(scores))]
-    return float(np.floor(np.float64(lowest) * 1e4) / 1e4)

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from mnist import images, inference, registry
-from mnist.report import plots
+from mnist.report import model_plots, plots
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TOP_CLASSES = 3
@@ -126,14 +126,16 @@ def print_picture(picture: np.ndarray, stream: TextIO) -> None:
 
 def plot_predictions(predictions: Sequence[Prediction], file: Path) -> None:
     """Write a PNG file of all pictures, as the model sees them, with their predictions."""
-    names = plots.printable_names([prediction.file.name for prediction in predictions])
-    classes = plots.printable_names([prediction.top[0][0] for prediction in predictions])
+    names = model_plots.printable_names([prediction.file.name for prediction in predictions])
+    classes = model_plots.printable_names([prediction.top[0][0] for prediction in predictions])
     captions = [
         f"{name}\n{read}: {'not sure' if prediction.uncertain else f'{prediction.top[0][1]:.1%}'}"
         for name, read, prediction in zip(names, classes, predictions, strict=True)
     ]
     pictures = np.stack([prediction.picture for prediction in predictions])
-    file.write_bytes(plots.render_png(lambda: plots.plot_grid(pictures, captions), colours=None))
+    file.write_bytes(
+        plots.render_png(lambda: model_plots.plot_grid(pictures, captions), colours=None)
+    )
 
 
 # --- python -m mnist.predict

@@ -24,7 +24,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from mnist import data, images, inference, models, registry, training
+from mnist import data, images, inference, metrics, models, registry
 from serve import uploads
 from serve.app import app
 from serve.engine import Engine
@@ -121,7 +121,7 @@ def test_real_images_posted_as_png_are_read_bit_for_bit_and_answered_as_in_pytho
     files = {"weights": (".pth", weights.getvalue())}
     registry.save(tmp_path, files, entry(**changes), "always")
     pictures = mnist.validation.images[:20]
-    expected = training.predict(model, mnist, pictures).numpy()
+    expected = metrics.predict(model, mnist, pictures).numpy()
     assert len(np.unique(expected.argmax(1))) > 1  # not the same class for all
     monkeypatch.setenv("MODELS", str(tmp_path))
     with TestClient(app) as client:

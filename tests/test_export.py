@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from mnist import data, export, folding, inference, models, plugins, registry, scores, training
+from mnist import (
+    calibration,
+    data,
+    export,
+    folding,
+    inference,
+    metrics,
+    models,
+    plugins,
+    registry,
+    scores,
+    training,
+)
 from tests.conftest import DIGITS, Command
 from tests.test_registry import entry
 
@@ -79,7 +91,7 @@ def fresh(network: type[nn.Module], dataset: data.Dataset) -> nn.Module:
     """Random weights, but batch norms that have seen the data."""
     torch.manual_seed(0)
     model = network(dataset.channels, dataset.size, len(dataset.classes))
-    model.train()(training.standardise(dataset.train.images[:200], dataset))
+    model.train()(dataset.standardise(dataset.train.images[:200]))
     return model.eval()
 
 
@@ -203,7 +215,7 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
         assert logits == pytest.approx(features, abs=1e-4)
     for engine in inference.ENGINE_FILES:  # one score and one threshold fit all of them
         _, uncertain = inference.load(tmp_path, name, engine=engine).read(images)
-        assert uncertain.mean() <= 2 * export.MAX_UNCERTAIN
+        assert uncertain.mean() <= 2 * calibration.MAX_UNCERTAIN
 
 
 @pytest.mark.parametrize(("more", "taken"), [(0, True), (1, True), (2, False)])
@@ -232,7 +244,7 @@ def drawn(n: int, sharper: float) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("sharper", [0.5, 1.0, 3.0])
 def test_the_temperature_undoes_what_made_a_model_too_sure(sharper: float) -> None:
     logits, labels = drawn(20_000, sharper)
-    temperature = export.fit_temperature(logits, labels)
+    temperature = calibration.fit_temperature(logits, labels)
     assert temperature == pytest.approx(sharper, rel=0.05)
     after = scores.calibration_error(inference.probabilities(logits, temperature), labels)
     assert after < 0.015
@@ -243,7 +255,7 @@ def test_the_temperature_undoes_what_made_a_model_too_sure(sharper: float) -> No
 
 def test_without_an_error_there_is_no_temperature_to_fit() -> None:
     logits = np.eye(3)
-    assert export.fit_temperature(logits, np.arange(3)) == 1.0
+    assert calibration.fit_temperature(logits, np.arange(3)) == 1.0
 
 
 def test_probabilities_are_the_softmax_over_the_temperature() -> None:
@@ -276,7 +288,7 @@ def test_at_most_one_in_a_hundred_calibration_images_is_uncertain(
     assert exported.calibration["score"] == score
     assert ("likeness" in exported.files) == (score == "likeness")
     _, uncertain = exported.served.read(dataset.calibration.images.numpy())
-    assert 0.005 < uncertain.mean() <= export.MAX_UNCERTAIN
+    assert 0.005 < uncertain.mean() <= calibration.MAX_UNCERTAIN
     assert exported.calibration["uncertain_below"] == exported.served.uncertain_below
 
 
@@ -297,16 +309,18 @@ def test_logits_are_the_score_where_the_features_of_an_engine_differ() -> None:
     right = exported.served.outputs(images)
     other = (right[0], -right[1])
     engine = exported.served.engine
-    classifier = export.set_threshold(exported.served, {engine: right, "other": other}, dataset)
+    classifier = calibration.set_threshold(
+        exported.served, {engine: right, "other": other}, dataset
+    )
     assert classifier.ood_score is None
 
 
 @pytest.mark.parametrize("n", [10, 99, 100, 250, 2_500])
 def test_the_threshold_is_as_high_as_may_be(n: int) -> None:
     scores = np.random.default_rng(0).normal(-1, 0.3, n).astype(np.float32)
-    limit = export.fit_threshold(scores)
-    assert (scores < limit).sum() <= export.MAX_UNCERTAIN * n
-    assert (scores < limit + 1e-3).sum() >= int(export.MAX_UNCERTAIN * n)
+    limit = calibration.fit_threshold(scores)
+    assert (scores < limit).sum() <= calibration.MAX_UNCERTAIN * n
+    assert (scores < limit + 1e-3).sum() >= int(calibration.MAX_UNCERTAIN * n)
     assert limit == round(limit, 4)
 
 
@@ -337,7 +351,7 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
     assert 0 <= calibration["ece"] < 0.5
     with np.load(registry.file(saved, name, "predictions")) as predictions:
         assert set(predictions) == {"probabilities", "served", "labels", "mistakes", "images"}
-        wrong = export.count_errors(predictions["served"], predictions["labels"])
+        wrong = metrics.count_errors(predictions["served"], predictions["labels"])
         assert record["metrics"]["test"]["served_errors"] == wrong
         assert predictions["served"].shape == predictions["probabilities"].shape == (257, 10)
 

@@ -118,7 +118,7 @@ def test_a_form_that_was_trained_folds_back_exactly(digits: data.Dataset) -> Non
     form = folding.training_form(models.build("parallel", 1, digits.size, 10))
     for _ in training.fit(form, digits, digits.train, samples=2_000, lr=0.002):
         pass
-    images = training.standardise(digits.validation.images, digits)
+    images = digits.standardise(digits.validation.images)
     assert largest_difference(form.eval(), folding.fold(form).eval(), images) < 1e-4
 
 

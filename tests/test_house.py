@@ -11,10 +11,12 @@ from serve.settings import Settings
 from tests.conftest import ROOT
 
 LAYERS = (  # a module may import its own package and the layers before it
-    {"mnist.ink", "mnist.folding", "mnist.ood", "mnist.scores", "mnist.plugins", "mnist.registry"},
+    {"mnist.ink", "mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
+    | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.scores"},
     {"mnist.images", "mnist.models"},
     {"mnist.data", "mnist.inference"},
-    {"mnist.training"},
+    {"mnist.metrics"},
+    {"mnist.training", "mnist.calibration"},
     {"mnist.export", "mnist.search"},
     {"mnist.report"},
     {"mnist.job"},
@@ -79,7 +81,7 @@ def test_no_modules_import_each_other() -> None:
     ("library", "places"),
     [
         ("optuna", ("run", "mnist.search", "mnist.job", "mnist.report")),
-        ("matplotlib", ("mnist.report.plots",)),
+        ("matplotlib", ("mnist.report.plots", "mnist.report.model_plots")),
         ("torchvision", ("mnist.data.download",)),
     ],
 )

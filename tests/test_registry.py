@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from mnist import inference, models, registry
+from mnist.registry.__main__ import main
 from tests.conftest import ROOT
 
 DATASET = {"name": "made-up", "sha256": "0", "classes": ["0", "1"], "recipe": "plain"} | {
@@ -386,7 +387,7 @@ def test_every_model_is_verified_whatever_is_wrong_with_another(tmp_path: Path) 
     names = [save(tmp_path, entry()) for _ in range(3)]
     (tmp_path / f"{names[0]}.pth").write_bytes(b"altered")
     (tmp_path / f"{names[2]}.pth").unlink()
-    done = CliRunner().invoke(registry.main, ["--folder", str(tmp_path), "verify"])
+    done = CliRunner().invoke(main, ["--folder", str(tmp_path), "verify"])
     assert done.stdout == f"{names[1]} ok\n"
     assert [name in str(done.exception) for name in names] == [True, False, True]
 

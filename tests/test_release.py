@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist import data, models, registry, training
+from mnist import data, metrics, models, registry
 from mnist.job import release
 from mnist.search import checkpoints
 from tests.conftest import DIGITS, SHORT, Command
@@ -90,7 +90,7 @@ def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
     assert record["training"]["form"] == "factored"
     test = record["metrics"]["test"]
     digits = data.load("digits")
-    assert training.errors(plain, digits, digits.open_test()) == test["errors"]
+    assert metrics.errors(plain, digits, digits.open_test()) == test["errors"]
     assert abs(test["served_errors"] - test["errors"]) <= 2
 
 

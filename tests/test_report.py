@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 from PIL import Image
 
 from mnist import data, registry
-from mnist.report import page, plots
+from mnist.report import model_plots, page, plots
 from mnist.search.space import DEFAULT
 from tests.conftest import DIGITS, ROOT, Command
 
@@ -162,7 +162,7 @@ def test_the_best_trial_is_compared_with_the_first() -> None:
 
 
 def test_names_that_a_font_lacks_are_numbers_and_long_ones_are_cut() -> None:
-    assert plots.printable_names(ODD) == [
+    assert model_plots.printable_names(ODD) == [
         "<b>bold</b>",
         r"\$a\$",
         "#2",

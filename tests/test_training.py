@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from mnist import folding, models, training
+from mnist import augmentation, folding, metrics, models, optimizers, training
 from mnist.data import Dataset, Split
 
 
@@ -23,7 +23,7 @@ def fit(model: nn.Module, digits: Dataset, **settings: object) -> list[training.
     return list(training.fit(model, digits, digits.train, digits.validation, **settings))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_one_batch_can_be_overfitted(digits: Dataset, optimizer: str) -> None:
     few = digits.train.head(32)
     model = build(digits)
@@ -53,7 +53,7 @@ def test_progress_is_reported_where_asked_and_on_the_whole_at_the_end(digits: Da
     assert reports[-1].accuracy == 1 - reports[-1].errors / reports[-1].n  # type: ignore[operator]
     assert len(reports) == 3
     assert reports[-1].log_loss is not None
-    shares = training.predict(model, digits, digits.validation.images)
+    shares = metrics.predict(model, digits, digits.validation.images)
     expected = nn.functional.nll_loss(shares.log(), digits.validation.labels)
     assert reports[-1].log_loss == pytest.approx(float(expected), abs=1e-5)
     few = [p.n for p in fit(build(digits), digits, validate_at=[500], subset=20) if p.n]
@@ -74,7 +74,7 @@ def test_validation_in_mid_run_does_not_change_the_run(digits: Dataset) -> None:
 
 
 def test_a_cycle_of_the_learning_rate_ends_with_each_rung() -> None:
-    shares = [training.cycle_position(step, [2, 6]) for step in range(1, 7)]
+    shares = [optimizers.cycle_position(step, [2, 6]) for step in range(1, 7)]
     assert shares == [0.25, 0.75, 0.125, 0.375, 0.625, 0.875]
 
 
@@ -89,7 +89,7 @@ def test_weights_of_a_training_form_shrink_and_others_do_not(
             factored = ".0." in name or ".1." in name or ".2." in name
             if name.endswith("weight") and factored and part.dim() > 1:
                 shares = [
-                    training.learning_rate_factor((i + 0.5) / 10, "constant") for i in range(10)
+                    optimizers.learning_rate_factor((i + 0.5) / 10, "constant") for i in range(10)
                 ]
                 expected = math.prod(1 - 32 / 3_000 * share for share in shares)
                 assert torch.allclose(part, before[name] * expected, rtol=1e-4)
@@ -126,21 +126,22 @@ def test_every_sample_is_seen_once_in_a_pass() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_learning_rate_warms_up_and_falls_to_zero(schedule: str) -> None:
-    factors = [training.learning_rate_factor(i / 100, schedule) for i in range(101)]
+    factors = [optimizers.learning_rate_factor(i / 100, schedule) for i in range(101)]
     assert factors[0] == factors[-1] == 0
     assert max(factors) == 1
-    assert factors.index(1) == round(100 * training.WARM_UP)
-    middle = training.learning_rate_factor((1 + training.WARM_UP) / 2, schedule)
+    assert factors.index(1) == round(100 * optimizers.WARM_UP)
+    middle = optimizers.learning_rate_factor((1 + optimizers.WARM_UP) / 2, schedule)
     assert middle == pytest.approx(0.5)
-    late = training.learning_rate_factor(training.WARM_UP + 0.75 * (1 - training.WARM_UP), schedule)
+    three_quarters = optimizers.WARM_UP + 0.75 * (1 - optimizers.WARM_UP)
+    late = optimizers.learning_rate_factor(three_quarters, schedule)
     assert late == pytest.approx({"linear": 0.25, "cosine": (1 - math.sqrt(0.5)) / 2}[schedule])
 
 
 def test_a_constant_learning_rate_only_warms_up() -> None:
-    assert training.learning_rate_factor(training.WARM_UP / 2, "constant") == 0.5
+    assert optimizers.learning_rate_factor(optimizers.WARM_UP / 2, "constant") == 0.5
     assert (
-        training.learning_rate_factor(0.5, "constant")
-        == training.learning_rate_factor(1, "constant")
+        optimizers.learning_rate_factor(0.5, "constant")
+        == optimizers.learning_rate_factor(1, "constant")
         == 1
     )
 
@@ -182,7 +183,7 @@ def test_a_loss_that_is_no_number_ends_the_run(digits: Dataset) -> None:
 
 
 def test_standardised_training_images_have_mean_0_and_deviation_1(digits: Dataset) -> None:
-    inputs = training.standardise(digits.train.images, digits)
+    inputs = digits.standardise(digits.train.images)
     assert inputs.dtype == torch.float32
     assert float(inputs.mean()) == pytest.approx(0, abs=1e-3)
     assert float(inputs.std()) == pytest.approx(1, abs=1e-3)
@@ -190,7 +191,7 @@ def test_standardised_training_images_have_mean_0_and_deviation_1(digits: Datase
 
 def test_augmentation_moves_the_ink_a_little_and_keeps_the_paper_empty(digits: Dataset) -> None:
     images = digits.train.images[:200].float() / 255
-    moved = training.augment(images, torch.Generator().manual_seed(0))
+    moved = augmentation.augment(images, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape
     assert float(moved.min()) >= 0
     assert not torch.equal(moved, images)
@@ -201,15 +202,13 @@ def test_augmentation_moves_the_ink_a_little_and_keeps_the_paper_empty(digits: D
                 ndimage.center_of_mass(before), ndimage.center_of_mass(after), strict=True
             )
         ]
-        assert max(shift) < training.SHIFT + 1
+        assert max(shift) < augmentation.SHIFT + 1
 
 
 def test_scores_agree_with_counts_made_by_hand() -> None:
     # Three of class a (one read as b), two of class b (both right): n 5, 1 error.
     probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.1, 0.9], [0.3, 0.7]])
-    scores = training.classification_scores(
-        probabilities, torch.tensor([0, 0, 0, 1, 1]), ["a", "b"]
-    )
+    scores = metrics.classification_scores(probabilities, torch.tensor([0, 0, 0, 1, 1]), ["a", "b"])
     assert (scores["errors"], scores["n"], scores["accuracy"]) == (1, 5, 0.8)
     assert scores["per_class"]["a"] == {"precision": 1.0, "recall": 0.6667, "f1": 0.8}
     assert scores["per_class"]["b"] == {"precision": 0.6667, "recall": 1.0, "f1": 0.8}
@@ -223,8 +222,8 @@ def test_scores_agree_with_counts_made_by_hand() -> None:
 def test_errors_count_the_last_smaller_batch_right(digits: Dataset) -> None:
     model = build(digits)
     split = Split(digits.train.images[:251], digits.train.labels[:251])
-    logits = model(training.standardise(split.images, digits))
-    assert training.errors(model, digits, split) == int((logits.argmax(1) != split.labels).sum())
+    logits = model(digits.standardise(split.images))
+    assert metrics.errors(model, digits, split) == int((logits.argmax(1) != split.labels).sum())
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
@@ -236,9 +235,9 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 def test_augmentation_of_pictures_goes_on_as_their_edge_is() -> None:
     white = torch.ones(50, 3, 28, 28)
-    moved = training.augment(white, torch.Generator().manual_seed(0), padding="border")
+    moved = augmentation.augment(white, torch.Generator().manual_seed(0), padding="border")
     assert torch.allclose(moved, white)
-    ink = training.augment(white, torch.Generator().manual_seed(0))
+    ink = augmentation.augment(white, torch.Generator().manual_seed(0))
     assert float(ink.min()) == 0
 
 
@@ -260,6 +259,6 @@ def test_the_recipe_says_how_augmentation_pads(
 def test_the_worst_mistakes_have_the_lowest_probability_of_the_true_class() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3], [0.4, 0.6]])
     labels = torch.tensor([1, 1, 1, 0, 0])
-    assert training.worst_mistakes(probabilities, labels, 24).tolist() == [0, 2, 4]
-    assert training.worst_mistakes(probabilities, labels, 2).tolist() == [0, 2]
-    assert training.worst_mistakes(probabilities, probabilities.argmax(1), 24).tolist() == []
+    assert metrics.worst_mistakes(probabilities, labels, 24).tolist() == [0, 2, 4]
+    assert metrics.worst_mistakes(probabilities, labels, 2).tolist() == [0, 2]
+    assert metrics.worst_mistakes(probabilities, probabilities.argmax(1), 24).tolist() == []

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist import data, models, training
+from mnist import data, models, optimizers, training
 from mnist.data import Dataset
 from mnist.search import checkpoints, runs
 from mnist.search.checkpoints import QuotaExceeded
@@ -47,7 +47,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 @pytest.mark.parametrize("moment", [5, 20, 45])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
     digits: Dataset, tmp_path: Path, optimizer: str, moment: int

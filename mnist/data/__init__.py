@@ -52,6 +52,10 @@ class Dataset:
         names = ("train", "validation", "calibration")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def standardise(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, C, H, W), 0..255 -> float32; the training split gets mean 0 and deviation 1."""
+        return (images.float() / 255 - self.mean) / self.std
+
     def record(self, test: int) -> dict[str, Any]:
         """The data set's entry in model_info.json; `test` is the number of test images."""
         keys = ("name", "sha256", "size", "channels", "recipe", "mean", "std")
@@ -80,13 +84,7 @@ def load(
     name, source = _find_source(name, image_size, color)
     data_dir = data_dir or Path(os.environ.get("MNIST_DATA_DIR", "data"))
     images, labels = _validate(name, source, _read_part(name, source, data_dir, "train"))
-    # Two of each class, as these are split again.
-    train, held_out = split_stratified(
-        np.arange(len(labels)), labels, VALIDATION_SHARE + CALIBRATION_SHARE, min_per_class=2
-    )
-    calibration, validation = split_stratified(
-        held_out, labels, VALIDATION_SHARE / (VALIDATION_SHARE + CALIBRATION_SHARE)
-    )
+    train, validation, calibration = _split_indices(labels)
     digest = hashlib.sha256(b"".join(part.tobytes() for part in (train, validation, calibration)))
     if train_samples is not None:
         train = _take_subset(train, labels, train_samples, name, len(source.classes))
@@ -117,6 +115,18 @@ def load(
         calibration=split(calibration),
         open_test=open_test,
     )
+
+
+def _split_indices(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of the splits train, validation and calibration; the labels (N,) int64."""
+    # Two of each class, as these are split again.
+    train, held_out = split_stratified(
+        np.arange(len(labels)), labels, VALIDATION_SHARE + CALIBRATION_SHARE, min_per_class=2
+    )
+    calibration, validation = split_stratified(
+        held_out, labels, VALIDATION_SHARE / (VALIDATION_SHARE + CALIBRATION_SHARE)
+    )
+    return train, validation, calibration
 
 
 def find_reader(name: str) -> Reader | None:

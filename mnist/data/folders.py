@@ -43,23 +43,8 @@ def make_source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
     "plain", at size x size pixels, in grey or (3 channels) RGB. Files and folders with a leading
     dot are left out. Raises DataError, here or in `read`; its message says what to change.
     """
-    if not path.is_dir():
-        raise DataError(f"there is no folder {path}")
+    has_test, classes = _find_layout(path)
     parts = {part: path / part for part in ("train", "test")}
-    has_test = all(_list_folders(folder) for folder in parts.values())
-    if not has_test and _list_folders(parts["train"]):
-        raise DataError(
-            f"{path} has a train/ with classes but no test/ with the same ones; make one (or give "
-            f"that name to another part), or put the classes' folders right into {path}"
-        )
-    if has_test and (unused := sorted(set(_list_folders(path)) - set(parts))):
-        _warn(f"{path}: only train/ and test/ are used, not {', '.join(unused)}")
-    classes = _list_classes(parts["train"] if has_test else path)
-    if has_test and (unmatched := set(classes) ^ set(_list_folders(parts["test"]))):
-        names = ", ".join(sorted(unmatched))
-        raise DataError(
-            f"{path}: train/ and test/ must have the same classes; only one has {names}"
-        )
 
     def read_all(data_dir: Path, root: Path, minimum: int) -> Arrays:
         files = _list_files(root, classes)
@@ -88,6 +73,28 @@ def make_source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
         return images[index], labels[index]
 
     return Source(read, classes)
+
+
+def _find_layout(path: Path) -> tuple[bool, tuple[str, ...]]:
+    """Whether a folder has train/ and test/, and its classes. Raises DataError."""
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}")
+    parts = {part: path / part for part in ("train", "test")}
+    has_test = all(_list_folders(folder) for folder in parts.values())
+    if not has_test and _list_folders(parts["train"]):
+        raise DataError(
+            f"{path} has a train/ with classes but no test/ with the same ones; make one (or give "
+            f"that name to another part), or put the classes' folders right into {path}"
+        )
+    if has_test and (unused := sorted(set(_list_folders(path)) - set(parts))):
+        _warn(f"{path}: only train/ and test/ are used, not {', '.join(unused)}")
+    classes = _list_classes(parts["train"] if has_test else path)
+    if has_test and (unmatched := set(classes) ^ set(_list_folders(parts["test"]))):
+        names = ", ".join(sorted(unmatched))
+        raise DataError(
+            f"{path}: train/ and test/ must have the same classes; only one has {names}"
+        )
+    return has_test, classes
 
 
 @functools.cache  # once per text, as train and test may be read from the same files

@@ -1,7 +1,6 @@
 """The options of run.py: one definition for the command line, the record and the default."""
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -11,7 +10,16 @@ from typing import Any
 import click
 import torch
 
-from mnist import data, folding, models, plugins
+from mnist import data, folding, models
+from mnist.job.parameters import (
+    ALL,
+    DatasetName,
+    Duration,
+    Folder,
+    NetworkName,
+    Size,
+    load_plugins,
+)
 from mnist.search import space as spaces
 from mnist.search import study as studies
 from mnist.search.storage import without_password
@@ -21,89 +29,6 @@ def option(default: Any, text: str, **settings: Any) -> Any:
     return field(default=default, metadata={"help": text, "show_default": True} | settings)
 
 
-class Duration(click.ParamType):
-    """A duration in seconds, or with s, m or h: 90, 90s, 15m, 2h."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
-        if not match or not float(match[1]):
-            self.fail(f"{value!r} is not a time such as 90s, 15m or 2h", param, ctx)
-        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-MIN_QUOTA = 20 * 10**6
-
-
-class Size(click.ParamType):
-    """A size in bytes, or with kB, MB or GB: 500MB, 2GB; at least MIN_QUOTA, for any run to fit."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)B?", str(value))
-        if not match or not float(match[1]):
-            self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
-        size = int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]])
-        if size < MIN_QUOTA:
-            self.fail(f"{value!r} is under {MIN_QUOTA // 10**6}MB", param, ctx)
-        return size
-
-
-class DatasetName(click.ParamType):
-    """A known data set, or folder:PATH; the path becomes absolute, so that workers find it."""
-
-    name = "name"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        if value in data.DATASETS:
-            return value
-        prefix, path = (
-            data.FOLDER_PREFIX,
-            Path(str(value).removeprefix(data.FOLDER_PREFIX)).expanduser(),
-        )
-        if not value.startswith(prefix) or value == prefix:
-            if Path(value).expanduser().is_dir():
-                self.fail(f"{value!r} is a folder; write {prefix}{value}", param, ctx)
-            names = ", ".join(data.DATASETS)
-            self.fail(f"{value!r} is no data set; known: {names}, {prefix}PATH", param, ctx)
-        if not path.is_dir():
-            self.fail(f"{value!r}: there is no folder {path}", param, ctx)
-        return f"{prefix}{path.absolute()}"
-
-
-class Folder(click.Path):
-    """A local or mounted folder, not a URL."""
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if "://" in str(value):
-            self.fail(f"{value!r} is no folder; mount the bucket and name its folder", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-class NetworkName(click.ParamType):
-    """A known network, or all of them; looked up late, as --import may add one."""
-
-    name = "name"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        if value not in (*models.NETWORKS, ALL):
-            names = ", ".join(models.NETWORKS)
-            self.fail(f"{value!r} is no network; known: {names}, {ALL}", param, ctx)
-        return value
-
-
-def _load_plugins(ctx: click.Context, param: click.Parameter, paths: tuple[Path, ...]) -> Any:
-    try:
-        for path in paths:
-            plugins.load(path)
-    except plugins.PluginError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
-    return paths
-
-
-ALL = "all"
 DEFAULT_TRIALS, QUICK_TRIALS = 32, 3
 DEFAULT_CONFIRM, QUICK_CONFIRM = 2, 0
 AT_LEAST_1 = click.IntRange(min=1)
@@ -198,7 +123,7 @@ class Options:
         "Python file with a network or data set of your own.",
         multiple=True,
         is_eager=True,
-        callback=_load_plugins,
+        callback=load_plugins,
         type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
     )
     quick: bool = option(False, "The whole path in about a minute.", is_flag=True)

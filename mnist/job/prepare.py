@@ -156,7 +156,7 @@ def validate_network(
             raise MemoryError(f"{text}; try --model cnn or a smaller --image-size")
         model = runs.build_network(options.model, dataset, options.plain).to(device)
         with torch.no_grad():
-            shape = tuple(model.eval()(training.standardise(images, dataset)).shape)
+            shape = tuple(model.eval()(dataset.standardise(images)).shape)
     except Exception as error:  # a plugin's network may raise anything
         raise network_error(options, error) from error
     if shape != (2, classes):

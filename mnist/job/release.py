@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from optuna.trial import FrozenTrial
 
-from mnist import export, folding, models, plugins, registry, training
+from mnist import export, folding, metrics, models, plugins, registry
 from mnist.data import Dataset
 from mnist.job.final import FinalTraining, TrainedModel
 from mnist.job.options import Options
@@ -150,10 +150,10 @@ def evaluate(
             raise OSError(f"the evaluation needs {needed}; it was not started")
         test = dataset.open_test()
         device = dataset.train.images.device
-        probabilities = training.predict(
+        probabilities = metrics.predict(
             model.to(device), dataset, test.images.to(device), exported.calibration["temperature"]
         )
-        worst = training.worst_mistakes(probabilities, test.labels, MAX_MISTAKES)
+        worst = metrics.worst_mistakes(probabilities, test.labels, MAX_MISTAKES)
         evaluation = {
             "probabilities": probabilities,
             "served": torch.from_numpy(exported.served(test.images.numpy())),
@@ -168,8 +168,8 @@ def evaluate(
 def test_metrics(evaluation: dict[str, torch.Tensor], dataset: Dataset) -> dict[str, Any]:
     """The scores of the weights, and the errors of the file that a server runs."""
     labels = evaluation["labels"]
-    scores = training.classification_scores(evaluation["probabilities"], labels, dataset.classes)
-    served_errors = export.count_errors(evaluation["served"].numpy(), labels.numpy())
+    scores = metrics.classification_scores(evaluation["probabilities"], labels, dataset.classes)
+    served_errors = metrics.count_errors(evaluation["served"].numpy(), labels.numpy())
     return scores | {"served_errors": served_errors}
 
 

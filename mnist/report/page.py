@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist import registry
-from mnist.report import plots
+from mnist.report import model_plots, plots
 from mnist.report.text import describe_gain, format_params
 from mnist.scores import calibration_error
 from mnist.search import study as studies
@@ -84,7 +84,7 @@ def draw(
     """Draw the figures; `predictions` are the arrays of release.evaluate()."""
     with_importance = studies.compute_importance(study) is not None
     study_figures = plots.plot_study(study, record["study"]["trial"], with_importance)
-    model_figures = plots.plot_model(record["dataset"]["classes"], predictions)
+    model_figures = model_plots.plot_model(record["dataset"]["classes"], predictions)
     return Report(name, record, study, predictions, study_figures, model_figures)
 
 
@@ -207,7 +207,7 @@ def describe_mistakes(classes: list[str], predictions: Predictions) -> list[str]
     """The mistakes in the figure as text, for readers who do not see it."""
     at = predictions.get("mistakes", np.empty(0, np.int64))
     probabilities, labels = predictions["probabilities"][at], predictions["labels"][at]
-    mistakes = plots.list_mistakes(classes, probabilities, labels)
+    mistakes = model_plots.list_mistakes(classes, probabilities, labels)
     return [f"{true} read as {read}" for true, read, *_ in mistakes]
 
 

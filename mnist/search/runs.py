@@ -62,9 +62,9 @@ class Run:
 
     @classmethod
     def for_trial(
-        cls, recipe: Recipe, number: int, params: dict[str, Any], threads: int, **retry: int
+        cls, recipe: Recipe, number: int, params: dict[str, Any], threads: int, **attempt: Any
     ) -> "Run":
-        """A trial; `retry`: the fields that an earlier attempt's retry() has set."""
+        """A trial; `attempt`: the fields that retry() has set after an earlier attempt."""
         return cls(
             recipe.network,
             params,
@@ -75,7 +75,7 @@ class Run:
             bfloat16=recipe.bfloat16,
             threads=threads,
             checkpoint=recipe.checkpoints.trial(number),
-            **retry,
+            **attempt,
         )
 
     @classmethod

@@ -13,7 +13,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from mnist import training
+from mnist import optimizers
 
 Space = dict[str, BaseDistribution]
 
@@ -48,14 +48,14 @@ class Choices:
 
 HYPERPARAMETERS: dict[str, NumberRange | Choices] = {
     "batch_size": NumberRange(1, 4096, "images a step", whole=True),
-    "optimizer": Choices(training.OPTIMIZERS, "what turns gradients into steps"),
+    "optimizer": Choices(optimizers.OPTIMIZERS, "what turns gradients into steps"),
     "lr": NumberRange(1e-8, 10, "learning rate, the highest of its schedule"),
     "weight_decay": NumberRange(0, 1, "pulls weights to zero"),
     "momentum": NumberRange(0, 0.999, "of SGD and RMSprop; the others pass over it"),
     "label_smoothing": NumberRange(0, 0.5, "share of the wanted output that goes to all classes"),
     "dropout": NumberRange(0, 0.9, "of all the network's dropout layers"),
     "augmentation": NumberRange(0, 3, "strength of random turns, scalings and shifts"),
-    "schedule": Choices(training.SCHEDULES, "how the learning rate falls after its warm-up"),
+    "schedule": Choices(optimizers.SCHEDULES, "how the learning rate falls after its warm-up"),
 }
 """The hyperparameters of training.fit, with their limits."""
 
@@ -66,13 +66,13 @@ DEFAULT: Space = {
 }
 WIDE: Space = {
     "batch_size": IntDistribution(16, 512, log=True),
-    "optimizer": CategoricalDistribution(training.OPTIMIZERS),
+    "optimizer": CategoricalDistribution(optimizers.OPTIMIZERS),
     "lr": FloatDistribution(1e-5, 1e-1, log=True),
     "weight_decay": FloatDistribution(1e-6, 1e-1, log=True),
     "momentum": FloatDistribution(0.5, 0.99),
     "label_smoothing": FloatDistribution(0.0, 0.2),
     "augmentation": FloatDistribution(0.0, 2.0),
-    "schedule": CategoricalDistribution(training.SCHEDULES),
+    "schedule": CategoricalDistribution(optimizers.SCHEDULES),
 }
 SPACES = {"default": DEFAULT, "wide": WIDE}
 SPECS = "float:LOW:HIGH, int:LOW:HIGH, either with :log, choice:A,B,… or a single value"

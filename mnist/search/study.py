@@ -27,9 +27,8 @@ def fingerprint(
     plain: bool = False,
 ) -> dict[str, Any]:
     """The properties that all trials of a study share, as only such trials can be compared."""
-    is_folder = dataset.name.startswith(
-        FOLDER_PREFIX
-    )  # a class folder may be renamed, its files the same
+    # A class folder may be renamed, its files the same.
+    is_folder = dataset.name.startswith(FOLDER_PREFIX)
     return ({"classes": ", ".join(dataset.classes)} if is_folder else {}) | {
         "data": dataset.sha256[:16],
         "split": dataset.split_sha256[:16],
@@ -180,8 +179,7 @@ def record_confirmation(study: optuna.Study, number: int, seed: int, accuracy: f
 
 
 def select_baselines(study: optuna.Study) -> dict[str, FrozenTrial]:
-    """The finished trials that the winner is compared with: the `first` one, and the `median` one
-    by its first report."""
+    """Finished trials to compare the winner with: the `first`, and the `median` by first report."""
     reported = [
         trial
         for trial in study.get_trials(deepcopy=False, states=FINISHED)

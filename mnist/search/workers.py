@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mnist import plugins, training
+from mnist import memory, plugins
 from mnist.search import runs
 from mnist.search.runs import Report, Run, RunResult, Setup
 
@@ -197,12 +197,12 @@ def _serve_runs(pipe: Any, setup: Setup) -> None:
                     for path in setup.imports:
                         plugins.load(path)
                     dataset = setup.load().to(torch.device(setup.device))
-                    training.keep_freed_memory()  # after loading: it must not keep that memory
+                    memory.keep_freed_memory()  # after loading: it must not keep that memory
             except Exception as error:  # noqa: BLE001 - e.g. missing files, a busy device
                 pipe.send(RunResult(failure="error", reason=runs.describe_error(error)))
             else:
                 pipe.send(runs.run_safely(run, dataset, setup, pipe))
-                training.return_freed_memory()
+                memory.return_freed_memory()
 
 
 def _end_with_parent() -> None:

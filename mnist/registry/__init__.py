@@ -13,14 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 if TYPE_CHECKING:
     from filelock import FileLock
 
 INFO = "model_info.json"
 FOLDER = Path("saved_models")
-SAMPLE = Path(__file__).parent.parent / "serve" / "sample_model"  # a registry with one small model
+SAMPLE = Path(__file__).parents[2] / "serve" / "sample_model"  # a registry with one small model
 SAMPLE_NOTE = "this is a sample model; `python run.py` makes your own"
 NAME = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
@@ -271,80 +269,3 @@ def _write_file(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-# --- python -m mnist.registry --------------------------------------------------------------------
-
-
-@click.group()
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    default="saved_models",
-    envvar="MODELS",
-    show_default=True,
-    show_envvar=True,
-    help="The registry.",
-)
-@click.pass_context
-def main(context: click.Context, folder: Path) -> None:
-    """List the saved models, choose the one that is served, verify and remove them."""
-    context.obj = folder
-
-
-@main.command("list")
-@click.pass_obj
-def _list(folder: Path) -> None:
-    """One line for each model; the current one has a star."""
-    info = read(folder)
-    if not info["models"]:
-        click.echo(f"no models in {folder}; `python run.py` saves one", err=True)
-    for name, entry in info["models"].items():
-        test = entry["metrics"]["test"]
-        click.echo(
-            f"{'*' if name == info['current'] else ' '} {name}  {entry['dataset']['name']}  "
-            f"{entry['model']['name']}  {test['errors']} errors of {test['n']}"
-            + ("  quick" if entry["quick"] else "")
-        )
-
-
-@main.command("use")
-@click.argument("name")
-@click.pass_obj
-def _use(folder: Path, name: str) -> None:
-    """Make NAME the model that is served."""
-    use(folder, name)
-
-
-@main.command("verify")
-@click.pass_obj
-def _verify(folder: Path) -> None:
-    """Compare every file with its recorded checksum."""
-    wrong = []
-    for name, entry in read(folder)["models"].items():
-        try:
-            for kind in entry["files"]:
-                file(folder, name, kind)
-            click.echo(f"{name} ok")
-        except RegistryError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise RegistryError("\nregistry: ".join(wrong))
-
-
-@main.command("remove")
-@click.argument("name")
-@click.pass_obj
-def _remove(folder: Path, name: str) -> None:
-    """Delete NAME's files and record."""
-    remove(folder, name)
-
-
-if __name__ == "__main__":
-    try:
-        main(prog_name="python -m mnist.registry")
-    except RegistryError as error:
-        raise SystemExit(f"registry: {error}") from error
-    except OSError as error:
-        click.echo(f"registry: {error}", err=True)
-        raise SystemExit(2) from error
