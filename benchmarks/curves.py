@@ -71,8 +71,8 @@ def opened(storage: str, name: str, settings: Settings, dataset: Dataset) -> dic
     return opened_studies
 
 
-def restore(found: dict[str, optuna.Study], path: Path, settings: Settings) -> None:
-    """Record the runs of a table of the same settings that the studies lack."""
+def restore(part_studies: dict[str, optuna.Study], path: Path, settings: Settings) -> None:
+    """Record the runs that the studies lack, from a table of the same settings."""
     if not path.exists():
         return
     content = json.loads(path.read_text())
@@ -88,11 +88,11 @@ def restore(found: dict[str, optuna.Study], path: Path, settings: Settings) -> N
         for final in row.get("finals", ()):
             result = {"errors": [final["errors"]], "log_loss": [final["log_loss"]]}
             results["finals", row["number"], final["seed"]] = result | {"diverged": False}
-    done = {part: recorded(study) for part, study in found.items()}
+    done = {part: recorded(study) for part, study in part_studies.items()}
     for run in runs(settings):
         key = (run.part, *run.key)
         if key in results and run.key not in done[run.part]:
-            record(found[run.part], run, results[key], header["n"])
+            record(part_studies[run.part], run, results[key], header["n"])
 
 
 def processor(device: torch.device) -> str:
@@ -120,13 +120,16 @@ def made_by(settings: Settings, device: torch.device) -> dict[str, Any]:
 
 
 def work(
-    found: dict[str, Any], settings: Settings, dataset: Dataset, share: tuple[int, int] = (1, 1)
+    part_studies: dict[str, Any],
+    settings: Settings,
+    dataset: Dataset,
+    share: tuple[int, int] = (1, 1),
 ) -> Iterator[tuple[Run, dict[str, Any], float, float]]:
-    """Carry out and record the runs that lack; yields each with seconds it took and are left.
+    """Execute and record the missing runs; yields each with its seconds and the seconds left.
 
     Share (i, n): each n-th run from the i-th on.
     """
-    done = {part: recorded(study) for part, study in found.items()}
+    done = {part: recorded(study) for part, study in part_studies.items()}
     own = runs(settings)[share[0] - 1 :: share[1]]
     todo = [run for run in own if run.key not in done[run.part]]
     left, images, took_s = sum(run.fidelities[-1] for run in todo), 0, 0.0
@@ -135,7 +138,7 @@ def work(
         result = carry_out(run, settings, dataset)
         seconds = time.perf_counter() - start
         n = len(dataset.validation)
-        record(found[run.part], run, result, n, seconds=round(seconds, 2))
+        record(part_studies[run.part], run, result, n, seconds=round(seconds, 2))
         if not result["diverged"]:  # it may have ended at once
             images, took_s = images + run.fidelities[-1], took_s + seconds
         left -= run.fidelities[-1]
@@ -154,19 +157,19 @@ def line(run: Run, result: dict[str, Any], n: int, seconds: float, left_s: float
 
 def table(storage: str, name: str, settings: Settings) -> dict[str, Any]:
     """The header and the rows of all runs so far. Raises StudyError where there are none."""
-    found = {part: open_study(storage, f"{name}-{part}") for part in SPACES}
-    made = found["default"].user_attrs.get("made")
+    part_studies = {part: open_study(storage, f"{name}-{part}") for part in SPACES}
+    made = part_studies["default"].user_attrs.get("made")
     if made is None:
         raise StudyError(f"{without_password(storage)} has no study {name}-default")
-    done = {part: recorded(study) for part, study in found.items()}
+    done = {part: recorded(study) for part, study in part_studies.items()}
     rows = [
         _row(part, number, trial, done["finals"])
         for part in ("default", "wide")
         for (number, _), trial in sorted(done[part].items())
     ]
-    kept = found["default"].user_attrs["fingerprint"]
+    kept = part_studies["default"].user_attrs["fingerprint"]
     header = made | {key: kept[key] for key in ("network", "ranks", "fidelities", "dtype", "seed")}
-    finals = found["finals"].user_attrs["fingerprint"]["fidelities"][-1]
+    finals = part_studies["finals"].user_attrs["fingerprint"]["fidelities"][-1]
     wanted = {part: sum(run.part == part for run in runs(settings)) for part in SPACES}
     runs_of = {part: {"done": len(done[part]), "of": wanted[part]} for part in SPACES}
     header |= {"n": kept["validation images"], "final_samples": finals, "runs": runs_of}
@@ -190,8 +193,8 @@ def _row(
 def write(content: dict[str, Any], path: Path) -> None:
     """As JSON, a row a line."""
     head, *rows = (
-        json.dumps(each, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        for each in (content["header"], *content["rows"])
+        json.dumps(row, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        for row in (content["header"], *content["rows"])
     )
     path.write_text('{"header":' + head + ',"rows":[\n' + ",\n".join(rows) + "\n]}\n")
 
@@ -256,7 +259,7 @@ def main(
     data_dir: Path | None,
     **options: Any,
 ) -> None:
-    """Train what lacks, then write the table."""
+    """Train the missing runs, then write the table."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = Settings(**options)
     try:
@@ -264,19 +267,17 @@ def main(
             torch.set_num_threads(threads or available_cores())
             place = training.select_device(device)
             dataset = data.load(settings.dataset, data_dir).to(place)
-            found = opened(storage, study, settings, dataset)
-            restore(found, path, settings)
-            found["default"].set_user_attr("made", made_by(settings, place))
+            part_studies = opened(storage, study, settings, dataset)
+            restore(part_studies, path, settings)
+            part_studies["default"].set_user_attr("made", made_by(settings, place))
             memory.keep_freed_memory()
-            for run, result, *times in work(found, settings, dataset, share):
+            for run, result, *times in work(part_studies, settings, dataset, share):
                 click.echo(line(run, result, len(dataset.validation), *times))
         content = table(storage, study, settings)
     except (StudyError, data.DataError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     write(content, path)
-    counts = (
-        f"{each['done']}/{each['of']} {part}" for part, each in content["header"]["runs"].items()
-    )
+    counts = (f"{n['done']}/{n['of']} {part}" for part, n in content["header"]["runs"].items())
     click.echo(f"{path.name}: runs {', '.join(counts)}; {path.stat().st_size / 1000:,.0f} KB")
 
 
