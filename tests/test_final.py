@@ -8,7 +8,12 @@ import pytest
 
 from mnist import models, registry
 from mnist.job import display
+from mnist.job.final import FinalTraining
+from mnist.job.options import Options
 from mnist.search import budget
+from mnist.search.checkpoints import Checkpoints
+from mnist.search.members import Member
+from mnist.search.runs import Recipe
 from tests.conftest import SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -26,6 +31,22 @@ def test_the_time_left_has_what_comes_after_a_training(
     whole: Any = types.SimpleNamespace(samples=100, total=100, loss=0.5)  # after its checkpoint
     display.Display(1, plan, [], 0.0).show_training("final", whole, 100.0, 30.0)
     assert "about 30 s left" in capsys.readouterr().err
+
+
+def test_an_interrupted_final_training_keeps_its_number_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    affordable = iter([5_000, 7_000])
+    monkeypatch.setattr(FinalTraining, "_affordable_samples", lambda *_: next(affordable))
+    recipe = Recipe("linear", 0, 600, Checkpoints(tmp_path))
+    best: Any = types.SimpleNamespace(number=3)
+    unused: Any = None
+    with Member(f"sqlite:///{tmp_path}/db.sqlite3", "study", threads=1) as member:
+        final = FinalTraining(member, unused, unused, Options(), recipe, unused, unused, 1_000)
+        assert final._choose_samples(best) == 5_000
+        assert final._choose_samples(best) == 7_000  # it had no checkpoint yet
+        recipe.checkpoints.final(3, 7_000).touch()
+        assert final._choose_samples(best) == 7_000
 
 
 GREEDY = """

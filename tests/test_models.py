@@ -96,3 +96,17 @@ def test_both_parallel_branches_are_used() -> None:
 def test_an_unknown_network_is_named() -> None:
     with pytest.raises(ValueError, match="unknown network 'paralel'; known: parallel"):
         models.build("paralel", 1, 28, 10)
+
+
+def test_the_gradient_of_the_flattened_features_keeps_their_memory_format() -> None:
+    formats = []
+    features = torch.randn(2, 3, 4, 4, requires_grad=True)
+    seen = features.to(memory_format=torch.channels_last, copy=True)
+    flat = models._flatten(seen)
+    seen.register_hook(
+        lambda gradient: formats.append(gradient.is_contiguous(memory_format=torch.channels_last))
+    )
+    (flat * torch.arange(48.0)).sum().backward()
+    assert formats == [True]
+    assert features.grad is not None
+    assert torch.equal(features.grad.flatten(1), torch.arange(48.0).expand(2, 48))

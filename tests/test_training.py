@@ -262,3 +262,13 @@ def test_the_worst_mistakes_have_the_lowest_probability_of_the_true_class() -> N
     assert metrics.worst_mistakes(probabilities, labels, 24).tolist() == [0, 2, 4]
     assert metrics.worst_mistakes(probabilities, labels, 2).tolist() == [0, 2]
     assert metrics.worst_mistakes(probabilities, probabilities.argmax(1), 24).tolist() == []
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_validation_has_the_precision_of_the_training(digits: Dataset, bfloat16: bool) -> None:
+    model, dtypes = build(digits), []
+    model.register_forward_hook(
+        lambda module, _, logits: None if module.training else dtypes.append(logits.dtype)
+    )
+    fit(model, digits, samples=200, bfloat16=bfloat16)
+    assert set(dtypes) == {torch.bfloat16 if bfloat16 else torch.float32}
