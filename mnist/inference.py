@@ -214,7 +214,9 @@ def _load_calibration(
     entry, kind = record.get("calibration", {}), "likeness"
     if engine != "onnx_int8" and "full" in entry:
         entry, kind = entry["full"], "full_likeness"
-    settings = {key: entry[key] for key in ("temperature", "uncertain_below") if key in entry}
+    settings: dict[str, Any] = {
+        key: entry[key] for key in ("temperature", "uncertain_below") if key in entry
+    }
     if kind in record["files"]:
         settings["ood_score"] = ood.load(registry.file(folder, name, kind))
     return settings

@@ -62,7 +62,7 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def predict_file(
-    file: Path, data: dict[str, Any], classify: inference.Classifier
+    file: Path, data: registry.DatasetEntry, classify: inference.Classifier
 ) -> Prediction | Unreadable:
     """Predict the class of one file; `data` is the record of the model's data set."""
     if file.is_dir():

@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,7 +111,7 @@ def models(request: Request) -> JSONResponse:
 
 
 @app.get("/models/{name}", openapi_extra=schemas.BY_NAME, responses=schemas.problems(404, 503))
-def model(request: Request) -> dict[str, Any]:
+def model(request: Request) -> Mapping[str, Any]:
     """The whole record of one model."""
     return registry.record(_engine(request).folder, request.path_params["name"])[1]
 

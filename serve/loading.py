@@ -114,8 +114,10 @@ class Loader:
         with suppress(registry.RegistryError):
             folder = self.folder = self._settings.models or registry.default_folder()
             info = registry.read(folder)
-            names = {info["current"], canary} & {*info["models"]}
-            files = [file for name in names for file in info["models"][name]["files"].values()]
+            records = [
+                info["models"][name] for name in info["models"] if name in (info["current"], canary)
+            ]
+            files = [file for record in records for file in record["files"].values()]
             self._watched += [folder / file["file"] for file in files]
         self._versions = registry.versions(self._watched)
         return True

@@ -11,7 +11,10 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from mnist.registry.records import DatasetEntry as DatasetEntry
+from mnist.registry.records import Info, Record, find_fault
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -22,23 +25,6 @@ SAMPLE = Path(__file__).parents[2] / "serve" / "sample_model"  # a registry with
 SAMPLE_NOTE = "this is a sample model; `python run.py` makes your own"
 NAME = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
-Record = dict[str, Any]
-
-# The keys that readers rely on, with JSON types; "*" stands for every key. Others are optional.
-_NUMBER: Any = int | float
-_FILE: Any = {"file": str, "sha256": str}
-_ERRORS: Any = {"errors": int, "n": int}
-_RECORD: Any = {
-    "created": str,
-    "dataset": {"name": str, "sha256": str, "classes": list, "recipe": str}
-    | {"size": int, "channels": int, "mean": _NUMBER, "std": _NUMBER},
-    "model": {"name": str},
-    "study": {"name": str, "trial": int},
-    "files": {"weights": _FILE, "*": _FILE},
-    "metrics": {"calibration": _ERRORS, "test": _ERRORS | {"accuracy": _NUMBER}},
-    "quick": bool,
-}
-
 
 class RegistryError(RuntimeError):
     """A registry, record or file is unusable; the message says which one and what to do."""
@@ -48,7 +34,7 @@ class UnknownModel(RegistryError):
     """The registry has no model of this name."""
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Info:
     """The content of model_info.json; without models where the file does not exist yet.
 
     Raises RegistryError where it is not JSON or lacks a key that readers rely on.
@@ -61,10 +47,12 @@ def read(folder: Path) -> dict[str, Any]:
         raise RegistryError(f"{folder / INFO} cannot be read: {error}") from error
     if not isinstance(info, dict) or info.get("schema") != 1:
         raise RegistryError(f"{folder / INFO} is not of schema 1; a newer version wrote it")
-    _check_shape(info, {"models": {"*": _RECORD}}, f"{folder / INFO}:")
-    if info.get("current", "") not in (None, *info["models"]):
+    if location := find_fault(info):
+        text = f"{folder / INFO}: {location} is missing or malformed"
+        raise RegistryError(f"{text}; correct it, or put a copy back")
+    if info["current"] not in (None, *info["models"]):
         raise RegistryError(f"{folder / INFO}: `current` names none of its models; correct it")
-    return info
+    return info  # type: ignore[return-value]
 
 
 def default_folder() -> Path:
@@ -120,7 +108,9 @@ def versions(paths: Iterable[Path]) -> list[tuple[int, ...] | None]:
     return stamps
 
 
-def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, promote: str) -> str:
+def save(
+    folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Mapping[str, Any], promote: str
+) -> str:
     """Save a new model; returns its name.
 
     `files` maps a kind ("weights") to the file's suffix (".pth") and content; `entry` is the record
@@ -133,18 +123,19 @@ def save(folder: Path, files: Mapping[str, tuple[str, bytes]], entry: Record, pr
         _remove_orphans(folder, info)
         now = datetime.now(UTC)
         name = _new_name(folder, info, now)
-        entry = entry | {"created": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "files": {}}
+        created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+        model = cast("Record", {**entry, "created": created, "files": {}})
         (folder / f".{name}.tmp").touch()  # marks files without a record for _remove_orphans
         for kind, (suffix, content) in files.items():
             path = folder / f"{name}{suffix}"
             _write_file(path, content)
             digest = hashlib.sha256(content).hexdigest()
-            entry["files"][kind] = {"file": path.name, "sha256": digest, "bytes": len(content)}
+            model["files"][kind] = {"file": path.name, "sha256": digest, "bytes": len(content)}
         if "golden" in files:
-            entry["golden"] = entry["files"]["golden"]["file"]
-        info["models"][name] = entry
-        current = info["models"].get(info["current"])
-        if promote == "always" or (promote == "better" and better(entry, current)):
+            model["golden"] = model["files"]["golden"]["file"]
+        info["models"][name] = model
+        current = info["models"][info["current"]] if info["current"] else None
+        if promote == "always" or (promote == "better" and better(model, current)):
             info["current"] = name
         _write_info(folder, info)
         _remove_orphans(folder, info)
@@ -213,17 +204,7 @@ def check_writable(folder: Path) -> None:
     read(folder)
 
 
-def _check_shape(value: Any, shape: Any, location: str) -> None:
-    """Raise RegistryError where `value` lacks a part of `shape`, or has another type."""
-    if not isinstance(value, dict if isinstance(shape, dict) else shape):
-        raise RegistryError(f"{location} is missing or malformed; correct it, or put a copy back")
-    if isinstance(shape, dict):
-        for key, inner in shape.items():
-            for part in value if key == "*" else [key]:
-                _check_shape(value.get(part), inner, f"{location} {part}")
-
-
-def _remove_orphans(folder: Path, info: dict[str, Any]) -> None:
+def _remove_orphans(folder: Path, info: Info) -> None:
     """Delete the files of an interrupted save or removal, which a marker file names.
 
     Other files without a record stay: they may be a person's, or the record may be lost.
@@ -236,7 +217,7 @@ def _remove_orphans(folder: Path, info: dict[str, Any]) -> None:
         marker.unlink()
 
 
-def _new_name(folder: Path, info: dict[str, Any], now: datetime) -> str:
+def _new_name(folder: Path, info: Info, now: datetime) -> str:
     base = now.strftime("%Y%m%d-%H%M%S")
     name, n = base, 1
     while name in info["models"] or any(folder.glob(f"{name}.*")):
@@ -252,7 +233,7 @@ def _lock(folder: Path) -> "FileLock":
     return FileLock(folder / ".lock")
 
 
-def _write_info(folder: Path, info: dict[str, Any]) -> None:
+def _write_info(folder: Path, info: Info) -> None:
     _write_file(folder / INFO, json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n")
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -66,7 +65,7 @@ def compare_models(folder: Path, names: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _sort_key(record: dict[str, Any]) -> tuple[str, float]:
+def _sort_key(record: registry.Record) -> tuple[str, float]:
     test = record["metrics"]["test"]
     return record["dataset"]["name"], test["errors"] / test["n"]
 
@@ -85,7 +84,7 @@ def mcnemar_p(folder: Path, one: str, other: str) -> float:
     return binomtest(only_wrong[0], sum(only_wrong)).pvalue if sum(only_wrong) else 1.0
 
 
-def _make_row(folder: Path, name: str, record: dict[str, Any], p: float | None) -> Row:
+def _make_row(folder: Path, name: str, record: registry.Record, p: float | None) -> Row:
     test = record["metrics"]["test"]
     low, high = test["interval95"]
     classify = inference.load(folder, name)
@@ -104,7 +103,7 @@ def _make_row(folder: Path, name: str, record: dict[str, Any], p: float | None) 
     )
 
 
-def measure_latency_ms(classify: inference.Classifier, record: dict[str, Any]) -> float:
+def measure_latency_ms(classify: inference.Classifier, record: registry.Record) -> float:
     """Milliseconds for one image on this machine's CPU, the median of TIMED_CALLS."""
     channels, size = record["dataset"]["channels"], record["dataset"]["size"]
     image = np.random.default_rng(0).integers(0, 256, (1, channels, size, size), np.uint8)

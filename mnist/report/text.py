@@ -1,6 +1,7 @@
 """Sentences on hyperparameters and records, for the terminal and the report."""
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from mnist.search.study import BASELINES
@@ -15,7 +16,7 @@ def format_params(params: dict[str, Any]) -> str:
     return ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
 
 
-def describe_confirmation(record: dict[str, Any]) -> list[str]:
+def describe_confirmation(record: Mapping[str, Any]) -> list[str]:
     """The winner's accuracy on fresh seeds, in lines; none where it was not confirmed."""
     validation, gain = record["metrics"]["validation"], describe_gain(record)
     if validation["std"] is None:
@@ -25,7 +26,7 @@ def describe_confirmation(record: dict[str, Any]) -> list[str]:
     return [line, gain] if gain else [line]
 
 
-def describe_gain(record: dict[str, Any]) -> str | None:
+def describe_gain(record: Mapping[str, Any]) -> str | None:
     """The gain over the baselines, in errors on fresh seeds; None for records without it."""
     gain = record["study"].get("worth", {})
     if not {"winner", *BASELINES} <= set(gain):
