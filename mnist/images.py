@@ -1,25 +1,16 @@
 """Normalisation: any raw picture (bytes) -> the uint8 array that models take; the only place."""
 
-import io
 import math
-import re
 import struct
-import warnings
-from collections.abc import Callable
-from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from mnist.decoding import MAX_PIXELS, ImageError, decode
+from mnist.decoding import read_header as read_header
 from mnist.ink import BACKGROUND_SIDE, Grey, find_ink
 
-# Enough for any phone's photo; decoded as RGB, it takes 150 MB of a server's memory.
-MAX_PIXELS = 50_000_000
-# Formats whose decoders start no program and download nothing. Not ICO: a header of 256x256 may
-# come with a far larger picture, which Pillow decodes before its size can be checked.
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 # Longest side at which find_ink works: a digit a tenth as tall as its photo keeps 11 to 22 pixels,
 # about the 20 that the recipe needs. With 192 to 384, photos are read equally well.
 WORKING_SIDE = 224
@@ -38,22 +29,8 @@ RECIPES = (("digit", 1), ("plain", 1), ("plain", 3))  # recipe, channels
 SMALL_BYTES, SMALL_PIXELS = 16_000, 300 * 300
 PNG_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # followed by width and height
 
-_EXIF_ORIENTATION = 0x0112
-# Orientation -> Image.Transpose.
-_EXIF_TRANSPOSES = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))
-# Pillow's warnings (odd metadata, many pixels) do not help those who serve or train a model. They
-# are filtered once, as catch_warnings() around each picture would change the whole process.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 # Operations here take microseconds; waking a second thread would cost 0.8 ms of processor time.
 cv2.setNumThreads(1)
-
-
-class ImageError(ValueError):
-    """The picture is unusable; `code` is `not_an_image`, `too_many_pixels` or `blank`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def normalise(
@@ -81,9 +58,9 @@ def normalise(
         raise ValueError(f"recipe {recipe!r} with {channels} channels; known: {names}")
     if recipe == "plain":
         mode = "L" if channels == 1 else "RGB"
-        image = _decode(data, max_pixels, lambda image: _flatten(image, mode), mode, 2 * size)
+        image = decode(data, max_pixels, lambda image: _flatten(image, mode), mode, 2 * size)
         return _make_plain(image, size)
-    grey = np.asarray(_decode(data, max_pixels, _to_grey, "L", WORKING_SIDE))
+    grey = np.asarray(decode(data, max_pixels, _to_grey, "L", WORKING_SIDE))
     for candidate in (grey, 255 - grey):
         if _follows_recipe(candidate, size):
             return candidate[None].copy()
@@ -163,53 +140,12 @@ def _thicken(ink: Grey) -> Grey:
     return np.asarray(cv2.dilate(padded, kernel), np.uint8)
 
 
-def _decode(
-    data: bytes,
-    max_pixels: int,
-    flatten: Callable[[Image.Image], Image.Image],
-    mode: str,
-    min_side: int,
-) -> Image.Image:
-    """Decode a picture, `flatten` it to one mode and rotate it as its EXIF orientation says.
-
-    A JPEG is decoded at a reduced size, with sides of at least `min_side`, and in `mode`.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            raise _too_many_pixels(image.width * image.height, max_pixels)
-        image.draft(mode, (min_side, min_side))
-        flat = flatten(image)
-        # Read after decoding, as Pillow itself rotates a TIFF and then drops the tag.
-        transpose = _EXIF_TRANSPOSES.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-        return flat if transpose is None else flat.transpose(Image.Transpose(transpose))
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as e:  # Pillow's own limit, about 179 million
-        pixels = re.search(r"\d+", str(e))
-        raise _too_many_pixels(int(pixels[0]) if pixels else max_pixels + 1, max_pixels) from e
-    except Exception as e:  # decoders raise anything for malformed bytes
-        raise ImageError(
-            "not_an_image",
-            f"these {len(data):,} bytes cannot be read as a picture; send a whole PNG, JPEG, GIF, "
-            "BMP, WebP, TIFF or PPM file",
-        ) from e
-
-
-def _too_many_pixels(pixels: int, limit: int) -> ImageError:
-    return ImageError(
-        "too_many_pixels",
-        f"the picture has {pixels:,} pixels; the limit is {limit:,} (MAX_PIXELS)",
-    )
-
-
 def _blank() -> ImageError:
     return ImageError("blank", "the picture is blank: draw something dark on light or the reverse")
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
     factor = math.ceil(max(image.size) / WORKING_SIDE)
-    image = _to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
@@ -218,7 +154,6 @@ def _to_grey(image: Image.Image) -> Image.Image:
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:
-    image = _to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
@@ -255,24 +190,6 @@ def _fit_square(image: Image.Image, size: int) -> Image.Image:
     square = Image.new(image.mode, (size, size), ground)
     square.paste(small, ((size - width) // 2, (size - height) // 2))
     return square
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Convert a picture with deeper channels to eight bits."""
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_scale_to_eight_bits(np.asarray(image)))
-    return image
-
-
-def _scale_to_eight_bits(pixels: NDArray[Any]) -> Grey:
-    if pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() < 2**16:
-        return (pixels >> 8 if pixels.max() > 255 else pixels).astype(np.uint8)
-    pixels = np.nan_to_num(pixels.astype(np.float32), copy=False)  # in place: it may be large
-    np.clip(pixels, -1e30, 1e30, out=pixels)  # so that differences are finite
-    low, high = pixels.min(), pixels.max()
-    pixels -= low
-    pixels *= 255 / ((high - low) or 1)
-    return pixels.astype(np.uint8)
 
 
 def _composite_ink(image: Image.Image) -> Image.Image:

@@ -1,10 +1,7 @@
 """Corrected pictures, kept as a folder data set: one sub-folder for each class."""
 
 import hashlib
-import io
 from pathlib import Path
-
-from PIL import Image
 
 from mnist import images
 
@@ -23,8 +20,7 @@ def keep(folder: Path, max_bytes: int, picture: bytes, label: str, max_pixels: i
     from filelock import FileLock  # most servers keep no corrections, and start faster without it
 
     images.normalise(picture, recipe="plain", max_pixels=max_pixels)
-    with Image.open(io.BytesIO(picture), formats=images.FORMATS) as image:
-        extension = (image.format or "").lower()
+    extension = images.read_header(picture).format.lower()
     name = f"{hashlib.sha256(picture).hexdigest()[:24]}.{extension}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / label.replace("/", "-").lstrip(".") / name

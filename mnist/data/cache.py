@@ -13,9 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mnist import images as pictures
+from mnist import decoding, depth, images as pictures, metadata
 
 PLAIN_INTERVAL_S = 5.0
+_READERS = (decoding, depth, pictures, metadata)  # modules that decide what a picture becomes
 
 Arrays = tuple[np.ndarray, ...]
 """Images and labels, and further arrays that are cached with them."""
@@ -41,10 +42,11 @@ def load_cached(
 ) -> Arrays:
     """The arrays of `make`, or those that an earlier call stored in the file `path`.
 
-    The cache is valid while the `inputs` that `make` reads, the settings and mnist/images.py are
-    unchanged. Where the file cannot be written, nothing is cached.
+    The cache is valid while the `inputs` that `make` reads, the settings and the modules
+    that read pictures are unchanged. Where the file cannot be written, nothing is cached.
     """
-    key = hashlib.sha256(Path(pictures.__file__).read_bytes() + repr(settings).encode())
+    code = [Path(module.__file__ or "").read_bytes() for module in _READERS]
+    key = hashlib.sha256(b"".join(code) + repr(settings).encode())
     for file in inputs:
         status = file.stat()
         key.update(os.fsencode(file) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
