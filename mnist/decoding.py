@@ -69,7 +69,7 @@ def decode(
         if image.width * image.height > max_pixels:
             raise _too_many_pixels(image.width * image.height, max_pixels)
         image.draft(mode, (min_side, min_side))
-        flat = flatten(to_eight_bits(image))
+        flat = flatten(to_eight_bits(image, data))
         # After decoding, as Pillow itself rotates a TIFF and then drops the tag.
         return rotate_upright(image, flat)
 

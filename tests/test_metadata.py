@@ -43,15 +43,15 @@ def with_segment(marker: int, content: bytes) -> bytes:
     return JPEG[:2] + struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content + JPEG[2:]
 
 
-def with_tag(tag: int, kind: int, count: int, value: int) -> bytes:
-    """The TIFF with another entry in its table, which moves to the end."""
-    (start,) = struct.unpack_from("<I", TIFF, 4)
-    (n,) = struct.unpack_from("<H", TIFF, start)
-    entries = [TIFF[start + 2 + 12 * i :][:12] for i in range(n)]
+def with_tag(data: bytes, tag: int, kind: int, count: int, value: int) -> bytes:
+    """A TIFF with another entry in its table, which moves to the end."""
+    (start,) = struct.unpack_from("<I", data, 4)
+    (n,) = struct.unpack_from("<H", data, start)
+    entries = [data[start + 2 + 12 * i :][:12] for i in range(n)]
     entries.append(struct.pack("<HHII", tag, kind, count, value))
     entries.sort(key=lambda entry: struct.unpack_from("<H", entry))
     table = struct.pack("<H", n + 1) + b"".join(entries) + bytes(4)
-    return TIFF[:4] + struct.pack("<I", len(TIFF)) + TIFF[8:] + table
+    return data[:4] + struct.pack("<I", len(data)) + data[8:] + table
 
 
 PNG_METADATA = {
@@ -110,7 +110,7 @@ TIFF_METADATA = {
 
 @pytest.mark.parametrize("name", TIFF_METADATA)
 def test_a_tiff_is_read_whatever_its_metadata(name: str) -> None:
-    assert np.array_equal(images.normalise(with_tag(*TIFF_METADATA[name])), EXPECTED["TIFF"])
+    assert np.array_equal(images.normalise(with_tag(TIFF, *TIFF_METADATA[name])), EXPECTED["TIFF"])
 
 
 def test_a_webp_is_read_whatever_its_metadata() -> None:
