@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from mnist.colours import project_colours
 from mnist.decoding import MAX_PIXELS, ImageError, decode
 from mnist.decoding import read_header as read_header
 from mnist.ink import BACKGROUND_SIDE, Grey, find_ink
@@ -45,9 +46,10 @@ def normalise(
 
     Returns uint8 (channels, size, size). A picture that already has this form is returned bit for
     bit. With the recipe "digit", the ink that `ink.find_ink` finds is high (255) on 0, whatever the
-    picture's polarity, in the position and size that `centre` describes. With the recipe "plain",
-    the whole picture is scaled with its aspect ratio, and padded to a square with the colour of its
-    rim; its tones stay, grey (1 channel) or RGB (3).
+    picture's polarity, in the position and size that `centre` describes; where ink and ground are
+    equally bright, their colours count. With the recipe "plain", the whole picture is scaled with
+    its aspect ratio, and padded to a square with the colour of its rim; its tones stay, grey (1
+    channel) or RGB (3).
 
     Raises ImageError: `not_an_image` if no decoder reads all of it, `too_many_pixels` if its header
     exceeds `max_pixels`, `blank` if it shows nothing. Raises ValueError for another recipe or
@@ -64,7 +66,10 @@ def normalise(
     for candidate in (grey, 255 - grey):
         if _follows_recipe(candidate, size):
             return candidate[None].copy()
-    return centre(find_ink(grey), size)[None]
+    ink = find_ink(grey)
+    if not ink.any():
+        ink = _find_coloured_ink(data, max_pixels)
+    return centre(ink, size)[None]
 
 
 def is_small(data: bytes) -> bool:
@@ -151,6 +156,14 @@ def _to_grey(image: Image.Image) -> Image.Image:
         if image.getchannel("A").getextrema() != (255, 255):
             return _composite_ink(image.reduce(factor))
     return image.convert("L").reduce(factor)
+
+
+def _find_coloured_ink(data: bytes, max_pixels: int) -> Grey:
+    """The ink of a picture whose ink and ground are equally bright; all 0 without any."""
+    image = decode(data, max_pixels, lambda image: _flatten(image, "RGB"), "RGB", WORKING_SIDE)
+    pixels = np.asarray(image.reduce(math.ceil(max(image.size) / WORKING_SIDE)))
+    inks = map(find_ink, project_colours(pixels))
+    return next((ink for ink in inks if ink.any()), np.zeros(pixels.shape[:2], np.uint8))
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:

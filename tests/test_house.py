@@ -15,6 +15,7 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"mnist.decoding"},
     {"mnist.ink", "mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
     | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.scores"},
+    {"mnist.colours"},
     {"mnist.images", "mnist.models"},
     {"mnist.data", "mnist.inference"},
     {"mnist.metrics"},
