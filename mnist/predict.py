@@ -13,9 +13,9 @@ import click
 import numpy as np
 
 from mnist import images, inference, registry
+from mnist.files import describe_left_out, list_tree
 from mnist.report import model_plots, plots
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TOP_CLASSES = 3
 MAX_PLOTTED = 240  # pictures in a figure; matplotlib limits its height
 
@@ -46,19 +46,15 @@ def predict_files(
 ) -> Iterator[Prediction | Unreadable]:
     """Yield a prediction for each file, in order, by a model of the registry `folder`.
 
-    By default the current model. A folder stands for all pictures in and below it. Raises
-    registry.RegistryError where the model is unusable.
+    By default the current model. A folder stands for all pictures in and below it (by their names:
+    mnist.files). Raises registry.RegistryError where the model is unusable, OSError for a folder
+    that cannot be read.
     """
     name, record = registry.record(folder, name)
     classify = inference.load(folder, name)
     for file in files:
-        for path in find_pictures(file) if file.is_dir() else [file]:
+        for path in (list_tree(file).pictures or [file]) if file.is_dir() else [file]:
             yield predict_file(path, record["dataset"], classify)
-
-
-def find_pictures(folder: Path) -> list[Path]:
-    """The pictures in and below a folder, by suffix, sorted; the folder itself if it has none."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES) or [folder]
 
 
 def predict_file(
@@ -170,6 +166,7 @@ def main(
         raise click.BadParameter(f"{file} does not end in .png", param_hint="--plot")
     if file and not file.parent.is_dir():
         raise click.BadParameter(f"there is no folder {file.parent}", param_hint="--plot")
+    print_left_out(files)
     results: list[Prediction | Unreadable] = []
     for result in predict_files(files, models or choose_registry(), model):
         results.append(result)
@@ -188,6 +185,13 @@ def main(
     if file and len(predictions) > MAX_PLOTTED:
         print_error(f"{file}: only the first {MAX_PLOTTED} pictures are in it")
     return int(len(predictions) < len(results))
+
+
+def print_left_out(files: Sequence[Path]) -> None:
+    """Print a line for each folder with files that are left out by their names."""
+    for folder in filter(Path.is_dir, files):
+        for note in describe_left_out(folder, list_tree(folder).left_out):
+            print_error(note)
 
 
 def choose_registry() -> Path:

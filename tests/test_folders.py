@@ -166,14 +166,14 @@ def test_a_few_unreadable_files_are_named_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, color: bool
 ) -> None:
     root = fill(tmp_path / "pets", {"cat": 20, "dog": 20})
-    (root / "cat" / "Thumbs.db").write_bytes(b"no picture")
+    (root / "cat" / "broken.png").write_bytes(b"no picture")
     (root / "dog" / "blank.png").write_bytes(png(60_000, 60_000, b"")[:-20])
     dataset = load(root, color=color)
     assert len(dataset.train + dataset.validation + dataset.calibration + dataset.open_test()) == 40
     text = (
         "2 of 42 files cannot be used as pictures (1 unreadable, 1 too large), and are left out: "
     )
-    assert caplog.text.count(text + "cat/Thumbs.db, dog/blank.png") == 1
+    assert caplog.text.count(text + "cat/broken.png, dog/blank.png") == 1
     caplog.clear()
     folders._warn.cache_clear()
     load(root, color=color)  # from the cache
@@ -190,6 +190,22 @@ def test_ignored_files_and_folders_are_named(
     assert "files beside the class folders are not read: stray.png" in caplog.text
     assert "folders in class folders are not read: cat/young" in caplog.text
     assert f"are the classes those in {root}?" in problem(root.parent)
+
+
+def test_files_and_folders_of_the_system_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = fill(tmp_path / "pets", {"cat": 20, "dog": 20, "__MACOSX/cat": 3, "@eaDir": 3})
+    for name in ("cat/Thumbs.db", "cat/desktop.ini", "dog/._000.png", "dog/notes.txt"):
+        (root / name).write_bytes(b"no picture")
+    (root / "cat" / "001.jpg").rename(root / "cat" / "001.jfif")
+    fill(root / "cat" / "shots.png", {"young": 1})
+    dataset = load(root)
+    assert dataset.classes == ("cat", "dog")
+    assert len(dataset.train + dataset.validation + dataset.calibration + dataset.open_test()) == 40
+    assert f"{root}: 6 left out, as no picture files by name: @eaDir, __MACOSX, " in caplog.text
+    assert "folders in class folders are not read: cat/shots.png" in caplog.text
+    assert "cannot be used" not in caplog.text
 
 
 def test_a_class_that_is_mostly_unreadable_is_refused(tmp_path: Path) -> None:

@@ -117,6 +117,24 @@ def test_a_folder_stands_for_its_pictures_sorted(ask: Predict, seven: Path) -> N
     assert done.returncode == 0
 
 
+def test_a_folder_s_files_of_the_system_are_left_out_and_counted(ask: Predict, seven: Path) -> None:
+    with Image.open(seven) as picture:
+        picture.save(seven.parent / "web.jfif", "JPEG")
+        picture.save(seven.parent / "scan.pnm", "PPM")
+    for name in ("__MACOSX", ".ipynb_checkpoints", "shots.png"):
+        (seven.parent / name).mkdir()
+    for name in ("._7.png", "__MACOSX/._7.png", ".ipynb_checkpoints/7.png", "Thumbs.db"):
+        (seven.parent / name).write_bytes(b"no picture")
+    done = ask(seven.parent)
+    answered = [Path(line.split("  ")[0]).name for line in done.stdout.splitlines()]
+    assert answered == ["7.png", "scan.pnm", "web.jfif"]
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"predict: {seven.parent}: 4 left out, as no picture files by name: "
+        "._7.png, .ipynb_checkpoints, Thumbs.db, __MACOSX\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,0 +1,71 @@
+"""Which files of a folder are pictures: the same for data sets and for predictions."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".mpo"}
+)
+# What systems and programs leave beside pictures, in lower case; names with a leading dot, too.
+SYSTEM_NAMES = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini"})
+MAX_NAMED = 5  # files that a note names
+
+
+class Listing(NamedTuple):
+    """What a folder has, each sorted: pictures by their suffix, other folders, and the rest."""
+
+    pictures: list[Path]
+    folders: list[Path]
+    left_out: list[Path]
+    """Files that are no pictures, and files and folders of the system."""
+
+
+def list_folder(folder: Path) -> Listing:
+    """The entries of a folder, without those below. Raises OSError."""
+    listing = Listing([], [], [])
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = folder / entry.name
+            if _is_of_the_system(entry.name):
+                listing.left_out.append(path)
+            elif entry.is_dir():
+                listing.folders.append(path)
+            elif entry.is_file() and path.suffix.lower() in SUFFIXES:
+                listing.pictures.append(path)
+            else:
+                listing.left_out.append(path)
+    return listing
+
+
+def list_tree(folder: Path) -> Listing:
+    """The entries in and below a folder; links to folders are not followed. Raises OSError."""
+    pictures, folders, left_out = list_folder(folder)
+    for inner in list(folders):
+        if not inner.is_symlink():
+            below = list_tree(inner)
+            pictures += below.pictures
+            folders += below.folders
+            left_out += below.left_out
+    return Listing(sorted(pictures), sorted(folders), sorted(left_out))
+
+
+def describe_left_out(root: Path, paths: Sequence[Path]) -> list[str]:
+    """A note, in one line, that counts what is left out because of its name; none for none."""
+    if not paths:
+        return []
+    names = join_names([str(path.relative_to(root)) for path in paths])
+    return [f"{root}: {len(paths)} left out, as no picture files by name: {names}"]
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The first names, and the number of the others."""
+    suffix = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    shown = (name if name.isprintable() else repr(name) for name in sorted(names)[:MAX_NAMED])
+    return ", ".join(shown) + suffix
+
+
+def _is_of_the_system(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
