@@ -94,6 +94,62 @@ def test_folders_called_train_and_test_may_be_classes(tmp_path: Path) -> None:
     assert load(fill(tmp_path / "rail", {"train": 12, "test": 12})).classes == ("test", "train")
 
 
+@pytest.mark.parametrize(("train", "test"), [("training", "testing"), ("Train", "test")])
+def test_parts_have_other_names_too(
+    train: str, test: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path / "pets" / train, {"cat": 20, "dog": 15})
+    fill(tmp_path / "pets" / test, {"cat": 2, "dog": 1})
+    fill(tmp_path / "pets" / "valid", {"cat": 2, "dog": 2})
+    dataset = load(tmp_path / "pets")
+    assert len(dataset.train + dataset.validation + dataset.calibration) == 35
+    assert dataset.open_test().labels.tolist() == [0, 0, 1]
+    assert f"only {train}/ and {test}/ are used, not valid" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("training", "val"), "has a training/ with classes but no test/ with the same ones; call "
+         "val/ so"),
+        (("train", "validation"), "call validation/ so"),
+        (("testing", "valid"), "has a testing/ with classes but no train/ with the same ones"),
+        (("train", "training", "test"), "has train/ and training/, both with classes"),
+        (("train", "test", "testing"), "has test/ and testing/, both with classes"),
+    ],
+)  # fmt: skip
+def test_parts_that_are_not_clear_are_asked_about(
+    names: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    for name in names:
+        fill(tmp_path / "pets" / name, {"cat": 10, "dog": 10})
+    text = problem(tmp_path / "pets")
+    assert words in text
+    assert "remove" not in text
+
+
+def test_a_folder_with_pictures_is_never_to_be_removed(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pets", {"cat": 10, "dog": 10, "emu/young": 3})
+    text = problem(root)
+    assert "class 'emu' has 0 pictures right in its folder, but 3 further below (emu/young" in text
+    assert f"put them into {root / 'emu'}" in text
+    shutil.move(root / "emu" / "young" / "000.png", root / "emu")
+    text = problem(root)
+    assert f"or move that folder out of {root}" in text
+    assert "remove" not in text
+
+
+def test_names_of_classes_are_the_same_in_every_unicode_form(tmp_path: Path) -> None:
+    fill(tmp_path / "food" / "train", {"pâté": 20, "plain": 15})
+    fill(tmp_path / "food" / "test", {"pa\u0302te\u0301": 2, "plain": 1})
+    dataset = load(tmp_path / "food")
+    assert dataset.classes == ("plain", "pâté")
+    assert dataset.open_test().labels.tolist() == [0, 1, 1]
+    fill(tmp_path / "food" / "train", {"pa\u0302te\u0301": 5})
+    dataset = load(tmp_path / "food")
+    assert len(dataset.train + dataset.validation + dataset.calibration) == 40
+
+
 def test_a_train_folder_without_a_test_folder_is_told(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets" / "train", {"cat": 10, "dog": 10}).parent
     fill(root / "val", {"cat": 10, "dog": 10})

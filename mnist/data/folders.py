@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def make_source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
     """The pictures under `path`; the classes are the sorted names of their folders, in NFC.
 
-    If `path` has train/ and test/ with class folders in each, these are
+    If `path` has train/ and test/ (or training/ and testing/) with class folders in each, these are
     the splits; otherwise a stratified seventh becomes the test split. Pictures are read by
     images.normalise, recipe "plain", at size x size pixels, in grey or (3 channels) RGB.
     `mnist.files` says which files are pictures. Raises DataError, here or in `read`; its message

@@ -10,9 +10,9 @@ from mnist.files import describe_left_out, join_names, list_folder, list_tree
 
 # Names of parts, in any case, as published data sets have them.
 PART_NAMES = {
-    "train": ("train",),
-    "test": ("test",),
-    "validation": (),
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("val", "valid", "validation"),
 }
 
 Labelled = list[tuple[Path, int]]
