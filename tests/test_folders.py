@@ -150,6 +150,49 @@ def test_names_of_classes_are_the_same_in_every_unicode_form(tmp_path: Path) -> 
     assert len(dataset.train + dataset.validation + dataset.calibration) == 40
 
 
+def test_the_same_picture_in_two_classes_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = fill(tmp_path / "pets", {"cat": 20, "dog": 20, "emu": 20})
+    for i in range(3):
+        shutil.copy(root / "cat" / f"{3 * i:03}.png", root / "dog" / f"copy{i}.png")
+    load(root)
+    text = "6 of 63 pictures are in more than one class, with the same pixels, such as "
+    assert caplog.text.count(text) == 1
+    assert "cat/00" in caplog.text
+    assert "and dog/copy" in caplog.text or "such as dog/copy" in caplog.text
+    caplog.clear()
+    folders._warn.cache_clear()
+    load(root)  # from the cache
+    assert text in caplog.text
+
+
+def test_test_pictures_among_the_training_pictures_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "pets"
+    fill(root / "train", {"cat": 20, "dog": 20})
+    fill(root / "test", {"cat": 3, "dog": 3}, size=(30, 40))
+    load(root)
+    assert "same pixels" not in caplog.text
+    shutil.copy(root / "train" / "cat" / "006.png", root / "test" / "cat" / "seen.png")
+    dataset = load(root)
+    dataset.open_test()
+    text = "1 of 7 test pictures are training pictures, too, with the same pixels, such as "
+    assert caplog.text.count(f"{text}test/cat/seen.png and train/cat/006.png") == 1
+
+
+def test_a_picture_that_a_random_split_repeats_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = fill(tmp_path / "pets", {"cat": 20, "dog": 20})
+    for file in sorted((root / "cat").glob("*.png")):
+        shutil.copy(file, root / "cat" / f"copy-{file.name}")
+    load(root)
+    assert "test pictures are training pictures, too" in caplog.text
+    assert "more than one class" not in caplog.text
+
+
 def test_a_train_folder_without_a_test_folder_is_told(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets" / "train", {"cat": 10, "dog": 10}).parent
     fill(root / "val", {"cat": 10, "dog": 10})

@@ -48,6 +48,8 @@ def make_source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
             splits = {"test": read_part(data_dir, test, 1)}
             if part == "train":  # after the test split, whose faults must show before the training
                 splits["train"] = read_part(data_dir, train, MIN_CLASS_PICTURES)
+        if part == "train" and _is_main_process():
+            _warn_all(notes.describe_repeated(path, *splits["train"], *splits["test"]))
         return splits[part].images, splits[part].labels
 
     return Source(read, tuple(train.classes))

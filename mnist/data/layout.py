@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,10 +61,9 @@ class Part:
 
     def check_counts(self, labels: list[int], minimum: int) -> None:
         """Raise DataError if a class has fewer than `minimum` of the labels."""
-        name, n = min(
-            ((name, labels.count(label)) for label, name in enumerate(self.classes)),
-            key=lambda pair: pair[1],
-        )
+        counts = Counter(labels)
+        fewest = min(range(len(self.classes)), key=lambda label: counts[label])
+        name, n = list(self.classes)[fewest], counts[fewest]
         if n >= minimum:
             return
         folder = self.classes[name][0]

@@ -1,6 +1,7 @@
 """What is worth a warning about the pictures of a folder data set."""
 
 import contextlib
+import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -82,3 +83,67 @@ def describe_loss(files: list[Path], size: int, channels: int) -> list[str]:
     if tints and statistics.median(tints) > MIN_TINT:
         notes.append("the pictures are colourful and are read as grey; --color keeps their colors")
     return notes
+
+
+# --- the same picture twice
+
+
+def describe_repeated(
+    root: Path,
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    train_files: list[Path],
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    test_files: list[Path],
+) -> list[str]:
+    """Warnings about equal images (N, C, H, W) in several classes, and in both parts."""
+    hashes, test_hashes = _hash_all(train), _hash_all(test)
+    files = [*train_files, *test_files]
+    labels = [*train_labels.tolist(), *test_labels.tolist()]
+    leaks = _describe_leaks(hashes, test_hashes, root, files)
+    return _describe_twins([*hashes, *test_hashes], labels, root, files) + leaks
+
+
+def _hash_all(images: np.ndarray) -> list[bytes]:
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+
+
+def _describe_twins(
+    hashes: list[bytes], labels: list[int], root: Path, files: list[Path]
+) -> list[str]:
+    """A warning about equal pictures of several classes."""
+    first = dict[bytes, int]()  # the first picture with this hash
+    mixed = dict[bytes, tuple[int, int]]()  # two pictures of different classes
+    for i, key in enumerate(hashes):
+        if labels[first.setdefault(key, i)] != labels[i]:
+            mixed.setdefault(key, (first[key], i))
+    if not mixed:
+        return []
+    n = sum(key in mixed for key in hashes)
+    one, other = next(iter(mixed.values()))
+    return [
+        f"{n} of {len(files)} pictures are in more than one class, with the same pixels, such as "
+        f"{_join(root, files[one], files[other])}: no model can tell them apart; keep each in one "
+        "class"
+    ]
+
+
+def _describe_leaks(
+    hashes: list[bytes], test_hashes: list[bytes], root: Path, files: list[Path]
+) -> list[str]:
+    """A warning about test pictures, the last ones of `files`, that are training pictures, too."""
+    trained = {key: i for i, key in enumerate(hashes)}
+    leaks = [(i, key) for i, key in enumerate(test_hashes) if key in trained]
+    if not leaks:
+        return []
+    i, key = leaks[0]
+    return [
+        f"{len(leaks)} of {len(test_hashes)} test pictures are training pictures, too, with the "
+        f"same pixels, such as {_join(root, files[len(hashes) + i], files[trained[key]])}: the test "
+        "will flatter the model; keep each picture once"
+    ]
+
+
+def _join(root: Path, one: Path, other: Path) -> str:
+    return " and ".join(join_names([str(file.relative_to(root))]) for file in (one, other))
