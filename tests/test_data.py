@@ -150,6 +150,54 @@ def test_files_come_from_a_mirror_checked_and_only_where_needed(
     assert all((raw / name).read_bytes() == content for name, content in small.items())
 
 
+SPELLINGS = {
+    "gzipped": ("MNIST/raw", "-idx", ".gz"),
+    "with a dot": ("MNIST/raw", ".idx", ""),
+    "gzipped, with a dot": ("MNIST", ".idx", ".gz"),
+    "in the data folder": ("", "-idx", ".gz"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_files_under_other_names_are_taken_without_a_download(
+    small: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    place, separator, suffix = SPELLINGS[spelling]
+    use_fetchers(monkeypatch)
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in small.items():
+        packed = gzip.compress(content) if suffix else content
+        (folder / f"{name.replace('-idx', separator)}{suffix}").write_bytes(packed)
+    dataset = data.load("mnist", tmp_path)
+    assert len(dataset.train) == 525
+    assert len(dataset.open_test()) == 100
+
+
+def test_a_wrong_file_under_another_name_is_named_and_not_used(
+    small: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    good = write(small, tmp_path / "good")
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    other, cut, text, right = small
+    (raw / f"{other}.gz").write_bytes(gzip.compress(b"Fashion-MNIST's"))
+    (raw / f"{cut}.gz").write_bytes(gzip.compress(small[cut])[:-9])
+    (raw / f"{text}.gz").write_bytes(b"no gzip")
+    (raw / f"{right}.gz").write_bytes(gzip.compress(small[right]))
+    use_fetchers(monkeypatch)
+    with pytest.raises(data.DataError, match=f"{other} is not there") as caught:
+        data.load("mnist", tmp_path / "data")
+    assert right not in str(caught.value)
+    for name in (other, cut, text):
+        assert f"{name}.gz is not used: " in caplog.text
+    use_fetchers(monkeypatch, somewhere=lambda folder: good)
+    assert len(data.load("mnist", tmp_path / "data").train) == 525
+
+
 def test_an_altered_file_is_named_and_fetched_again(
     small: dict[str, bytes],
     tmp_path: Path,

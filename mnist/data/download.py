@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,49 @@ class FileSet:
     def ensure(self, data_dir: Path, names: Iterable[str]) -> Path:
         """Download missing or damaged files of `names`; returns their folder.
 
-        Raises DataError, a line that names every source, where no source has them.
+        Files that are there under another name (`_list_spellings`), with the right checksum, are
+        taken first. Raises DataError, a line that names every source, where no source has them.
         """
         folder = data_dir / self.folder
-        faults = {name: reason for name in names if (reason := self.find_fault(folder / name))}
+        faults = self._find_faults(folder, names)
+        if spelled := self._find_spelled(data_dir, faults):
+            self._unpack(data_dir, spelled)
+            faults = self._find_faults(folder, faults)
         if faults:
             self._fetch_missing(data_dir, faults)
         return folder
+
+    def _find_faults(self, folder: Path, names: Iterable[str]) -> dict[str, str]:
+        return {name: reason for name in names if (reason := self.find_fault(folder / name))}
+
+    def _find_spelled(self, data_dir: Path, names: Iterable[str]) -> dict[str, list[Path]]:
+        """Files under other names; only where a checksum tells data sets apart."""
+        folder = data_dir / self.folder
+        spelled = {
+            name: [path for path in _list_spellings(data_dir, folder, name) if path.is_file()]
+            for name in names
+            if self.files[name]
+        }
+        return {name: paths for name, paths in spelled.items() if paths}
+
+    def _unpack(self, data_dir: Path, spelled: dict[str, list[Path]]) -> None:
+        """Copy the first right one of the files for each name; warns of wrong ones."""
+        folder = data_dir / self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (
+                FileLock(data_dir / ".lock"),
+                tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
+            ):
+                for name, paths in spelled.items():
+                    for path in paths:
+                        new = Path(temporary) / name
+                        if not (fault := _copy_unpacked(path, new) or self.find_fault(new)):
+                            new.replace(folder / name)
+                            break
+                        log.warning("%s is not used: %s", path, fault)
+        except OSError as error:
+            log.warning("%s: files of other names cannot be unpacked: %s", folder, error)
 
     def find_fault(self, path: Path) -> str | None:
         """Why the file is unusable; None if it exists with the right checksum."""
@@ -108,6 +145,30 @@ class FileSet:
                         raise DataError(fault)
                 for name in missing:
                     (fetched / name).replace(folder / name)
+
+
+def _list_spellings(data_dir: Path, folder: Path, name: str) -> list[Path]:
+    """Other places and names of a file: gzipped, and with a dot before "idx"."""
+    spellings = [
+        spelling + suffix
+        for spelling in (name, name.replace("-idx", ".idx"))
+        for suffix in ("", ".gz")
+    ]
+    places = dict.fromkeys((folder, folder.parent, data_dir))
+    return [place / spelling for place in places for spelling in spellings][1:]
+
+
+def _copy_unpacked(path: Path, new: Path) -> str | None:
+    """Copy a file, unpacked if it is gzipped; returns why that is impossible, or None."""
+    try:
+        with (
+            gzip.open(path) if path.suffix == ".gz" else path.open("rb") as source,
+            new.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+    except (OSError, EOFError, zlib.error) as error:  # damaged
+        return f"it cannot be unpacked ({error})"
+    return None
 
 
 def torchvision_fetcher(kind: str, folder: str, *settings: Mapping[str, Any]) -> Fetcher:
