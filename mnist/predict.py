@@ -203,7 +203,8 @@ def choose_registry() -> Path:
 
 
 def print_error(message: str) -> None:
-    click.echo(f"predict: {message}", err=True)
+    """Print one line, whatever the names of files in it."""
+    click.echo("predict: " + message.replace("\n", "\\n").replace("\r", "\\r"), err=True)
 
 
 def run_cli(arguments: list[str]) -> int:

@@ -213,6 +213,8 @@ def test_names_that_are_not_utf_8_do_no_harm_or_are_told(tmp_path: Path) -> None
     assert len(load(root).classes) == 2
     (root / "dog").rename(root / os.fsdecode(b"k\xe4se"))
     assert "has a name that is not UTF-8" in problem(root)
+    (root / os.fsdecode(b"k\xe4se")).rename(root / "two\nlines")
+    assert r"'two\nlines' has a control character in its name" in problem(root)
 
 
 def test_the_same_pictures_have_the_same_checksum_wherever_they_lie(tmp_path: Path) -> None:

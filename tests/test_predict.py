@@ -102,6 +102,13 @@ def test_an_unreadable_file_gets_a_line_and_the_others_a_prediction(
     assert lines[3].endswith("no picture is in this folder")
 
 
+def test_a_name_of_two_lines_gets_one(ask: Predict, tmp_path: Path) -> None:
+    (tmp_path / "two\nlines.png").write_text("no picture")
+    done = ask(tmp_path)
+    assert done.stderr.startswith(rf"predict: {tmp_path}/two\nlines.png: these 10 bytes cannot be")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_folder_stands_for_its_pictures_sorted(ask: Predict, seven: Path) -> None:
     (seven.parent / "c").mkdir()
     for name in ("b.PNG", "a.png", "c/d.png"):

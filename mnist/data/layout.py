@@ -111,7 +111,7 @@ def find_parts(path: Path) -> tuple[Part, Part | None, list[str]]:
         raise DataError(f"{path}: {both} must have the same classes; only one has {names}")
     unused = [folder.name for folder in list_folder(path).folders]
     unused = [name for name in unused if name not in (train.root.name, test.root.name)]
-    notes = [f"{path}: only {both} are used, not {', '.join(unused)}"] if unused else []
+    notes = [f"{path}: only {both} are used, not {join_names(unused)}"] if unused else []
     return train, test, notes
 
 
@@ -143,6 +143,10 @@ def _list_classes(root: Path) -> dict[str, list[Path]]:
         if "\ufffd" in os.fsencode(folder.name).decode(errors="replace"):
             raise DataError(
                 f"{root}: the folder {folder.name!r} has a name that is not UTF-8; rename it"
+            )
+        if any(unicodedata.category(letter) == "Cc" for letter in folder.name):
+            raise DataError(
+                f"{root}: the folder {folder.name!r} has a control character in its name; rename it"
             )
         classes.setdefault(unicodedata.normalize("NFC", folder.name), []).append(folder)
     return dict(sorted(classes.items()))

@@ -39,7 +39,7 @@ def describe_broken(classes: Sequence[str], files: Labelled, broken: Broken) -> 
             file, _, error = next(entry for entry in broken if entry[1] == label)
             raise DataError(
                 f"class {classes[label]!r}: {n} of {totals[label]} files cannot be used "
-                f"({file.name}: {error}); mend or remove them"
+                f"({join_names([file.name])}: {error}); mend or remove them"
             )
     names = join_names([f"{file.parent.name}/{file.name}" for file, _, _ in broken])
     reasons = Counter(
