@@ -139,6 +139,15 @@ def test_a_folder_with_pictures_is_never_to_be_removed(tmp_path: Path) -> None:
     assert "remove" not in text
 
 
+def test_pictures_without_an_ending_are_no_reason_to_remove_their_folder(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pets", {"cat": 10, "dog": 10})
+    for path in (root / "dog").iterdir():
+        path.rename(path.with_suffix(""))
+    text = problem(root)
+    assert "class 'dog' has 0 pictures (10 files have other endings, such as dog/000); at" in text
+    assert "remove" not in text
+
+
 def test_names_of_classes_are_the_same_in_every_unicode_form(tmp_path: Path) -> None:
     fill(tmp_path / "food" / "train", {"pâté": 20, "plain": 15})
     fill(tmp_path / "food" / "test", {"pa\u0302te\u0301": 2, "plain": 1})

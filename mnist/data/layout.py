@@ -67,16 +67,19 @@ class Part:
         if n >= minimum:
             return
         folder = self.classes[name][0]
-        deeper = [path for each in self.classes[name] for path in list_tree(each).pictures]
+        trees = [list_tree(each) for each in self.classes[name]]
+        deeper = [path for tree in trees for path in tree.pictures]
+        others = [path for tree in trees for path in tree.left_out]
         if deeper and not n:
             raise DataError(
                 f"class {name!r} has 0 pictures right in its folder, but {len(deeper)} further "
                 f"below ({self.join_paths(deeper[:1])}); put them into {folder}"
             )
-        remedy = f"move that folder out of {self.root}" if deeper else "remove that folder"
+        endings = f" ({len(others)} files have other endings, such as {self.join_paths(others[:1])})"
+        remedy = f"move that folder out of {self.root}" if deeper or others else "remove that folder"
         raise DataError(
-            f"class {name!r} has {n} pictures; at least {minimum} are needed: add some to "
-            f"{folder}, or {remedy}"
+            f"class {name!r} has {n} pictures{endings if others else ''}; at least {minimum} are "
+            f"needed: add some to {folder}, or {remedy}"
         )
 
 
