@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from mnist.depth import to_eight_bits
-from mnist.metadata import rotate_upright, strip_metadata
+from mnist.metadata import drop_dangling_tags, rotate_upright, strip_metadata
 
 # Enough for any phone's photo; decoded as RGB, it takes 150 MB of a server's memory.
 MAX_PIXELS = 50_000_000
@@ -74,7 +74,7 @@ def decode(
         return rotate_upright(image, flat)
 
     try:
-        return _read(data, read)
+        return _read(drop_dangling_tags(data), read, len(data))
     except Image.DecompressionBombError as e:  # Pillow's own limit, about 179 million
         pixels = re.search(r"\d+", str(e))
         raise _too_many_pixels(int(pixels[0]) if pixels else max_pixels + 1, max_pixels) from e

@@ -16,6 +16,8 @@ _JPEG_EXIF, _JPEG_JFIF, _JPEG_ADOBE, _JPEG_COMMENT = 0xE1, 0xE0, 0xEE, 0xFE
 # Least lengths of the segments that say how colours are coded (ITU-T T.871 and T.872).
 _JPEG_MIN_LENGTHS = {_JPEG_JFIF: 16, _JPEG_ADOBE: 14}
 _TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
+# Type -> bytes of a value.
+_TIFF_SIZES = dict(zip(range(1, 14), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), strict=True))
 # Tags without which pixels cannot be decoded (TIFF 6.0): size, depth, compression, colours, strips
 # and tiles, predictor, palette, samples, JPEG and YCbCr.
 _TIFF_PIXEL_TAGS = {
@@ -97,14 +99,39 @@ def _is_jpeg_metadata(marker: int, length: int, head: memoryview) -> bool:
 
 
 def _strip_tiff(data: bytes) -> bytes:
+    return _filter_tags(
+        data,
+        lambda tag, kind, n, _: tag in _TIFF_PIXEL_TAGS or (tag, kind, n) == (_ORIENTATION, 3, 1),
+    )
+
+
+def drop_dangling_tags(data: bytes) -> bytes:
+    """A TIFF without the metadata whose values lie past its end; any other file as it is.
+
+    Pillow reads no tag after one of these, and may take floats for integers then.
+    """
+    if data[:4] not in _TIFF_ORDERS:
+        return data
+
+    def keep(tag: int, kind: int, n: int, value: int) -> bool:
+        size = n * _TIFF_SIZES.get(kind, 0)
+        return tag in _TIFF_PIXEL_TAGS or size <= 4 or value + size <= len(data)
+
+    try:
+        return _filter_tags(data, keep)
+    except struct.error:  # it ends early
+        return data
+
+
+def _filter_tags(data: bytes, keep: Callable[[int, int, int, int], bool]) -> bytes:
+    """The TIFF with the tags whose number, type, count and value or offset are to `keep`."""
     order = _TIFF_ORDERS[data[:4]]
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)
-    kept = []
-    for at in range(start + 2, start + 2 + 12 * count, 12):
-        tag, kind, n = struct.unpack_from(f"{order}HHI", data, at)
-        if tag in _TIFF_PIXEL_TAGS or (tag, kind, n) == (_ORIENTATION, 3, 1):
-            kept.append(data[at : at + 12])
+    entries = range(start + 2, start + 2 + 12 * count, 12)
+    kept = [
+        data[at : at + 12] for at in entries if keep(*struct.unpack_from(f"{order}HHII", data, at))
+    ]
     if len(kept) == count:
         return data
     table = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)  # no second picture

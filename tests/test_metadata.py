@@ -4,6 +4,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from mnist import images
 from mnist.metadata import strip_metadata
+from serve import feedback
 
 GARBAGE = b"Exif\0\0no TIFF at all"
 BOMB = zlib.compress(bytes(2_000_000))
@@ -113,6 +115,18 @@ def test_a_tiff_is_read_whatever_its_metadata(name: str) -> None:
     assert np.array_equal(images.normalise(with_tag(TIFF, *TIFF_METADATA[name])), EXPECTED["TIFF"])
 
 
+def test_a_tag_past_the_end_hides_no_later_one() -> None:
+    stream = io.BytesIO()
+    slope = np.tile(np.linspace(0, 1, 40, dtype=np.float32), (40, 1))
+    Image.fromarray(slope).save(stream, "TIFF")  # of floats, as tag 339 says
+    floats = stream.getvalue()
+    expected = images.normalise(floats, recipe="plain")
+    found = images.normalise(
+        with_tag(floats, *TIFF_METADATA["a resolution past the end"]), recipe="plain"
+    )
+    assert np.array_equal(found, expected)
+
+
 def test_a_webp_is_read_whatever_its_metadata() -> None:
     for name in ("exif", "xmp", "icc_profile"):
         data = make_seven("WEBP", **{name: GARBAGE})
@@ -174,3 +188,9 @@ def test_a_file_without_metadata_is_left_as_it_is() -> None:
 def test_a_header_is_read_whatever_the_metadata() -> None:
     for name in PNG_METADATA:
         assert images.read_header(with_chunk(PNG_METADATA[name])) == ("PNG", 120, 120)
+
+
+def test_a_correction_keeps_its_ending_whatever_the_metadata(tmp_path: Path) -> None:
+    picture = with_chunk(PNG_METADATA["a large colour profile"])
+    kept = feedback.keep(tmp_path, 10_000, picture, "7", images.MAX_PIXELS)
+    assert (kept.suffix, kept.read_bytes()) == (".png", picture)
