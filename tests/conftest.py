@@ -95,10 +95,19 @@ def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "render_png", lambda *_, **__: stream.getvalue())
 
 
+def empty_home(folder: Path) -> dict[str, str]:
+    """The environment of a new user: an empty home folder, and no settings of libraries."""
+    folder.mkdir()
+    settings = ("XDG_", "ORT_", "MPL")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
+    return kept | {"HOME": str(folder)}
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry with one model that run.py saved, of `linear` on `digits`; not to be changed."""
     folder = tmp_path_factory.mktemp("saved")
+    environment = empty_home(folder / "home")
     command = [
         sys.executable,
         str(ROOT / "run.py"),
@@ -110,7 +119,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--final-epochs",
         "20",
     ]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     return folder / "saved_models"
 
 

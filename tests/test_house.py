@@ -14,7 +14,7 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"mnist.metadata", "mnist.depth", "mnist.files"},
     {"mnist.decoding"},
     {"mnist.ink", "mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
-    | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.scores"},
+    | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.process", "mnist.scores"},
     {"mnist.colours"},
     {"mnist.images", "mnist.models"},
     {"mnist.data", "mnist.inference"},

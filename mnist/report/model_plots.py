@@ -16,6 +16,7 @@ from mnist.report.plots import (
     MAX_COLOURS,
     WIDTH,
     format_percent,
+    import_matplotlib,
     render_png,
     style_axes,
 )
@@ -55,6 +56,7 @@ def plot_model(classes: Sequence[str], predictions: dict[str, NDArray[Any]]) -> 
 
 def printable_names(classes: Sequence[str]) -> list[str]:
     """Shortened class names; a number where the font lacks a letter."""
+    import_matplotlib()
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))

@@ -1,12 +1,16 @@
 """The style of all figures, and the figures of a study; imports matplotlib only when it draws."""
 
+import functools
 import io
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+from mnist.process import extend_environment
 
 if TYPE_CHECKING:
     import optuna
@@ -56,6 +60,7 @@ def render_png(
 
     `size` is in inches. Matplotlib's settings are restored afterwards.
     """
+    import_matplotlib()
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,6 +80,19 @@ def render_png(
         picture = picture.quantize(colours, dither=Image.Dither.NONE)
     picture.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+@functools.cache
+def import_matplotlib() -> None:
+    """Import matplotlib with its own fonts and settings, so that all machines draw the same.
+
+    A usual import writes the list of the machine's fonts into the home folder.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        extend_environment(MPLCONFIGDIR=folder, MPL_IGNORE_SYSTEM_FONTS="1"),
+    ):
+        import matplotlib.font_manager  # noqa: F401
 
 
 def plot_history(study: "optuna.Study") -> "Figure":

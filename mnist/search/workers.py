@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mnist import memory, plugins
+from mnist.process import extend_environment
 from mnist.search import runs
 from mnist.search.runs import Report, Run, RunResult, Setup
 
@@ -163,18 +164,6 @@ def _start_forkserver(threads: int) -> Any:
         context.set_forkserver_preload(preload)
         forkserver.ensure_running()
         return context
-
-
-@contextlib.contextmanager
-def extend_environment(**values: str) -> Iterator[None]:
-    """Set environment variables for processes that start in this block."""
-    saved = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
 
 
 def _choose_device(device: str, i: int) -> str:
