@@ -33,7 +33,7 @@ from mnist.search import loop, storage
 from mnist.search import study as studies
 from mnist.search.members import Member
 from mnist.search.runs import Setup
-from mnist.search.workers import Pool, available_cores
+from mnist.search.workers import Pool, training_threads
 
 # Errors in a study's options, data, registry or database: exit code 2.
 INVALID_INPUT = (click.UsageError, data.DataError, registry.RegistryError, storage.StudyError)
@@ -45,7 +45,8 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
     prepare.check_writable(options.artifacts)
     device = prepare.choose_device(options)
     workers = options.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
-    threads = max(1, available_cores() // workers)
+    threads = max(1, training_threads() // workers)
+    torch.set_num_threads(min(torch.get_num_threads(), training_threads()))  # of this process
     load = prepare.make_loader(options)
     setup = Setup(load, str(device), threads, options.disk_quota, imports=options.import_)
     pool = Pool(workers, setup)  # workers start their imports now, during the preparation

@@ -31,7 +31,7 @@ def main(
     ours: float, trials: int, epochs: int, batch_size: int, rounds: int, data_dir: Path | None
 ) -> None:
     """Measure steps of the usual procedure, and compute its total."""
-    torch.set_num_threads(workers.available_cores())
+    torch.set_num_threads(workers.training_threads())
     memory.keep_freed_memory()  # which helps it
     dataset = data.load("mnist", data_dir)
     speeds = sorted(usual_loop("parallel", dataset, batch_size) for _ in range(rounds))

@@ -41,10 +41,10 @@ from benchmarks.replay import (
     Trials,
     read,
 )
+from mnist.process import available_cores
 from mnist.search import budget
 from mnist.search import study as studies
 from mnist.search.space import Space
-from mnist.search.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
 TRIAL_SAMPLES = 12_000  # the fidelity between the least and the most images of a trial

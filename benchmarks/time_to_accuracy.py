@@ -63,12 +63,12 @@ def main(
     data_dir: Path | None,
 ) -> None:
     """Train and print a line for each seed, then the median of each target."""
-    torch.set_num_threads(workers.available_cores())
+    torch.set_num_threads(workers.training_threads())
     memory.keep_freed_memory()
     dataset = data.load("mnist", data_dir)
     params = {"optimizer": optimizer, "batch_size": batch_size, "lr": lr}
     times: dict[float, list[float]] = {target: [] for target in TARGETS}
-    click.echo(f"{model}, {params}, {workers.available_cores()} threads, bfloat16 {bfloat16}")
+    click.echo(f"{model}, {params}, {workers.training_threads()} threads, bfloat16 {bfloat16}")
     for seed in range(seeds):
         reached: dict[float, float] = {}
         for samples in LENGTHS:

@@ -96,7 +96,7 @@ def ways(network: str, dataset: Dataset, batch_size: int) -> dict[str, Callable[
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
 def main(model: str, batch_size: int, rounds: int, data_dir: Path | None) -> None:
     """Compare and print a table."""
-    torch.set_num_threads(workers.available_cores())
+    torch.set_num_threads(workers.training_threads())
     memory.keep_freed_memory()  # which helps the usual loop as well
     dataset = data.load("mnist", data_dir)
     measured: dict[str, list[float]] = {}
@@ -106,7 +106,8 @@ def main(model: str, batch_size: int, rounds: int, data_dir: Path | None) -> Non
     network = models.build(model, dataset.channels, dataset.size, len(dataset.classes))
     limit = matrix_flops() / step_flops(network, dataset)
     usual = statistics.median(measured["usual loop"])
-    click.echo(f"{model}, batch {batch_size}, {workers.available_cores()} threads, {rounds} rounds")
+    threads = torch.get_num_threads()
+    click.echo(f"{model}, batch {batch_size}, {threads} threads, {rounds} rounds")
     click.echo("{:15} {:>9} {:>17} {:>6}".format("", "images/s", "min to max", "ratio"))
     for name, speeds in measured.items():
         median, least, most = statistics.median(speeds), min(speeds), max(speeds)

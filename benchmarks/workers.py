@@ -13,7 +13,7 @@ from mnist import data
 from mnist.search.loop import execute_runs
 from mnist.search.runs import Run, Setup
 from mnist.search.study import FIRST_PARAMS
-from mnist.search.workers import Pool, available_cores
+from mnist.search.workers import Pool, training_threads
 
 RUNS = 4  # at once or one after the other
 
@@ -22,7 +22,7 @@ def seconds(
     load: functools.partial[data.Dataset], network: str, workers: int, samples: int
 ) -> float:
     """For RUNS runs of so many images each; the start of the processes does not count."""
-    setup = Setup(load, "cpu", max(1, available_cores() // workers))
+    setup = Setup(load, "cpu", max(1, training_threads() // workers))
 
     def runs(n: int) -> dict[int, Run]:
         return {i: Run(network, FIRST_PARAMS, n, seed=i) for i in range(RUNS)}
@@ -40,7 +40,7 @@ def seconds(
 def main(data_dir: Path | None, repeat: int) -> None:
     """Print the median times and their ratios to one worker's."""
     load = functools.partial(data.load, "mnist", data_dir, None, 500)
-    click.echo(f"{available_cores()} cores; {RUNS} runs, median of {repeat}")
+    click.echo(f"{training_threads()} cores; {RUNS} runs, median of {repeat}")
     for network, samples in (("parallel", 660), ("cnn", 6_600)):
         found: dict[int, list[float]] = {1: [], 2: [], 4: []}
         for _ in range(repeat):

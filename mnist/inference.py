@@ -1,7 +1,6 @@
 """Saved model -> a function from images to probabilities; imports torch only if needed."""
 
 import math
-import os
 import textwrap
 import threading
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ import numpy as np
 
 from mnist import ood, registry
 from mnist.ood import OutOfDistributionScore
+from mnist.process import available_cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,7 +136,7 @@ def onnx_runner(model: Path | bytes, threads: int | None = None) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or _available_cores()
+    options.intra_op_num_threads = threads or available_cores()
     # Threads spin within a run, but not until the next run.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # only errors, as the warnings do not concern serving
@@ -180,8 +180,7 @@ def _load_torch(path: Path, record: registry.Record, threads: int | None) -> Run
     from mnist import models
 
     data = record["dataset"]
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), available_cores()))
     network = record["model"]["name"]
     model = models.build(network, data["channels"], data["size"], len(data["classes"]))
     # Memory-mapped: reading a large layer in one call would block a processor for a while.
@@ -245,10 +244,3 @@ def _check_golden(classifier: Classifier, golden: dict[str, Any], classes: int) 
                 raise ValueError(
                     f"golden inputs: probabilities are off by {difference:.3g}, over {limit}"
                 )
-
-
-def _available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

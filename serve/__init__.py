@@ -1,4 +1,4 @@
-"""The server; imports only mnist.images, mnist.inference and mnist.registry."""
+"""The server; imports only mnist.images, mnist.inference, mnist.process and mnist.registry."""
 
 import gc
 import os

@@ -1,7 +1,6 @@
 """Dynamic batching: waiting pictures are classified together, late ones are rejected."""
 
 import asyncio
-import os
 import threading
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mnist.process import available_cores
 from serve.admission import Admission, Busy
 from serve.metrics import Metrics
 from serve.settings import Settings
@@ -57,7 +57,7 @@ class Batcher:
 
     def __init__(self, settings: Settings, metrics: Metrics, admission: Admission) -> None:
         self._settings, self._metrics, self._admission = settings, metrics, admission
-        self.threads = min(MAX_THREADS, settings.threads or os.cpu_count() or 1)
+        self.threads = min(MAX_THREADS, settings.threads or available_cores())
         self._executor = ThreadPoolExecutor(self.threads, "inference")
         self._loop = asyncio.get_running_loop()
         self._pictures = 0  # in progress; event loop only

@@ -32,7 +32,8 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"serve.middleware", "serve.uploads"},
     {"serve.app"},
 )
-SERVED = {"mnist.images", "mnist.inference", "mnist.registry"}  # all that the server may import
+# All that the server may import.
+SERVED = {"mnist.images", "mnist.inference", "mnist.process", "mnist.registry"}
 
 
 def project_modules() -> dict[str, Path]:

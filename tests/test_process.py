@@ -1,4 +1,4 @@
-"""mnist/process.py, and what the project's processes leave in the home folder: nothing."""
+"""mnist/process.py; and no process of the project writes into the home folder."""
 
 import json
 import os
@@ -6,15 +6,23 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 
 from benchmarks import load, servers
-from mnist.process import extend_environment
+from mnist import inference, registry
+from mnist.process import available_cores, extend_environment
+from mnist.search.workers import training_threads
+from serve.batching import Batcher
 from tests.conftest import ROOT, empty_home
 from tests.test_app import png
+from tests.test_batching import run
 
+MAX = "max 100000"
 PICTURE = png(np.eye(28, dtype=np.uint8) * 255)
 LIBRARY = """
 import sys
@@ -22,6 +30,122 @@ from pathlib import Path
 from mnist import inference
 inference.load(Path(sys.argv[1]))
 """
+
+
+@pytest.fixture
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler would let this process use 64 cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(64)}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def make_proc(folder: Path, cgroup: str, mounts: str, files: dict[str, str]) -> Path:
+    """A process's folder in /proc, and files of control groups in folder/sys, a mount point."""
+    for name, text in files.items():
+        file = folder / "sys" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    (folder / "cgroup").write_text(f"{cgroup}\n")
+    (folder / "mountinfo").write_text(mounts.replace("SYS", str(folder / "sys")) + "\n")
+    return folder
+
+
+# A file system of no interest, without a source; cgroup v2; cgroup v1.
+OTHER = "22 1 8:1 / / rw shared:1 - tmpfs  rw\n"
+V2 = OTHER + "35 31 0:30 / SYS rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
+V1 = OTHER + "33 31 0:29 {} SYS/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
+V1 += "34 31 0:31 / SYS/memory rw - cgroup cgroup rw,memory"
+V1_GROUPS = "4:memory:/\n1:cpu,cpuacct:/docker/x/inner\n0::/"
+
+
+@pytest.mark.usefixtures("many_cores")
+@pytest.mark.parametrize(
+    ("group", "quotas", "cores"),
+    [
+        ("/", {"cpu.max": "200000 100000"}, 2),  # a container's own namespace
+        ("/", {"cpu.max": MAX}, 64),
+        ("/", {"other": ""}, 64),  # the root of a machine has no quota
+        ("/", {"cpu.max": "150000 100000"}, 2),
+        ("/", {"cpu.max": "25000 50000"}, 1),
+        ("/", {"cpu.max": "9000000 100000"}, 64),  # more than the affinity
+        ("/a/b", {"a/b/cpu.max": MAX, "a/cpu.max": "300000 100000"}, 3),
+        ("/a/b", {"a/b/cpu.max": "300000 100000", "a/cpu.max": MAX, "cpu.max": MAX}, 3),
+        ("/a/b", {"a/b/cpu.max": "300000 100000", "cpu.max": "100000 50000"}, 2),
+        ("/a/b", {"a/b/cpu.max": "100000 50000", "cpu.max": "300000 100000"}, 2),
+        ("/a", {"b/cpu.max": "100000 100000"}, 64),  # another process's
+        ("/../b", {"b/cpu.max": "100000 100000", "cpu.max": "200000 100000"}, 2),
+    ],
+)
+def test_the_smallest_quota_around_the_process_limits_its_cores(
+    tmp_path: Path, group: str, quotas: dict[str, str], cores: int
+) -> None:
+    assert available_cores(make_proc(tmp_path, f"0::{group}", V2, quotas)) == cores
+
+
+@pytest.mark.usefixtures("many_cores")
+@pytest.mark.parametrize("root", ["/", "/docker/x"])
+@pytest.mark.parametrize(
+    ("outer", "inner", "cores"), [(-1, -1, 64), (200_000, -1, 2), (-1, 150_000, 2), (300_000, 1, 1)]
+)
+def test_quotas_of_the_first_version_limit_the_cores(
+    tmp_path: Path, root: str, outer: int, inner: int, cores: int
+) -> None:
+    container = "cpu/docker/x" if root == "/" else "cpu"  # what of the machine is mounted
+    files = {
+        f"{container}/cpu.cfs_quota_us": str(outer),
+        f"{container}/cpu.cfs_period_us": "100000",
+        f"{container}/inner/cpu.cfs_quota_us": str(inner),
+        f"{container}/inner/cpu.cfs_period_us": "100000",
+        "memory/cpu.cfs_quota_us": "100000",
+        "memory/cpu.cfs_period_us": "100000",
+    }
+    proc = make_proc(tmp_path, V1_GROUPS, V1.format(root), files)
+    assert available_cores(proc) == cores
+
+
+@pytest.mark.usefixtures("many_cores")
+def test_without_control_groups_the_affinity_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert available_cores(tmp_path) == 64
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert available_cores(tmp_path) == 8
+
+
+@pytest.mark.usefixtures("many_cores")
+def test_training_and_serving_use_the_available_cores(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("mnist.inference", "mnist.search.workers", "serve.batching"):
+        monkeypatch.setattr(f"{module}.available_cores", lambda: 1)
+    assert training_threads() == 1
+
+    async def count_batch_threads(queue: Batcher, _: object) -> int:
+        return queue.threads
+
+    monkeypatch.delenv("THREADS", raising=False)
+    assert run(count_batch_threads) == 1
+    file, threads = registry.file(saved, saved_name(saved), "onnx"), []
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda model, options, **_: threads.append(options.intra_op_num_threads) or MagicMock(),
+    )
+    inference.onnx_runner(file)
+    inference.onnx_runner(file, threads=3)
+    assert threads == [1, 3]
+    before = torch.get_num_threads()
+    inference.load(saved, engine="torch")
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == 1
+
+
+def test_openmp_s_setting_limits_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, threads in (("3", 3), ("2,4", 1), ("0", 1)):
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+        assert training_threads() == threads
 
 
 def test_the_environment_is_extended_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

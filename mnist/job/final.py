@@ -15,7 +15,7 @@ from mnist.search import budget, checkpoints, loop
 from mnist.search import study as studies
 from mnist.search.members import Member
 from mnist.search.runs import Recipe, Report, Run, RunResult
-from mnist.search.workers import Pool, available_cores
+from mnist.search.workers import Pool, training_threads
 
 MIN_FINAL_SAMPLES = 1_200  # a model trained on fewer images is of no use
 
@@ -113,7 +113,7 @@ class FinalTraining:
         """The final training, on all cores, as no other run competes for them."""
         samples, micro_batch = self._choose_samples(best), studies.micro_batch(best)
         return Run.for_final(
-            self.recipe, best.number, best.params, samples, available_cores(), micro_batch
+            self.recipe, best.number, best.params, samples, training_threads(), micro_batch
         )
 
     def _choose_samples(self, best: FrozenTrial) -> int:
@@ -140,7 +140,7 @@ class FinalTraining:
         run = Run.for_speed(
             self.recipe.network,
             best.params,
-            available_cores(),
+            training_threads(),
             self.recipe.plain,
             bfloat16=self.recipe.bfloat16,
             micro_batch=studies.micro_batch(best),

@@ -26,7 +26,7 @@ from mnist.search.checkpoints import Checkpoints
 from mnist.search.members import Member
 from mnist.search.runs import Recipe, Run
 from mnist.search.storage import sqlite_file
-from mnist.search.workers import Pool, available_cores
+from mnist.search.workers import Pool, training_threads
 
 BYTES_PER_WEIGHT = 16  # the weight, its gradient and Adam's two moments, in float32
 MIN_BFLOAT16_SPEEDUP = 1.2  # bfloat16 rounds to 8 bits; a smaller speed-up does not justify that
@@ -252,7 +252,7 @@ def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[flo
     """
     for batch_size in SPEED_BATCH_SIZES:
         params = {"batch_size": batch_size, "optimizer": "Adam"}
-        run = Run.for_speed(options.model, params, available_cores(), options.plain)
+        run = Run.for_speed(options.model, params, training_threads(), options.plain)
         try:
             speed = loop.measure_speed(pool, run)
             break

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mnist import memory, plugins
-from mnist.process import extend_environment
+from mnist.process import available_cores, extend_environment
 from mnist.search import runs
 from mnist.search.runs import Report, Run, RunResult, Setup
 
@@ -136,13 +136,11 @@ class Pool:
             self.workers.remove(worker)
 
 
-def available_cores() -> int:
-    """Cores that this process may use, by OMP_NUM_THREADS or the scheduler."""
+def training_threads() -> int:
+    """Threads for training on this machine: OMP_NUM_THREADS, or one for each available core."""
     if setting := os.environ.get("OMP_NUM_THREADS", ""):
         return int(setting) if setting.isdigit() and int(setting) else 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return available_cores()
 
 
 def _start_forkserver(threads: int) -> Any:
