@@ -97,6 +97,18 @@ def test_weights_of_a_training_form_shrink_and_others_do_not(
                 assert torch.equal(part, before[name]), name
 
 
+def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(digits: Dataset) -> None:
+    ends, losses = [], []
+    for micro_batch in (None, 8):  # of 33: 7, 7, 7, 6, 6
+        model = build(digits)
+        reports = fit(model, digits, samples=99, optimizer="SGD", lr=0.1, micro_batch=micro_batch)
+        ends.append(model.state_dict()["output.weight"])
+        losses.append([report.loss for report in reports])
+    # Adam would hide a gradient of another scale.
+    assert torch.allclose(*ends, rtol=0, atol=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_batch_norms_get_no_batch_of_one_image(digits: Dataset) -> None:
     form = folding.training_form(build(digits, "parallel"))
     fit(form, digits, samples=66, batch_size=33, micro_batch=8)  # 7, 7, 7, 6, 6
