@@ -124,6 +124,34 @@ def test_failures_that_are_retried_end_the_search_too(
     pool.discard(pool.workers[0])
 
 
+def test_failures_with_a_finished_trial_between_them_do_not_end_the_search(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = 0
+
+    def receive_messages(self: Pool, timeout: float) -> Iterator[tuple[Worker, RunResult]]:
+        nonlocal received
+        for worker in [worker for worker in self.workers if worker.busy]:
+            received += 1
+            result = fail_worker(worker, "error")
+            yield worker, result if received % 5 else RunResult(accuracy=0.5)
+
+    monkeypatch.setattr(Pool, "receive_messages", receive_messages)
+    one = member(tmp_path)
+    run_search(one, pool, 2)
+    assert states(one) == [*[TrialState.FAIL] * 4, TrialState.COMPLETE] * 2
+    pool.discard(pool.workers[0])
+
+
+@pytest.mark.parametrize(
+    ("state", "after_three"),
+    [("FAIL", 4), ("COMPLETE", 0), ("PRUNED", 0), ("WAITING", 3), (None, 3)],
+)
+def test_only_a_finished_trial_ends_a_row_of_failures(state: str | None, after_three: int) -> None:
+    update = loop.Update(0, state=TrialState[state] if state else None)
+    assert loop.count_failures(3, update) == after_three
+
+
 def fail_worker(worker: Worker, failure: str) -> RunResult:
     worker.busy = False
     return RunResult(failure=failure, reason="so it is")
