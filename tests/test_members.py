@@ -325,6 +325,13 @@ def test_a_killed_member_is_found_at_once(one: Member, storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
+def test_every_connection_waits_a_minute_for_another_one_s_statement(one: Member) -> None:
+    for engine in (one.shared.engine, one.shared.storage._backend.engine):  # type: ignore[attr-defined]
+        with engine.connect() as connection:
+            assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 60_000
+
+
+@pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
 def test_a_lock_on_the_database_is_waited_for(one: Member, tmp_path: Path) -> None:
     import sqlite3
 
