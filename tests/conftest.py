@@ -76,6 +76,36 @@ class Clock:
         return self.now_s
 
 
+class Disk(NamedTuple):
+    """A call that writes to the disk: `sync` or `rename` of a file or folder of this size."""
+
+    call: str
+    inode: int
+    size: int
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[Disk]:
+    """The calls of os.fsync and Path.replace from now on."""
+    calls: list[Disk] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record(call: str, status: os.stat_result) -> None:
+        calls.append(Disk(call, status.st_ino, status.st_size))
+
+    def record_sync(descriptor: int) -> None:
+        record("sync", os.fstat(descriptor))
+        fsync(descriptor)
+
+    def record_replace(path: Path, target: Path) -> Path:
+        record("rename", path.stat())
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    return calls
+
+
 @pytest.fixture
 def queue_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of serve.batching, which only a test advances."""

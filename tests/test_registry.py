@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from mnist import inference, models, registry
 from mnist.registry.__main__ import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Disk
 
 DATASET = {"name": "made-up", "sha256": "0", "classes": ["0", "1"], "recipe": "plain"} | {
     "size": 28,
@@ -62,6 +62,19 @@ def test_a_saved_model_is_found_with_its_files(tmp_path: Path) -> None:
         f"{name}.pth",
         "model_info.json",
     ]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(
+    tmp_path: Path, disk_calls: list[Disk]
+) -> None:
+    name = save(tmp_path, entry())
+    calls = [call[:2] for call in disk_calls]
+    expected = []
+    for path in (tmp_path / f"{name}.pth", tmp_path / registry.INFO):
+        inode, folder = path.stat().st_ino, tmp_path.stat().st_ino
+        expected += [("sync", inode), ("rename", inode), ("sync", folder)]
+    assert calls == expected
+    assert [call.size for call in disk_calls[:2]] == [7, 7]
 
 
 def test_a_file_beside_a_model_is_removed_with_it(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mnist.search import checkpoints, runs
 from mnist.search.checkpoints import QuotaExceeded
 from mnist.search.runs import Report, Run, RunResult, Setup
 from mnist.search.workers import Pool
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Disk
 from tests.gates import until
 
 SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1, report_s=0.0)
@@ -182,6 +182,16 @@ def test_three_deaths_without_a_new_checkpoint_are_enough(tmp_path: Path) -> Non
     run = run.retry(died)
     assert run is not None
     assert run.deaths == 1
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_last_one(
+    tmp_path: Path, disk_calls: list[Disk]
+) -> None:
+    path = tmp_path / "run.pt"
+    checkpoints.save({"step": 1}, path)
+    status = path.stat()
+    calls = [Disk(call, status.st_ino, status.st_size) for call in ("sync", "rename")]
+    assert disk_calls == calls
 
 
 def test_checkpoints_stay_under_the_quota_and_leave_nothing_half_written(tmp_path: Path) -> None:
