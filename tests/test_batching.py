@@ -117,6 +117,46 @@ def test_an_error_of_a_model_reaches_all_its_pictures_and_the_next_is_answered()
     assert answered[1] == 2
 
 
+def test_an_error_outside_a_model_reaches_all_pictures_and_the_next_is_answered() -> None:
+    def fail(_: int) -> None:
+        raise OSError("the disk is full")
+
+    async def scenario(queue: Batcher, model: Sums) -> list[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(queue._metrics.batches, "observe", fail)
+            failed = await results_of(*(queue.classify(b"\1", model) for _ in range(3)))
+        return [*failed, await queue.classify(b"\2", model)]
+
+    *failed, answered = run(scenario, threads=1)
+    assert [str(error) for error in failed] == ["the disk is full"] * 3
+    assert answered[1] == 2
+
+
+def test_the_pace_is_that_of_all_threads_together(clock: Clock) -> None:
+    clock.now_s = 100.0
+
+    async def scenario(queue: Batcher, model: Sums) -> list[float]:
+        def classify_slowly(_: np.ndarray) -> list[int]:
+            clock.now_s += 0.3
+            return [0]
+
+        slow = Sums()
+        slow.classify = classify_slowly  # type: ignore[method-assign]
+        paces = []
+        for busy in (0, 1):
+            model.gate.clear()
+            others = await send(queue, model, busy)
+            queue._recent_s, queue._recent_pictures = 1.0, 10.0
+            await queue.classify(b"\1", slow)
+            paces.append(queue.pace_s)
+            model.gate.set()
+            await asyncio.gather(*others)
+        return paces
+
+    expected = [(0.95 * 1 + seconds) / (0.95 * 10 + 1) for seconds in (0.3, 0.15)]
+    assert run(scenario, threads=2) == pytest.approx(expected)
+
+
 def test_a_lone_small_picture_is_answered_without_a_thread() -> None:
     async def scenario(queue: Batcher, model: Sums) -> list[str]:
         threads: list[str] = []
@@ -179,6 +219,32 @@ def test_a_picture_that_waited_past_the_deadline_is_rejected(clock: Clock) -> No
     assert all(answer[1] == 1 for answer in first)  # they started in time
     assert isinstance(late, Busy)
     assert isinstance(last, Busy)
+
+
+def test_a_picture_that_waited_just_until_the_deadline_is_answered(clock: Clock) -> None:
+    async def scenario(queue: Batcher, model: Sums) -> list[Any]:
+        model.gate.clear()
+        answers = await send(queue, model, 2)
+        clock.now_s += 0.1
+        model.gate.set()
+        return await results_of(*answers)
+
+    assert [row for _, row in run(scenario, deadline_ms=100, threads=1)] == [1, 1]
+
+
+def test_a_late_picture_s_client_is_told_to_retry_when_the_queue_is_empty(clock: Clock) -> None:
+    async def scenario(queue: Batcher, model: Sums) -> list[Any]:
+        model.gate.clear()
+        answers = await send(queue, model, 1 + 20)
+        clock.now_s += 0.2
+        queue._recent_s, queue._recent_pictures = 10.0, 10.0
+        model.gate.set()
+        return await results_of(*answers)
+
+    _, *late = run(scenario, deadline_ms=100, threads=1)
+    assert {error.why for error in late} == {"deadline"}
+    # At a pace of 0.92 s, with 12, 4 and no pictures behind a batch.
+    assert [error.retry_after_s for error in late] == [12] * 8 + [4] * 8 + [1] * 4
 
 
 def test_a_request_that_cannot_meet_the_deadline_is_rejected_at_once(clock: Clock) -> None:
