@@ -1,23 +1,23 @@
 """mnist.search.study: the study's attributes, the next trial, the winner."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from mnist.data import Dataset
 from mnist.job.options import Options
-from mnist.search import runs, space
+from mnist.search import budget, runs, space
 from mnist.search import study as studies
 from mnist.search.storage import StudyError, open_study
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> optuna.Study:
-    return open_study(f"sqlite:///{tmp_path}/db.sqlite3", "study")
+def study() -> optuna.Study:
+    return open_study("sqlite:///:memory:", "study")
 
 
 def add(study: optuna.Study, value: float, state: str = "COMPLETE", **params: Any) -> int:
@@ -181,3 +181,132 @@ def test_a_quick_study_is_another_one(digits: Dataset) -> None:
     quick = replace(digits, validation=digits.validation.head(50))
     whole = studies.fingerprint(digits, "linear", 600)
     assert studies.fingerprint(quick, "linear", 600) != whole
+
+
+def test_a_fingerprint_says_what_trials_share(digits: Dataset) -> None:
+    lr = {"lr": FloatDistribution(1e-4, 1e-2, log=True)}
+    first = studies.fingerprint(digits, "linear", 600, lr)
+    assert first == {
+        "data": digits.sha256[:16],
+        "split": digits.split_sha256[:16],
+        "validation images": len(digits.validation),
+        "network": "linear",
+        "layers": "in their training form",
+        "space": {"lr": str(lr["lr"])},
+        "images a trial": 600,
+    }
+    assert studies.fingerprint(digits, "linear", 600, lr, plain=True)["layers"] == "plain"
+    folder = replace(digits, name="folder:pets", classes=("cat", "dog"))
+    assert studies.fingerprint(folder, "linear", 600, lr) == first | {"classes": "cat, dog"}
+
+
+def test_a_fingerprint_is_stored_with_a_new_study_only(study: optuna.Study) -> None:
+    print_ = {"network": "linear", "layers": "plain"}
+    studies.check_fingerprint(study, print_)
+    assert study.user_attrs["fingerprint"] == print_
+    other = open_study("sqlite:///:memory:", "other")
+    other.ask()
+    with pytest.raises(StudyError, match="study other was not made by this command"):
+        studies.check_fingerprint(other, print_)
+    assert "fingerprint" not in other.user_attrs
+
+
+def test_a_difference_is_described_with_both_values(study: optuna.Study) -> None:
+    recorded = {"data": "a", "layers": "plain", "space": {"lr": "1", "momentum": "2", "same": "3"}}
+    studies.check_fingerprint(study, recorded)
+    wanted = {"data": "b", "layers": "plain", "space": {"lr": "9", "same": "3", "dropout": "4"}}
+    with pytest.raises(StudyError) as caught:
+        studies.check_fingerprint(study, wanted)
+    assert "it has other images" in str(caught.value)
+    assert "layers" not in str(caught.value)
+    differences = ("lr 9, there 1", "dropout 4, there None", "momentum None, there 2")
+    assert f"space is {'; '.join(differences)}" in str(caught.value)
+    assert "same" not in str(caught.value)
+
+
+def test_the_pruner_compares_trials_at_the_rungs(study: optuna.Study) -> None:
+    rungs = budget.rungs(9_000)
+    study.pruner = studies.PRUNERS["halving"](9_000)
+    pruned = {}
+    for value in (0.9, 0.8, 0.7, 0.95):
+        trial = study.ask()
+        trial.report(value, rungs[0] - 1)
+        early = trial.should_prune()
+        trial.report(value, rungs[0])
+        pruned[value] = (early, trial.should_prune())
+    assert pruned == {
+        0.9: (False, False),
+        0.8: (False, True),
+        0.7: (False, True),
+        0.95: (False, False),
+    }
+    study.pruner = studies.PRUNERS["none"](9_000)
+    trial = study.ask()
+    trial.report(0.1, rungs[0])
+    assert not trial.should_prune()
+
+
+def test_the_sampler_draws_at_random_if_asked(study: optuna.Study) -> None:
+    fixed = {"lr": FloatDistribution(0.1, 0.1), "momentum": FloatDistribution(0.0, 1.0)}
+    draws = [studies.ask(study, 0, "random", space=fixed).params for _ in range(3)]
+    assert len({params["momentum"] for params in draws}) == 3
+    assert {params["lr"] for params in draws} == {0.1}
+    tpe = studies.SAMPLERS["tpe"](0, fixed)
+    names = tpe.infer_relative_search_space(study, study.trials[0])
+    assert [*names] == ["momentum"]
+
+
+def test_counts_results_and_reasons_make_the_summary(study: optuna.Study) -> None:
+    add(study, 0.1, "FAIL")
+    failed = studies.ask(study, 0)
+    study._storage.set_trial_user_attr(failed._trial_id, "fail_reason", "nan: the loss is nan")
+    study.tell(failed, None, TrialState.FAIL)
+    pruned, best = add(study, 0.25, "PRUNED", lr=0.01), add(study, 0.75, lr=0.02)
+    add(study, 0.5)
+    assert studies.count_finished(study) == 3
+
+    def entry(number: int, state: str, accuracy: float, lr: float) -> dict[str, Any]:
+        params = studies.FIRST_PARAMS | {"lr": lr}
+        return {"number": number, "state": state, "accuracy": accuracy, "params": params}
+
+    assert studies.summarise(study, best) == {
+        "trials": {"complete": 2, "pruned": 1, "fail": 2},
+        "best": entry(best, "complete", 0.75, 0.02),
+        "first": entry(pruned, "pruned", 0.25, 0.01),
+        "importance": None,
+        "failures": {"0": "unknown", "1": "nan: the loss is nan"},
+    }
+
+
+def test_a_summary_without_a_finished_trial_has_no_first(study: optuna.Study) -> None:
+    add(study, 0.1, "FAIL")
+    assert studies.summarise(study, 0)["first"] is None
+
+
+def test_what_is_stored_for_a_trial_leaves_the_other_trials_as_they_are(
+    study: optuna.Study,
+) -> None:
+    for value in (0.7, 0.6, 0.5):
+        add(study, value)
+    assert studies.final_samples(study, 0) is None
+    studies.store_final_samples(study, 0, 100)
+    studies.store_final_samples(study, 1, 200)
+    assert [studies.final_samples(study, number) for number in range(3)] == [100, 200, None]
+    for number, seed, accuracy in ((0, 0, 0.5), (0, 1, 0.75), (1, 0, 0.25)):
+        studies.record_confirmation(study, number, seed, accuracy)
+    assert studies.confirmations(study, 0) == [0.5, 0.75]
+    assert studies.mean_confirmations(study, 3) == {0: 0.625, 1: 0.25}
+    assert studies.mean_confirmations(study, 1) == {0: 0.625}
+    assert [(t.number, seeds) for t, seeds in studies.find_unconfirmed(study, 2)] == [(1, [1])]
+    for number in (0, 1):
+        studies.exclude_trial(study, number, "diverged")
+    assert [trial.number for trial in studies.best_trials(study, 3)] == [2]
+    assert study.user_attrs["set_aside"] == {"0": "diverged", "1": "diverged"}
+
+
+def test_the_micro_batch_is_that_of_a_trial_s_last_attempt(study: optuna.Study) -> None:
+    add(study, 0.5)
+    assert studies.micro_batch(study.trials[0]) is None
+    trial = study.ask()
+    trial.set_user_attr("again", {"micro_batch": 8, "deaths": 0})
+    assert studies.micro_batch(study.trials[1]) == 8
