@@ -22,6 +22,7 @@ from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.middleware import RequestMiddleware, busy_response, error_response, log_as_json
 from serve.settings import Settings
+from serve.upgrades import ignore_upgrades
 from serve.uploads import ApiError
 
 IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
@@ -36,6 +37,7 @@ ERRORS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     log_as_json()
+    ignore_upgrades()
     metrics = Metrics()
     app.state.engine = Engine(Settings(), metrics)
     await app.state.engine.start()

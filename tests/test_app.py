@@ -50,6 +50,13 @@ def png(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def drawn_seven() -> bytes:
+    """A PNG that every model gets an answer from."""
+    page = np.full((60, 60), 255, np.uint8)
+    page[10:16, 15:45], page[10:50, 39:45] = 0, 0
+    return png(page)
+
+
 @pytest.fixture
 def picture(digits: data.Dataset) -> bytes:
     return png(digits.validation.images[0, 0].numpy())
@@ -377,10 +384,13 @@ def test_a_model_s_record_is_not_read_on_the_event_loop(
 
 
 @contextmanager
-def serving(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+def serving(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, parser: str = "auto"
+) -> Iterator[tuple[str, int]]:
     """The address of a real server; at the exit it has completed and logged all requests."""
     monkeypatch.setenv("MODELS", str(saved))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))  # so caplog gets the log
+    config = uvicorn.Config(app, port=0, http=parser, log_config=None)  # so caplog gets the log
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
