@@ -232,15 +232,74 @@ def test_a_form_s_type_is_read_in_any_case_and_a_broken_form_is_an_error(
         refused(client.post("/predict", content=broken, headers=headers), 400, "bad_request")
 
 
-def test_a_chunked_upload_is_stopped_at_the_limit(client: TestClient) -> None:
-    sent = []
+FORM = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="7.png"\r\n\r\n'
+LIMIT, CHUNK = 20_000, 1_000  # bytes
 
-    def chunks() -> Iterator[bytes]:
-        for _ in range(100):
-            sent.append(10_000)
-            yield bytes(10_000)
 
-    refused(client.post("/predict", content=chunks()), 413, "too_large")
+@pytest.mark.parametrize(
+    ("path", "content_type", "start", "limit"),
+    [
+        ("/predict", "image/png", b"", LIMIT),
+        ("/predict", "multipart/form-data; boundary=x", FORM % b"file", LIMIT + uploads.FORM_BYTES),
+        ("/predict", "multipart/form-data; boundary=x", b"", LIMIT + uploads.FORM_BYTES),
+        (
+            "/feedback",
+            "multipart/form-data; boundary=x",
+            FORM % b"file",
+            LIMIT + uploads.FORM_BYTES,
+        ),
+        (
+            "/predict/batch",
+            "multipart/form-data; boundary=x",
+            FORM % b"files",
+            3 * (LIMIT + uploads.FORM_BYTES),
+        ),
+        (
+            "/predict/base64",
+            "application/json",
+            b'{"image": "',
+            LIMIT * 4 // 3 + uploads.FORM_BYTES,
+        ),
+    ],
+)
+def test_an_endless_upload_without_a_length_is_not_read_past_its_limit(
+    path: str,
+    content_type: str,
+    start: bytes,
+    limit: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"MAX_UPLOAD_BYTES": LIMIT, "MAX_BATCH_FILES": 3, "FEEDBACK_DIR": tmp_path}
+    for name, value in (settings | {"MODELS": registry.SAMPLE}).items():
+        monkeypatch.setenv(name, str(value))
+    read_bytes, sent = 0, []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read_bytes
+        chunk = start if read_bytes == 0 and start else b"A" * CHUNK
+        read_bytes += len(chunk)
+        assert read_bytes <= limit + CHUNK, "the server reads on"
+        return {"type": "http.request", "body": chunk, "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", content_type.encode()), (b"transfer-encoding", b"chunked")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "headers": headers,
+    }
+    with TestClient(app) as client:
+        assert client.portal is not None
+        client.portal.call(app, scope, receive, send)
+    assert sent[0]["status"] == 413
+    error = json.loads(sent[1]["body"])["error"]
+    assert (error["code"], "MAX_UPLOAD_BYTES" in error["message"]) == ("too_large", True)
+    assert limit < read_bytes
 
 
 def test_models_are_listed_and_shown(client: TestClient, saved: Path) -> None:
