@@ -19,11 +19,11 @@ from mnist import images, registry
 from serve import feedback, schemas, uploads
 from serve.admission import Busy
 from serve.engine import Engine
+from serve.errors import ApiError, bad_request, quote
 from serve.metrics import Metrics
 from serve.middleware import RequestMiddleware, busy_response, error_response, log_as_json
 from serve.settings import Settings
 from serve.upgrades import ignore_upgrades
-from serve.uploads import ApiError
 
 IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
 STATIC = Path(__file__).parent / "static"
@@ -204,8 +204,8 @@ async def put_right(request: Request, model: Name = None) -> JSONResponse:
     loaded = await engine.choose_model(model)
     picture, label = await uploads.read_correction(request)
     if label not in loaded.record["dataset"]["classes"]:
-        problem = f"label {label[:40]!r}" if label else "no label was sent"
-        raise ApiError(400, "bad_request", f"{problem}; it must be a class of {loaded.name}")
+        problem = f"the label is {quote(label)}" if label else "no `label` was sent"
+        raise bad_request(f"{problem}; it must be a class of {loaded.name}")
     folder, max_bytes = settings.feedback_dir, settings.feedback_max_bytes
     try:
         await asyncio.to_thread(

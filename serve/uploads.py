@@ -3,40 +3,29 @@
 import asyncio
 import base64
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
-import multipart
 from fastapi import Request
 from pydantic import ValidationError
 
 from serve import schemas
 from serve.admission import MAX_BODIES_BYTES
 from serve.engine import Engine
+from serve.errors import ApiError, bad_request, quote
+from serve.forms import Form
 
 FORM_BYTES = 10_000  # allowed for the parts of a form around each file
-MAX_FIELDS = 20  # of a form, besides its files
 UPLOAD_S = 30  # limit for receiving a body
-
-
-class ApiError(Exception):
-    """An error response: its status, code and message."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 async def read_picture(request: Request) -> tuple[bytes, str | None]:
     """The bytes of the form's `file`, or of the body, and the file's name."""
     limit = _limit(request)
-    content_type = request.headers.get("content-type", "").lower()
-    if not content_type.startswith("multipart/form-data"):
+    if not _is_form(request.headers.get("content-type", "")):
         return check(request, await _read_body(request, limit)), None
-    parts = await _read_form(request, limit + FORM_BYTES, 1)
-    file = next((part for part in parts if part.is_file("file")), None)
-    return (check(request, file.data), file.filename) if file else (check(request, b""), None)
+    file = (await _read_form(request, limit + FORM_BYTES, "file")).pictures()[0]
+    return check(request, file.data), file.filename
 
 
 async def read_base64(request: Request) -> bytes:
@@ -47,7 +36,7 @@ async def read_base64(request: Request) -> bytes:
         data = await asyncio.to_thread(_decode_base64, body)
     except (ValidationError, ValueError) as error:
         message = 'the body must be {"image": "..."} with a picture in base64'
-        raise ApiError(400, "bad_request", message) from error
+        raise bad_request(message) from error
     return check(request, data, "as `image`, in base64")
 
 
@@ -55,19 +44,15 @@ async def read_pictures(request: Request) -> list[tuple[bytes, str | None]]:
     """The bytes and names of the form's `files`, before check()."""
     max_files = _engine(request).settings.max_batch_files
     limit = min(max_files * (_limit(request) + FORM_BYTES), MAX_BODIES_BYTES)
-    parts = await _read_form(request, limit, max_files)
-    files = [(part.data, part.filename) for part in parts if part.is_file("files")]
-    if not files:
-        raise ApiError(422, "missing_file", "no picture was sent; send some as `files`")
-    return files
+    form = await _read_form(request, limit, "files", max_files)
+    return [(part.data, part.filename) for part in form.pictures()]
 
 
 async def read_correction(request: Request) -> tuple[bytes, str]:
     """The bytes of the form's `file`, and its `label`, empty without one."""
-    parts = await _read_form(request, _limit(request) + FORM_BYTES, 1)
-    fields = {part.name: part.data for part in parts}
-    label = fields.get("label", b"").decode(errors="replace")
-    return check(request, fields.get("file", b"")), label
+    form = await _read_form(request, _limit(request) + FORM_BYTES, "file")
+    label = next((part.data for part in form.parts if part.name == "label"), b"")
+    return check(request, form.pictures()[0].data), label.decode(errors="replace")
 
 
 def check(request: Request, data: bytes, how: str = "as `file` or as the body") -> bytes:
@@ -91,45 +76,23 @@ def _limit(request: Request) -> int:
     return _engine(request).settings.max_upload_bytes
 
 
-class Part:
-    """A part of a multipart form; `chunks` grows while the form is read."""
-
-    def __init__(self, segment: multipart.MultipartSegment) -> None:
-        self.name, self.filename = segment.name, segment.filename
-        self.chunks: list[bytes] = []
-
-    @property
-    def data(self) -> bytes:
-        return b"".join(self.chunks)
-
-    def is_file(self, name: str) -> bool:
-        return self.name == name and self.filename is not None
+def _is_form(content_type: str) -> bool:
+    return content_type.lower().startswith("multipart/form-data")
 
 
-async def _read_form(request: Request, limit: int, max_files: int) -> list[Part]:
-    """The parts of a multipart form of at most `limit` bytes and `max_files` files."""
-    options = multipart.parse_options_header(request.headers.get("content-type", ""))[1]
-    boundary, parts = options.get("boundary", ""), list[Part]()
-    try:
-        async with _upload_timeout():
-            segments = max_files + MAX_FIELDS
-            with multipart.PushMultipartParser(boundary, max_segment_count=segments) as parser:
-                async for chunk in _stream(request, limit):
-                    _collect(parts, parser.parse(chunk), max_files)
-    except multipart.MultipartError as error:
-        raise ApiError(400, "bad_request", f"the form cannot be read: {error}") from error
-    return parts
-
-
-def _collect(parts: list[Part], events: Iterable[Any], max_files: int) -> None:
-    """Add the parser's next events: the head of a part, some of its bytes, or None at its end."""
-    for event in events:
-        if isinstance(event, bytes):
-            parts[-1].chunks.append(event)
-        elif event is not None:
-            parts.append(Part(event))
-            if sum(part.filename is not None for part in parts) > max_files:
-                raise _too_many_files(max_files)
+async def _read_form(request: Request, limit: int, field: str, max_files: int = 1) -> Form:
+    """A form of at most `limit` bytes, with its pictures in `field`."""
+    content_type = request.headers.get("content-type", "")
+    if not _is_form(content_type):
+        sent = f"not {quote(content_type)}" if content_type else "and there is no Content-Type"
+        example = f"`curl -F {field}=@7.png` sends one"
+        raise bad_request(f"{request.url.path} takes a multipart form, {sent}; {example}")
+    form = Form(content_type, field, max_files)
+    async with _upload_timeout():
+        async for chunk in _stream(request, limit):
+            form.feed(chunk)
+    form.feed(b"")
+    return form
 
 
 def _decode_base64(body: bytes) -> bytes:
@@ -164,23 +127,15 @@ async def _upload_timeout() -> AsyncIterator[None]:
         async with asyncio.timeout(UPLOAD_S):
             yield
     except TimeoutError as error:
-        raise ApiError(400, "bad_request", f"the upload took over {UPLOAD_S} s") from error
+        raise bad_request(f"the upload took over {UPLOAD_S} s") from error
 
 
 def _content_length(request: Request) -> int:
     """Bytes, 0 without the header; raises ApiError if its value is no number."""
     length = request.headers.get("content-length", "0")
     if not re.fullmatch("[0-9]{1,18}", length):
-        message = f"Content-Length is {length[:20]!r}; it must be a number of bytes"
-        raise ApiError(400, "bad_request", message)
+        raise bad_request(f"Content-Length is {quote(length)}; it must be a number of bytes")
     return int(length)
-
-
-def _too_many_files(max_files: int) -> ApiError:
-    message = f"the form has over {max_files} files (MAX_BATCH_FILES)"
-    if max_files == 1:
-        message = "the form has several files; /predict/batch takes them, as `files`"
-    return ApiError(413, "too_many_files", message)
 
 
 def _too_large(request: Request, limit: int = 0) -> ApiError:

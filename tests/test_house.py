@@ -25,11 +25,13 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"mnist.job"},
     {"mnist.predict"},
     {"run"},
+    {"serve.errors"},
     {"serve.schemas", "serve.metrics", "serve.settings", "serve.feedback", "serve.upgrades"},
     {"serve.admission", "serve.preflight", "serve.preflight_worker"},
     {"serve.batching", "serve.loading"},
     {"serve.engine"},
-    {"serve.middleware", "serve.uploads"},
+    {"serve.forms", "serve.middleware"},
+    {"serve.uploads"},
     {"serve.app"},
 )
 # All that the server may import.
