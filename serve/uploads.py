@@ -2,12 +2,13 @@
 
 import asyncio
 import base64
+import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import unquote
 
 from fastapi import Request
-from pydantic import ValidationError
 
 from serve import schemas
 from serve.admission import MAX_BODIES_BYTES
@@ -17,6 +18,9 @@ from serve.forms import Form
 
 FORM_BYTES = 10_000  # allowed for the parts of a form around each file
 UPLOAD_S = 30  # limit for receiving a body
+DATA_URL = re.compile(r"\s*data:[^,]*,", re.IGNORECASE)  # at the start of the text
+BASE64 = 'send {"image": "..."} with a picture in base64'
+URL_SAFE = str.maketrans("-_", "+/")
 
 
 async def read_picture(request: Request) -> tuple[bytes, str | None]:
@@ -30,13 +34,8 @@ async def read_picture(request: Request) -> tuple[bytes, str | None]:
 
 async def read_base64(request: Request) -> bytes:
     """The bytes of the picture in a schemas.Base64 body."""
-    limit = _limit(request)
-    try:
-        body = await _read_body(request, limit * 4 // 3 + FORM_BYTES)
-        data = await asyncio.to_thread(_decode_base64, body)
-    except (ValidationError, ValueError) as error:
-        message = 'the body must be {"image": "..."} with a picture in base64'
-        raise bad_request(message) from error
+    body = await _read_body(request, _limit(request) * 4 // 3 + FORM_BYTES)
+    data = await asyncio.to_thread(_decode_base64, body)
     return check(request, data, "as `image`, in base64")
 
 
@@ -96,11 +95,30 @@ async def _read_form(request: Request, limit: int, field: str, max_files: int = 
 
 
 def _decode_base64(body: bytes) -> bytes:
-    """The picture of /predict/base64; raises ValueError."""
-    text = schemas.Base64.model_validate_json(body).image
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    return base64.b64decode("".join(text.split()), validate=True)
+    """The picture of /predict/base64, as clients of all kinds encode it; raises ApiError."""
+    try:
+        text = schemas.Base64.model_validate_json(body.decode(json.detect_encoding(body))).image
+    except ValueError as error:  # also of pydantic
+        raise bad_request(f"the body is no such JSON; {BASE64}") from error
+    if "%" in text:
+        text = unquote(text)
+    text = text.lstrip("\ufeff")
+    if prefix := DATA_URL.match(text):
+        text = text[prefix.end() :]
+    text = _join_lines(text).translate(URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError as error:
+        raise bad_request(f"`image` is no base64; {BASE64}") from error
+
+
+def _join_lines(text: str) -> str:
+    """Base64 without whitespace; a space may be a `+` that was decoded as in the query of a URL."""
+    text = "".join(line.strip() for line in text.replace("\t", "\n").splitlines())
+    words = text.split(" ")
+    joined = "".join(words)
+    even_lines = len({len(word) for word in words[:-1]}) == 1 and len(joined) % 4 == 0
+    return joined if len(text) % 4 or even_lines else "+".join(words)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
