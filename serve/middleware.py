@@ -57,6 +57,7 @@ class RequestMiddleware:
         start, engine = time.perf_counter(), scope["app"].state.engine
         if scope["method"] == "HEAD":  # uvicorn omits the body
             scope = {**scope, "method": "GET"}
+        scope = _without_slash(scope)
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = 500
@@ -110,6 +111,14 @@ class RequestMiddleware:
                 engine.admission.release()
         else:
             await self._app(scope, receive, send)
+
+
+def _without_slash(scope: Scope) -> Scope:
+    """The scope without slashes at the end of its path: a redirect would lose a POST's body."""
+    path = scope["path"].rstrip("/")
+    if path in (scope["path"], scope.get("root_path", "")):
+        return scope
+    return {**scope, "path": path}
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -120,6 +120,15 @@ def test_behind_the_prefix_of_a_proxy_the_same_routes_need_a_key(
             refused(client.get(path), 401, "unauthorised")
 
 
+def test_a_final_slash_opens_no_route(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEYS", "first")
+    for prefix in ("", "/digits"):
+        with TestClient(app, root_path=prefix) as client:
+            for path in ("/metrics/", "/metrics//", "/%6detrics/"):
+                refused(client.get(prefix + path), 401, "unauthorised")
+            assert client.get(f"{prefix}/").status_code == 200
+
+
 def test_an_error_has_the_cors_header_for_an_allowed_origin(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
