@@ -139,7 +139,7 @@ class Engine:
                 new = old
         except Exception as error:  # the server stays up and reports any error
             expected = isinstance(error, registry.RegistryError)
-            reason = str(error) if expected else f"the model cannot be used: {error!r}"
+            reason = str(error) if expected else f"the model cannot be used: {error}"
             if not expected:
                 log.exception("unexpected error")
             self.refused[role] = f"{name}: {reason}" if name and name not in reason else reason

@@ -44,7 +44,7 @@ def check(folder: str, name: str, threads: int | None, engine: str) -> dict[str,
         return {"refused": str(error)}
     except Exception as error:  # noqa: BLE001 - the server gets every error as the reason
         traceback.print_exc()
-        return {"refused": f"the model cannot be used: {error!r}"}
+        return {"refused": f"the model cannot be used: {error}"}
     return {"engine": classifier.engine, "passed_over": dict(classifier.passed_over)}
 
 
