@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from mnist import images, registry
-from serve import feedback, schemas, uploads
+from serve import feedback, parameters, schemas, uploads
 from serve.admission import Busy
 from serve.engine import Engine
 from serve.errors import ApiError, bad_request, quote
+from serve.handlers import HANDLERS
+from serve.loading import LoadedModel
 from serve.metrics import Metrics
-from serve.middleware import RequestMiddleware, busy_response, error_response, log_as_json
+from serve.middleware import RequestMiddleware, log_as_json
 from serve.settings import Settings
 from serve.upgrades import ignore_upgrades
 
-IMAGE_STATUS = {"not_an_image": 415, "too_many_pixels": 413, "blank": 422}
 STATIC = Path(__file__).parent / "static"
 PAGE_POLICY = (  # nothing from other origins, nothing inline
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -55,6 +53,8 @@ class App(FastAPI):
 app = App(
     title="Small-image classifier",
     lifespan=lifespan,
+    exception_handlers=HANDLERS,
+    redirect_slashes=False,  # RequestMiddleware drops them
     # FastAPI would read OpenTelemetry's settings in each request; serve.metrics is used instead.
     telemetry={"tracing": False, "metrics": False, "logs": False},
 )
@@ -62,6 +62,12 @@ app = App(
 
 def _engine(request: Request) -> Engine:  # not by Depends, which takes 0.06 ms
     return request.app.state.engine
+
+
+async def _choose_model(request: Request, name: str | None) -> LoadedModel:
+    """The model that answers, after a check of the URL; `?model=` means none in particular."""
+    parameters.check_query(request)
+    return await _engine(request).choose_model(name or None)
 
 
 Name = Annotated[str | None, Query(description="a saved model; by default the current one")]
@@ -135,7 +141,7 @@ async def predict(
 ) -> JSONResponse:
     """Classify a raw picture, sent as the multipart field `file` or as the body."""
     engine = _engine(request)
-    loaded = await engine.choose_model(model)
+    loaded = await _choose_model(request, model)
     data, filename = await uploads.read_picture(request)
     return JSONResponse(await engine.answer(loaded, data, filename, top, view))
 
@@ -151,7 +157,7 @@ async def predict_base64(
 ) -> JSONResponse:
     """Classify a raw picture, sent in base64."""
     engine = _engine(request)
-    loaded = await engine.choose_model(model)
+    loaded = await _choose_model(request, model)
     data = await uploads.read_base64(request)
     return JSONResponse(await engine.answer(loaded, data, None, top, view))
 
@@ -167,7 +173,7 @@ async def predict_batch(
 ) -> JSONResponse:
     """Classify several raw pictures, each sent as the multipart field `files`."""
     engine = _engine(request)
-    loaded = await engine.choose_model(model)
+    loaded = await _choose_model(request, model)
     files = await uploads.read_pictures(request)
     # Fair queueing: besides the pictures in work, one waits, so that no thread is idle. If all
     # waited, the last ones would miss the deadline because of the others of this request.
@@ -201,7 +207,7 @@ async def put_right(request: Request, model: Name = None) -> JSONResponse:
     settings = engine.settings
     if settings.feedback_dir is None:
         raise ApiError(404, "not_found", "corrections are not kept here (FEEDBACK_DIR)")
-    loaded = await engine.choose_model(model)
+    loaded = await _choose_model(request, model)
     picture, label = await uploads.read_correction(request)
     if label not in loaded.record["dataset"]["classes"]:
         problem = f"the label is {quote(label)}" if label else "no `label` was sent"
@@ -225,60 +231,6 @@ async def page() -> FileResponse:
 
 
 app.mount("/static", StaticFiles(directory=STATIC), "static")
-
-
-# --- errors --------------------------------------------------------------------------------------
-
-
-@app.exception_handler(ApiError)
-async def _api_error(request: Request, error: ApiError) -> JSONResponse:
-    return error_response(request.scope, error.status, error.code, str(error))
-
-
-@app.exception_handler(images.ImageError)
-async def _image_error(request: Request, error: images.ImageError) -> JSONResponse:
-    return error_response(request.scope, IMAGE_STATUS[error.code], error.code, str(error))
-
-
-@app.exception_handler(Busy)
-async def _busy(request: Request, error: Busy) -> JSONResponse:
-    return busy_response(request.scope, error)
-
-
-@app.exception_handler(registry.RegistryError)
-async def _registry_error(request: Request, error: registry.RegistryError) -> JSONResponse:
-    return error_response(request.scope, 503, "no_model", str(error))
-
-
-@app.exception_handler(registry.UnknownModel)
-async def _unknown_model(request: Request, error: registry.UnknownModel) -> JSONResponse:
-    return error_response(request.scope, 404, "unknown_model", str(error))
-
-
-@app.exception_handler(ClientDisconnect)
-async def _client_disconnected(request: Request, error: ClientDisconnect) -> JSONResponse:
-    message = "the client left before the end of the upload"
-    return error_response(request.scope, 400, "bad_request", message)
-
-
-@app.exception_handler(Exception)
-async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    """Starlette raises the error again after this response, so that uvicorn logs its traceback."""
-    error.add_note(f"request_id {request.state.request_id}")
-    return error_response(request.scope, 500, "internal", "the server failed; its log says why")
-
-
-@app.exception_handler(RequestValidationError)
-async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-    detail = error.errors()[0]
-    message = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {detail.get('input')!r}"
-    return error_response(request.scope, 400, "bad_request", message)
-
-
-@app.exception_handler(HTTPException)
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    code = "not_found" if error.status_code == 404 else "bad_request"
-    return error_response(request.scope, error.status_code, code, str(error.detail), error.headers)
 
 
 # --- after all imports (serve/__init__.py) ------------------------------------------------------

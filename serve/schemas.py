@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 NAME = "20261121-120301"
 
@@ -49,6 +49,8 @@ class Batch(BaseModel):
 
 class Base64(BaseModel):
     """A picture in base64, with or without the prefix `data:image/png;base64,`."""
+
+    model_config = ConfigDict(extra="allow")
 
     image: str = Field(json_schema_extra={"format": "byte"})
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from fastapi import Request
 
-from serve import schemas
+from serve import parameters, schemas
 from serve.admission import MAX_BODIES_BYTES
 from serve.engine import Engine
 from serve.errors import ApiError, bad_request, quote
@@ -19,6 +19,7 @@ from serve.forms import Form
 FORM_BYTES = 10_000  # allowed for the parts of a form around each file
 UPLOAD_S = 30  # limit for receiving a body
 DATA_URL = re.compile(r"\s*data:[^,]*,", re.IGNORECASE)  # at the start of the text
+TEXT = re.compile(rb"\s*(\{|data:)", re.IGNORECASE)  # JSON, or a data: URL
 BASE64 = 'send {"image": "..."} with a picture in base64'
 URL_SAFE = str.maketrans("-_", "+/")
 
@@ -27,7 +28,11 @@ async def read_picture(request: Request) -> tuple[bytes, str | None]:
     """The bytes of the form's `file`, or of the body, and the file's name."""
     limit = _limit(request)
     if not _is_form(request.headers.get("content-type", "")):
-        return check(request, await _read_body(request, limit)), None
+        data = check(request, await _read_body(request, limit))
+        if TEXT.match(data):
+            message = f"the body is text; POST /predict/base64 takes pictures as text: {BASE64}"
+            raise ApiError(415, "not_an_image", message)
+        return data, None
     file = (await _read_form(request, limit + FORM_BYTES, "file")).pictures()[0]
     return check(request, file.data), file.filename
 
@@ -35,7 +40,8 @@ async def read_picture(request: Request) -> tuple[bytes, str | None]:
 async def read_base64(request: Request) -> bytes:
     """The bytes of the picture in a schemas.Base64 body."""
     body = await _read_body(request, _limit(request) * 4 // 3 + FORM_BYTES)
-    data = await asyncio.to_thread(_decode_base64, body)
+    data, others = await asyncio.to_thread(_decode_base64, body)
+    parameters.check_fields(request, others)
     return check(request, data, "as `image`, in base64")
 
 
@@ -91,25 +97,29 @@ async def _read_form(request: Request, limit: int, field: str, max_files: int = 
         async for chunk in _stream(request, limit):
             form.feed(chunk)
     form.feed(b"")
+    parameters.check_fields(request, [part.name for part in form.parts])
     return form
 
 
-def _decode_base64(body: bytes) -> bytes:
-    """The picture of /predict/base64, as clients of all kinds encode it; raises ApiError."""
+def _decode_base64(body: bytes) -> tuple[bytes, list[str]]:
+    """The picture of /predict/base64, as clients of all kinds encode it, and the other keys.
+
+    Raises ApiError.
+    """
     try:
-        text = schemas.Base64.model_validate_json(body.decode(json.detect_encoding(body))).image
+        sent = schemas.Base64.model_validate_json(body.decode(json.detect_encoding(body)))
     except ValueError as error:  # also of pydantic
         raise bad_request(f"the body is no such JSON; {BASE64}") from error
-    if "%" in text:
-        text = unquote(text)
+    text = unquote(sent.image) if "%" in sent.image else sent.image
     text = text.lstrip("\ufeff")
     if prefix := DATA_URL.match(text):
         text = text[prefix.end() :]
     text = _join_lines(text).translate(URL_SAFE).rstrip("=")
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
         raise bad_request(f"`image` is no base64; {BASE64}") from error
+    return data, [*(sent.model_extra or {})]
 
 
 def _join_lines(text: str) -> str:
@@ -128,6 +138,10 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes]:
     """The body in chunks; raises ApiError over `limit` bytes, Busy over the limit of all bodies."""
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"the body has the Content-Encoding {quote(encoding)}; send it uncompressed"
+        raise bad_request(message)
     if _content_length(request) > limit:
         raise _too_large(request, limit)
     size = 0

@@ -30,8 +30,8 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"serve.admission", "serve.preflight", "serve.preflight_worker"},
     {"serve.batching", "serve.loading"},
     {"serve.engine"},
-    {"serve.forms", "serve.middleware"},
-    {"serve.uploads"},
+    {"serve.forms", "serve.middleware", "serve.parameters"},
+    {"serve.handlers", "serve.uploads"},
     {"serve.app"},
 )
 # All that the server may import.
