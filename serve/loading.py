@@ -96,7 +96,7 @@ class Loader:
 
     async def record(self, name: str | None) -> tuple[str, registry.Record]:
         """registry.record of the registry in use."""
-        return await _run_in(self._executor, registry.record, self.folder, name)
+        return await _run_in(self._executor, self._record, name)
 
     async def load(self, name: str) -> LoadedModel:
         """Raises registry.RegistryError if no engine can run the model."""
@@ -105,6 +105,15 @@ class Loader:
     async def load_named(self, name: str) -> LoadedModel:
         """The same in a thread of its own."""
         return await self._load(self._named_executor, name)
+
+    def _record(self, name: str | None) -> tuple[str, registry.Record]:
+        if name is None and self._settings.models and not registry.read(self.folder)["models"]:
+            folder = self.folder
+            remedy = f"`python run.py --output {folder}` saves one; or unset MODELS"
+            if other := next(folder.glob(f"*/{registry.INFO}"), None):
+                remedy = f"did you mean {other.parent}?"
+            raise registry.RegistryError(f"no current model in MODELS={folder}; {remedy}")
+        return registry.record(self.folder, name)
 
     def _changed(self, canary: str | None) -> bool:
         if registry.versions(self._watched) == self._versions and time.monotonic() < self.retry_at:

@@ -2,15 +2,32 @@
 
 import multiprocessing
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mnist import registry
 
 Words = tuple[str, ...]
 """In the environment, words separated by commas."""
+
+MAX = 10**12  # of sizes, numbers and ms
+ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\[[0-9a-f:.]+\]|[\w.-]+)(:(?P<port>\d{1,5}))?/*",
+    re.IGNORECASE,
+)
+DEFAULT_PORTS = {"http": 80, "https": 443}  # which browsers leave out
+QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 
 
 class Settings(BaseModel):
@@ -29,20 +46,23 @@ class Settings(BaseModel):
         # overload would block the event loops for seconds, and connections would fail.
         default_factory=lambda: None if multiprocessing.parent_process() is None else 1,
         ge=1,
+        le=1024,
         description="inference threads; by default all cores, 1 with several uvicorn workers",
     )
-    max_upload_bytes: int = Field(10_000_000, ge=1, description="largest picture, in bytes")
-    max_pixels: int = Field(50_000_000, ge=1, description="largest picture, in pixels")
-    max_batch_files: int = Field(64, ge=1, description="most pictures in one request")
-    max_queue: int = Field(256, ge=1, description="most requests in progress at a time")
-    deadline_ms: int = Field(1000, ge=1, description="longest wait for an answer, in ms")
+    max_upload_bytes: int = Field(10_000_000, ge=1, le=MAX, description="largest picture, in bytes")
+    max_pixels: int = Field(50_000_000, ge=1, le=MAX, description="largest picture, in pixels")
+    max_batch_files: int = Field(64, ge=1, le=MAX, description="most pictures in one request")
+    max_queue: int = Field(256, ge=1, le=MAX, description="most requests in progress at a time")
+    deadline_ms: int = Field(1000, ge=1, le=MAX, description="longest wait for an answer, in ms")
     api_keys: Words = Field((), description="API keys; if set, POST and /metrics need one")
     cors_origins: Words = Field((), description="allowed web origins; * for all")
     canary: tuple[str, float] | None = Field(
         None, description="NAME:SHARE, a model that answers this share (0..1) of the requests"
     )
     feedback_dir: Path | None = Field(None, description="folder of corrections, if they are kept")
-    feedback_max_bytes: int = Field(100_000_000, ge=1, description="limit of that folder, in bytes")
+    feedback_max_bytes: int = Field(
+        100_000_000, ge=1, le=MAX, description="limit of that folder, in bytes"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -54,7 +74,42 @@ class Settings(BaseModel):
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, text: str) -> tuple[str, ...]:
-        return tuple(word.strip() for word in text.split(",") if word.strip())
+        words = tuple(word.strip() for word in text.split(",") if word.strip())
+        if text.startswith("[") and text.endswith("]"):
+            raise ValueError("separate the values by commas only, without brackets and quotes")
+        if any(word.strip(QUOTES) != word for word in words):
+            raise ValueError("leave out the quotation marks; they would be part of the value")
+        return words
+
+    @field_validator("api_keys")
+    @classmethod
+    def _sendable(cls, keys: Words) -> Words:
+        if not all(key.isprintable() for key in keys):
+            raise ValueError("a key has a character that no HTTP header can have; leave it out")
+        return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: Words) -> Words:
+        return tuple(map(_as_sent, origins))
+
+    @field_validator("models", "feedback_dir")
+    @classmethod
+    def _folder(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is None:
+            return None
+        try:
+            path = path.expanduser()
+            nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+            if not nearest.is_dir():
+                raise ValueError(f"{nearest} is a file; name a folder")
+        except RuntimeError as error:
+            raise ValueError("its ~ stands for no home folder here; write it out") from error
+        except OSError as error:
+            raise ValueError(f"{error.strerror}; name another folder") from error
+        if info.field_name == "feedback_dir" and not os.access(nearest, os.W_OK):
+            raise ValueError(f"{nearest} cannot be written to; name another folder")
+        return path
 
     @field_validator("models", "api_keys", "feedback_dir", mode="before")
     @classmethod
@@ -74,10 +129,45 @@ class Settings(BaseModel):
             pass
         raise ValueError("it must be a model's name, a colon and a share from 0 to 1")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        """The value without spaces around it; of all validators here, the last one runs first."""
+        if not isinstance(value, str):
+            return value
+        text = value.strip()
+        if len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES:
+            raise ValueError("leave out the quotation marks; they would be part of the value")
+        return text
+
+
+def _as_sent(origin: str) -> str:
+    """An origin as browsers send it: in small letters, without a final slash or default port."""
+    if origin in ("*", "null"):
+        return origin
+    match = ORIGIN.fullmatch(origin)
+    if match is None or int(match["port"] or 0) > 65535:
+        reason = "an origin has a scheme and a host, and no path"
+        if "*" in origin:
+            reason = "a pattern matches nothing; list each origin, or * for all"
+        raise ValueError(f"{origin}: {reason}; for example https://example.org:8443")
+    scheme, host = match["scheme"].lower(), match["host"].lower()
+    port = f":{int(match['port'])}" if match["port"] else ""
+    if port == f":{DEFAULT_PORTS.get(scheme)}":
+        port = ""
+    try:
+        host = host if host.isascii() else host.encode("idna").decode()
+    except UnicodeError as error:
+        raise ValueError(f"{origin}: its host is no domain name") from error
+    return f"{scheme}://{host}{port}"
+
 
 def describe(error: ValidationError) -> str:
-    """One line that names each wrong setting, its value and the reason."""
-    return "; ".join(
-        f"{'_'.join(map(str, detail['loc'])).upper()}={detail['input']}: {detail['msg']}"
-        for detail in error.errors()
-    )
+    """One line that names each wrong setting, its value unless that is secret, and the reason."""
+    lines = []
+    for detail in error.errors():
+        name, value = "_".join(map(str, detail["loc"])).upper(), str(detail["input"])
+        if value and name == "API_KEYS":
+            value = "***"
+        lines.append(f"{name}={value}: {detail['msg'].removeprefix('Value error, ')}")
+    return "".join(char if char.isprintable() else "?" for char in "; ".join(lines))
