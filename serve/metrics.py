@@ -8,15 +8,21 @@ import tempfile
 from pathlib import Path
 
 _VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-if not os.environ.get(_VARIABLE):
+if _directory := os.environ.get(_VARIABLE):
+    os.environ[_VARIABLE] = os.path.expanduser(_directory)  # noqa: PTH111 - raises nothing
+else:
     os.environ.pop(_VARIABLE, None)  # prometheus_client would use an empty name, too
 _PREFIX = "serve-metrics-"
 _parent = multiprocessing.parent_process()
-if _parent is not None:  # one of several workers of one uvicorn
+_no_temporary_folder = False
+if _parent is not None and _VARIABLE not in os.environ:  # one of several workers of one uvicorn
     # Only the workers of one parent share its authkey.
     _shared = hashlib.sha256(multiprocessing.current_process().authkey).hexdigest()[:16]
     _name = f"{_PREFIX}{_parent.pid}-{_shared}"
-    os.environ.setdefault(_VARIABLE, str(Path(tempfile.gettempdir()) / _name))
+    try:
+        os.environ[_VARIABLE] = str(Path(tempfile.gettempdir()) / _name)
+    except FileNotFoundError:  # raised later, by shared_folder(): here it would be a traceback
+        _no_temporary_folder = True
 
 # prometheus_client reads the variable when it is imported.
 from prometheus_client import (  # noqa: E402
@@ -33,14 +39,38 @@ PROBABILITY_BUCKETS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
+class MetricsError(RuntimeError):
+    """The workers cannot share their metrics; the message says what to do."""
+
+
+def shared_folder() -> Path | None:
+    """The folder of the metrics of all workers, if there are several; it is made if missing.
+
+    Raises MetricsError if it cannot be written to.
+    """
+    directory = os.environ.get(_VARIABLE)
+    remedy = f"set {_VARIABLE} to a folder that can be written to, or use one worker"
+    if _no_temporary_folder:
+        raise MetricsError(f"no temporary folder can be written to; {remedy}")
+    if not directory:
+        return None
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MetricsError(f"{_VARIABLE}={folder}: {error.strerror}; {remedy}") from error
+    return folder
+
+
 class Metrics:
     """The metrics of one process; any thread may change them."""
 
     def __init__(self) -> None:
-        self.shared: Path | None = None  # the folder of all workers, if there are several
-        if directory := os.environ.get(_VARIABLE):
-            self.shared = Path(directory)
-            self.shared.mkdir(parents=True, exist_ok=True)
+        """Raises MetricsError."""
+        self.shared = shared_folder()
+        if self.shared:
             _delete_stale(self.shared)
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.admission import Busy
+from serve.metrics import MetricsError, shared_folder
 from serve.settings import Settings, describe
 
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # a client's id; anything else is replaced
@@ -47,9 +48,11 @@ class RequestMiddleware:
     async def _start(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             Settings()
-        except ValidationError as error:
+            shared_folder()
+        except (ValidationError, MetricsError) as error:
+            message = describe(error) if isinstance(error, ValidationError) else str(error)
             await receive()
-            await send({"type": "lifespan.startup.failed", "message": describe(error)})
+            await send({"type": "lifespan.startup.failed", "message": message})
             return
         await self._app(scope, receive, send)
 

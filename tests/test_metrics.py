@@ -10,8 +10,31 @@ import pytest
 
 from benchmarks import load, servers
 from tests.test_app import png
+from tests.test_settings import start
 
 FOLDER = Path(tempfile.gettempdir())
+NO_TEMPORARY_FOLDER = """
+import tempfile
+
+def fail():
+    raise FileNotFoundError(2, "No usable temporary directory found")
+
+tempfile._get_default_tempdir = fail
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_folder_of_metrics_that_is_a_file_stops_the_start_with_one_line(workers: str) -> None:
+    _, log = start("--workers", workers, PROMETHEUS_MULTIPROC_DIR=__file__)
+    assert f"PROMETHEUS_MULTIPROC_DIR={__file__}: File exists; set" in log
+    assert "Traceback" not in log
+
+
+def test_workers_without_a_temporary_folder_stop_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NO_TEMPORARY_FOLDER)  # Python imports it first
+    _, log = start("--workers", "2", PYTHONPATH=str(tmp_path))
+    assert "no temporary folder can be written to; set PROMETHEUS_MULTIPROC_DIR" in log
+    assert "Traceback" not in log
 
 
 @pytest.mark.slow
