@@ -54,16 +54,16 @@ class Form:
                 elif event is not None:
                     self._begin(Part(event))
         except multipart.MultipartError as error:
-            message = f"the form cannot be read: {error}; let the HTTP client make the form"
-            raise bad_request(message) from error
+            reason = f"cannot be read: {error}" if chunk else "ends before its last boundary"
+            raise bad_request(f"the form {reason}; let the HTTP client make it") from error
 
     def pictures(self) -> list[Part]:
         """The parts named `field`, also without a file name. Raises ApiError if there are none."""
         pictures = [part for part in self.parts if part.name == self._field]
         if not pictures:
             names = ", ".join(quote(name) for name in {part.name: 0 for part in self.parts})
-            have = f"; the form has the fields {names}" if names else ""
-            message = f"no picture was sent; send it as the field `{self._field}`{have}"
+            message = f"no picture was sent as the field `{self._field}`"
+            message += f"; the form has {names}" if names else "; the form is empty"
             raise ApiError(422, "missing_file", message)
         return pictures
 

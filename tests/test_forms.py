@@ -57,8 +57,8 @@ def test_the_name_of_a_file_decides_nothing(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (form(), "send it as the field `file`"),
-        (form((b'name="image"; filename="7.png"', PICTURE)), 'has the fields "image"'),
+        (form(), "as the field `file`; the form is empty"),
+        (form((b'name="image"; filename="7.png"', PICTURE)), '; the form has "image"'),
         (form((b'name="files[]"', b""), (b'name="\xe9\t"', b"")), '"files[]", "é\\t"'),
     ],
 )
@@ -84,7 +84,11 @@ def test_pictures_without_a_file_name_count_as_files(client: TestClient) -> None
             "multipart/form-data; boundary=",
             "no valid boundary; let the HTTP client set",
         ),
-        ("/predict", "multipart/form-data; boundary=x", "let the HTTP client make the form"),
+        (
+            "/predict",
+            "multipart/form-data; boundary=x",
+            "before its last boundary; let the HTTP client make it",
+        ),
         ("/predict", "multipart/form-data; boundary=\xe9", "no valid boundary"),
         ("/predict/batch", "image/png", 'not "image/png"; `curl -F files=@7.png` sends one'),
         ("/predict/batch", "", "there is no Content-Type; `curl -F files=@7.png` sends one"),
