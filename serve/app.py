@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from mnist import images, registry
-from serve import feedback, parameters, schemas, uploads
+from serve import feedback, parameters, schemas, uploads, visibility
 from serve.admission import Busy
 from serve.engine import Engine
 from serve.errors import ApiError, bad_request, quote
@@ -84,13 +84,15 @@ async def health() -> dict[str, str]:
 @app.get("/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Unavailable}})
 async def ready(request: Request) -> JSONResponse:
     """Whether a model is loaded and has answered."""
-    engine = _engine(request)
-    extra: dict[str, Any] = {"refused": engine.refused} if engine.refused else {}
+    engine, extra = _engine(request), dict[str, Any]()
+    if engine.refused:
+        extra["refused"] = visibility.reasons(request, engine.refused)
     if engine.current is None:
-        return JSONResponse({"status": "unavailable", "reason": engine.reason} | extra, 503)
+        reason = visibility.reason(request, engine.reason)
+        return JSONResponse({"status": "unavailable", "reason": reason} | extra, 503)
     classifier = engine.current.classifier
     if classifier.passed_over:
-        extra["passed_over"] = dict(classifier.passed_over)
+        extra["passed_over"] = visibility.reasons(request, classifier.passed_over)
     if engine.canary:
         extra["canary"] = engine.canary.name
     if engine.settings.feedback_dir:
@@ -119,9 +121,10 @@ def models(request: Request) -> JSONResponse:
 
 
 @app.get("/models/{name}", openapi_extra=schemas.BY_NAME, responses=schemas.problems(404, 503))
-def model(request: Request) -> Mapping[str, Any]:
-    """The whole record of one model."""
-    return registry.record(_engine(request).folder, request.path_params["name"])[1]
+def model(request: Request) -> dict[str, Any]:
+    """The record of one model; if API keys are set, its public part without one."""
+    record = registry.record(_engine(request).folder, request.path_params["name"])[1]
+    return visibility.record(request, record)
 
 
 @app.get("/metrics", response_class=Response, responses=schemas.problems(401))

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from mnist import images, registry
+from serve import visibility
 from serve.admission import Busy
 from serve.errors import ApiError, quote
 from serve.middleware import busy_response, error_response
@@ -29,7 +30,7 @@ async def _busy(request: Request, error: Busy) -> JSONResponse:
 
 
 async def _registry_error(request: Request, error: registry.RegistryError) -> JSONResponse:
-    return error_response(request.scope, 503, "no_model", str(error))
+    return error_response(request.scope, 503, "no_model", visibility.reason(request, str(error)))
 
 
 async def _unknown_model(request: Request, error: registry.UnknownModel) -> JSONResponse:

@@ -97,7 +97,8 @@ class RequestMiddleware:
         path, root = scope["path"], scope.get("root_path", "")
         if root and path.startswith(f"{root}/"):  # the routes see the path without it
             path = path.removeprefix(root)
-        if (post or path == "/metrics") and not _has_key(scope, engine.settings.api_keys):
+        has_key = scope["state"]["has_key"] = _has_key(scope, engine.settings.api_keys)
+        if (post or path == "/metrics") and not has_key:
             response = error_response(
                 scope, 401, "unauthorised", "send one of the keys as X-API-Key"
             )

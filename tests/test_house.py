@@ -25,7 +25,7 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"mnist.job"},
     {"mnist.predict"},
     {"run"},
-    {"serve.errors"},
+    {"serve.errors", "serve.visibility"},
     {"serve.schemas", "serve.metrics", "serve.settings", "serve.feedback", "serve.upgrades"},
     {"serve.admission", "serve.preflight", "serve.preflight_worker"},
     {"serve.batching", "serve.loading"},
