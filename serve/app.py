@@ -213,7 +213,7 @@ async def put_right(request: Request, model: Name = None) -> JSONResponse:
     loaded = await _choose_model(request, model)
     picture, label = await uploads.read_correction(request)
     if label not in loaded.record["dataset"]["classes"]:
-        problem = f"the label is {quote(label)}" if label else "no `label` was sent"
+        problem = f"the label is {quote(label)}" if label else "no label was sent"
         raise bad_request(f"{problem}; it must be a class of {loaded.name}")
     folder, max_bytes = settings.feedback_dir, settings.feedback_max_bytes
     try:
