@@ -1,6 +1,6 @@
 """Random metadata of pictures and random folders: right answers, or the project's own errors.
 
-FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py             # by hand; CI runs a few examples
+FUZZ_EXAMPLES=2000 pytest tests/test_fuzz_pictures.py  # by hand; CI runs a few examples
 """
 
 import io
