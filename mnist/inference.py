@@ -36,15 +36,15 @@ Runner = Callable[[np.ndarray], Outputs]
 class Classifier:
     """A function from images uint8 (N, channels, size, size) to probabilities.
 
-    `engine` is the one that runs; `passed_over` maps better engines to the reasons why they do not.
-    A picture whose score is below `uncertain_below` does not look like any class; the score is that
-    of `ood_score`, or without one the largest logit.
+    `engine` is the one that runs; `skipped_engines` maps better engines to the reasons why they
+    do not. A picture whose score is below `uncertain_below` does not look like any class; the score
+    is that of `ood_score`, or without one the largest logit.
     """
 
     engine: str
     run: Runner
     temperature: float = 1.0
-    passed_over: Mapping[str, str] = field(default_factory=dict)
+    skipped_engines: Mapping[str, str] = field(default_factory=dict)
     ood_score: OutOfDistributionScore | None = None
     uncertain_below: float = -math.inf
 
@@ -122,7 +122,7 @@ def load(
         try:
             is_torch = candidate == "torch"
             run = _load_torch(path, record, threads) if is_torch else onnx_runner(path, threads)
-            classifier = Classifier(candidate, run, passed_over=reasons, **calibration)
+            classifier = Classifier(candidate, run, skipped_engines=reasons, **calibration)
             _check_golden(classifier, golden, len(record["dataset"]["classes"]))
             return classifier
         except Exception as error:  # noqa: BLE001 - errors of pickles and runtimes share no class

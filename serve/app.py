@@ -91,8 +91,8 @@ async def ready(request: Request) -> JSONResponse:
         reason = visibility.reason(request, engine.reason)
         return JSONResponse({"status": "unavailable", "reason": reason} | extra, 503)
     classifier = engine.current.classifier
-    if classifier.passed_over:
-        extra["passed_over"] = visibility.reasons(request, classifier.passed_over)
+    if classifier.skipped_engines:
+        extra["passed_over"] = visibility.reasons(request, classifier.skipped_engines)
     if engine.canary:
         extra["canary"] = engine.canary.name
     if engine.settings.feedback_dir:

@@ -140,7 +140,7 @@ class Loader:
             engine, skipped_engines = await self._preflight.check(folder, name, threads, engine)
         classifier = await _run_in(executor, inference.load, folder, name, threads, engine, checked)
         if skipped_engines is not None:
-            classifier = replace(classifier, passed_over=skipped_engines)
+            classifier = replace(classifier, skipped_engines=skipped_engines)
         record = (await _run_in(executor, registry.record, folder, name))[1]
         is_sample = folder == registry.SAMPLE
         return LoadedModel(name, record, classifier, settings.max_pixels, is_sample)

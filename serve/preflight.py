@@ -24,7 +24,7 @@ IDLE_S = 60  # until an idle process ends; there may be one for each worker, of 
 Arguments = tuple[str, str, int | None, str]
 """Of inference.load: folder, name, threads and engine."""
 Result = dict[str, Any]
-"""`engine` and `passed_over`, or why the model is `refused`; whether `torch` was imported."""
+"""`engine` and `skipped_engines`, or why the model is `refused`; whether `torch` was imported."""
 Process = subprocess.Popen[bytes]
 
 
@@ -61,7 +61,7 @@ class Preflight:
             result = await self._check(arguments)
         if "refused" in result:
             raise registry.RegistryError(result["refused"])
-        return result["engine"], result["passed_over"]
+        return result["engine"], result["skipped_engines"]
 
     async def _check_once(self, arguments: Arguments, shared: Path) -> Result:
         """The result in the shared folder, or a new one, which is written there."""

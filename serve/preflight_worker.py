@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def check(folder: str, name: str, threads: int | None, engine: str) -> dict[str, Any]:
-    """`engine` and `passed_over` as inference.load finds them, or why the model is `refused`."""
+    """The `engine` and `skipped_engines` of inference.load, or why the model is `refused`."""
     try:
         classifier = inference.load(Path(folder), name, threads, engine)
     except registry.RegistryError as error:
@@ -45,7 +45,7 @@ def check(folder: str, name: str, threads: int | None, engine: str) -> dict[str,
     except Exception as error:  # noqa: BLE001 - the server gets every error as the reason
         traceback.print_exc()
         return {"refused": f"the model cannot be used: {error}"}
-    return {"engine": classifier.engine, "passed_over": dict(classifier.passed_over)}
+    return {"engine": classifier.engine, "skipped_engines": dict(classifier.skipped_engines)}
 
 
 if __name__ == "__main__":

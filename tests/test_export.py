@@ -382,7 +382,7 @@ def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
     assert record["engines"] == {"served": "torch", "left_out": {"onnx": "made up"}}
     classifier = inference.load(tmp_path / "saved_models", name)
     assert classifier.engine == "torch"
-    assert classifier.passed_over["onnx"] == "made up"
+    assert classifier.skipped_engines["onnx"] == "made up"
 
 
 def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_every_engine_reads_pictures_as_the_others_do(
     images = digits.validation.images.numpy()
     classify = inference.load(saved, engine=engine)
     assert classify.engine == engine
-    assert classify.passed_over == {}
+    assert classify.skipped_engines == {}
     predicted = classify(images)
     assert predicted.dtype == np.float32
     assert predicted.sum(1) == pytest.approx(1, abs=1e-5)
@@ -140,11 +140,11 @@ def test_an_engine_that_fails_the_golden_inputs_gives_way_to_the_next(folder: Pa
     other_golden(folder, "onnx_int8")
     classify = inference.load(folder)
     assert classify.engine == "onnx"
-    assert "golden inputs" in classify.passed_over["onnx_int8"]
+    assert "golden inputs" in classify.skipped_engines["onnx_int8"]
     other_golden(folder, "onnx")
     classify = inference.load(folder)
     assert classify.engine == "torch"
-    assert list(classify.passed_over) == ["onnx_int8", "onnx"]
+    assert list(classify.skipped_engines) == ["onnx_int8", "onnx"]
     other_golden(folder, "torch")
     with pytest.raises(registry.RegistryError, match=r"cannot be loaded: .*torch: golden inputs"):
         inference.load(folder)
@@ -162,7 +162,7 @@ def test_a_file_the_runtime_cannot_read_gives_way_to_the_next(folder: Path) -> N
     rewrite(folder, "onnx_int8", b"no ONNX")
     classify = inference.load(folder)
     assert classify.engine == "onnx"
-    assert classify.passed_over["onnx_int8"]
+    assert classify.skipped_engines["onnx_int8"]
 
 
 def test_a_model_of_another_shape_is_not_served(folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_model_of_another_shape_is_not_served(folder: Path) -> None:
         rewrite(folder, kind, wrong)
     classify = inference.load(folder)
     assert classify.engine == "torch"
-    assert "no 10 probabilities" in classify.passed_over["onnx"]
+    assert "no 10 probabilities" in classify.skipped_engines["onnx"]
 
 
 @pytest.mark.parametrize("kind", ["onnx_int8", "golden"])
@@ -199,7 +199,7 @@ def test_an_old_record_without_onnx_files_is_served_by_torch(folder: Path) -> No
     change(folder, old)
     classify = inference.load(folder)
     assert classify.engine == "torch"
-    assert classify.passed_over == {
+    assert classify.skipped_engines == {
         "onnx_int8": "there is no onnx_int8 file",
         "onnx": "there is no onnx file",
     }

@@ -16,7 +16,7 @@ from serve import preflight
 from serve.preflight import Preflight
 from tests.conftest import ROOT
 
-GOOD = '{"engine": "onnx", "passed_over": {}, "torch": false}'
+GOOD = '{"engine": "onnx", "skipped_engines": {}, "torch": false}'
 BAD = '{"refused": "no", "torch": false}'
 
 
