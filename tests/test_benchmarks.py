@@ -1,4 +1,4 @@
-"""benchmarks/: that the pictures are what they are called, and that the tables can be printed."""
+"""benchmarks/: pictures show what their names say, tables are printed, the load is correct."""
 
 import os
 import random
@@ -25,7 +25,7 @@ from tests.test_images import recipe_digits, similarity
 @pytest.mark.parametrize("suite", robustness.SUITES)
 def test_every_suite_still_shows_the_digit(suite: str) -> None:
     for digit in recipe_digits():
-        ink = robustness.rendered(digit)
+        ink = robustness.render(digit)
         assert ink.shape == (robustness.SIDE, robustness.SIDE)
         file = robustness.SUITES[suite](ink, np.random.default_rng(0))
         assert similarity(images.normalise(file)[0], digit) > 0.6
@@ -33,20 +33,20 @@ def test_every_suite_still_shows_the_digit(suite: str) -> None:
 
 def test_a_suite_is_the_same_for_the_same_seed() -> None:
     digits = np.stack([*recipe_digits()])
-    one, two, other = (dict(robustness.suites(digits, seed)) for seed in (0, 0, 1))
+    one, two, other = (dict(robustness.make_suites(digits, seed)) for seed in (0, 0, 1))
     assert one == two
     assert one["noise"] != other["noise"]
     assert one["unchanged"] == other["unchanged"]
 
 
-def test_the_plain_way_inverts_paper_and_keeps_the_place() -> None:
+def test_the_plain_resize_inverts_paper_and_keeps_the_place() -> None:
     for digit in recipe_digits():
         for suite in ("unchanged", "inverted", "transparent"):
-            file = robustness.SUITES[suite](robustness.rendered(digit), np.random.default_rng(0))
-            assert np.abs(robustness.resized(file)[0].astype(int) - digit).mean() < 12
+            file = robustness.SUITES[suite](robustness.render(digit), np.random.default_rng(0))
+            assert np.abs(robustness.resize(file)[0].astype(int) - digit).mean() < 12
 
 
-def test_robustness_prints_every_suite_and_the_pictures_of_the_wild(
+def test_robustness_prints_every_suite_and_the_wild_pictures(
     saved: Path, tmp_path: Path, digits: data.Dataset
 ) -> None:
     (tmp_path / "wild").mkdir()
@@ -55,9 +55,9 @@ def test_robustness_prints_every_suite_and_the_pictures_of_the_wild(
     table = f"file,label\na.png,{digits.train.labels[0]}\nb.png,1\n"
     (tmp_path / "wild" / "labels.csv").write_text(table)
     options = ["--folder", str(saved), "--data-dir", str(tmp_path), "--images", "20"]
-    done = CliRunner().invoke(robustness.main, options)
-    assert done.exit_code == 0, done.output
-    lines = done.output.splitlines()[2:]
+    result = CliRunner().invoke(robustness.main, options)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()[2:]
     assert [line[:24].strip() for line in lines] == [*robustness.SUITES, "wild"]
     assert lines[-1].split()[:2] == ["wild", "2"]
     assert 1 <= int(lines[-1].split()[2]) <= 2
