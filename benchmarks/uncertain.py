@@ -1,232 +1,231 @@
-"""What a model calls uncertain, by the score that it is served with and by others.
+"""Pictures flagged as uncertain, by the score that a model is served with and by other scores.
 
-python -m benchmarks.uncertain     # the current model of saved_models, which is one of digits
+python -m benchmarks.uncertain     # the current model of saved_models, of digits; two minutes
 
-Each score's threshold flags 1 % of the calibration images. Every picture goes through
-images.normalise as one that is sent to the server does; what that refuses as blank got no answer,
-and is left out of the shares.
+Compares the shares that softmax, energy, ViM, Mahalanobis and other scores flag of noise, letters,
+clothes, pictures in `wild/` and validation images. Each score's threshold flags 1 % of the
+calibration images. Every picture goes through images.normalise as on the server. Pictures that it
+refuses as blank get no answer, and are left out of the shares.
 """
 
-import csv
-import io
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import matplotlib
 import numpy as np
 import torch
+from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from scipy.special import logsumexp, softmax
+from torch import nn
 
+from benchmarks.robustness import encode, load_wild
 from mnist import calibration, data, images, inference, models, registry
 
 SIDES = (28, 140)  # of noise pictures
-EACH = 100  # noise pictures of a kind and a side
+NOISE_PICTURES = 100  # of each kind and side
 LETTERS = "AEFHKMNPRTUVWXaefhkmnrtuvwx"  # no B, C, D, G, I, J, L, O, Q, S, Y, Z: too like digits
 LETTER_PICTURES = 20 * len(LETTERS)
-CLOTHES = 500  # Fashion-MNIST's training images
-KNOWN = 1_500  # validation images
+FASHION_IMAGES = 500  # Fashion-MNIST's training images
+VALIDATION_IMAGES = 1_500
 VIM_DIMENSIONS = 32
 
-Dice = np.random.Generator
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Logits (N, classes) and penultimate features (N, d) -> (N,), low for what is strange."""
+"""Logits (N, classes) and penultimate features (N, d) -> (N,), low for unfamiliar pictures."""
 
 
 # --- the pictures: uint8 (side, side)
 
 
-def uniform(dice: Dice, side: int) -> np.ndarray:
-    return dice.integers(0, 256, (side, side), np.uint8)
+def draw_uniform(rng: Generator, side: int) -> np.ndarray:
+    return rng.integers(0, 256, (side, side), np.uint8)
 
 
-def gaussian(dice: Dice, side: int) -> np.ndarray:
-    noise = dice.normal(128, dice.uniform(20, 60), (side, side))
+def draw_gaussian(rng: Generator, side: int) -> np.ndarray:
+    noise = rng.normal(128, rng.uniform(20, 60), (side, side))
     return noise.clip(0, 255).astype(np.uint8)
 
 
-def salt_and_pepper(dice: Dice, side: int) -> np.ndarray:
-    where, share = dice.random((side, side)), dice.uniform(0.02, 0.3)
-    ground = np.full((side, side), dice.choice([0, 128, 255]), np.uint8)
-    return np.where(where < share, 0, np.where(where > 1 - share, 255, ground)).astype(np.uint8)
+def draw_salt_and_pepper(rng: Generator, side: int) -> np.ndarray:
+    draws, share = rng.random((side, side)), rng.uniform(0.02, 0.3)
+    ground = np.full((side, side), rng.choice([0, 128, 255]), np.uint8)
+    return np.where(draws < share, 0, np.where(draws > 1 - share, 255, ground)).astype(np.uint8)
 
 
-def blobs(dice: Dice, side: int) -> np.ndarray:
-    field = ndimage.gaussian_filter(dice.normal(size=(side, side)), side * dice.uniform(0.03, 0.15))
+def draw_blobs(rng: Generator, side: int) -> np.ndarray:
+    field = ndimage.gaussian_filter(rng.normal(size=(side, side)), side * rng.uniform(0.03, 0.15))
     return (255 * (field - field.min()) / np.ptp(field)).astype(np.uint8)
 
 
-def strokes(dice: Dice, side: int) -> np.ndarray:
-    """Four to ten straight lines."""
-    paper = int(dice.choice([0, 255]))
+def draw_strokes(rng: Generator, side: int) -> np.ndarray:
+    """Draw four to ten straight lines."""
+    paper = int(rng.choice([0, 255]))
     picture = Image.new("L", (side, side), paper)
-    for _ in range(dice.integers(4, 11)):
-        ends = [tuple(end) for end in dice.uniform(0, side, (2, 2))]
-        width = max(1, round(side * dice.uniform(0.02, 0.08)))
+    for _ in range(rng.integers(4, 11)):
+        ends = [tuple(end) for end in rng.uniform(0, side, (2, 2))]
+        width = max(1, round(side * rng.uniform(0.02, 0.08)))
         ImageDraw.Draw(picture).line(ends, fill=255 - paper, width=width)
     return np.asarray(picture)
 
 
-NOISE = (uniform, gaussian, salt_and_pepper, blobs, strokes)
+NOISE = {
+    "uniform": draw_uniform,
+    "gaussian": draw_gaussian,
+    "salt_and_pepper": draw_salt_and_pepper,
+    "blobs": draw_blobs,
+    "strokes": draw_strokes,
+}
 
 
-def letters(dice: Dice) -> Iterable[np.ndarray]:
-    """In DejaVu, which matplotlib has: sans, serif and mono, upright and slanted, thin and bold."""
+def draw_letters(rng: Generator) -> Iterator[np.ndarray]:
+    """Draw letters in DejaVu, which matplotlib has: sans, serif and mono, of several styles."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = [path for path in sorted(folder.glob("DejaVuS*.ttf")) if "Display" not in path.name]
     for i in range(LETTER_PICTURES):
-        font = ImageFont.truetype(fonts[dice.integers(len(fonts))], int(dice.integers(24, 120)))
+        font = ImageFont.truetype(fonts[rng.integers(len(fonts))], int(rng.integers(24, 120)))
         picture = Image.new("L", (140, 140), 255)
         pen, letter = ImageDraw.Draw(picture), LETTERS[i % len(LETTERS)]
         pen.text((70, 70), letter, fill=0, font=font, anchor="mm")
         yield np.asarray(picture)
 
 
-def encoded(picture: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def sent(files: Iterable[bytes]) -> tuple[np.ndarray, int]:
-    """Pictures as the model sees them, uint8 (N, 1, 28, 28), and how many are refused."""
-    seen, refused = [], 0
+def normalise_all(files: Iterable[bytes]) -> tuple[np.ndarray, int]:
+    """Normalise files to model inputs uint8 (N, 1, 28, 28); also returns how many are refused."""
+    inputs, refused = [], 0
     for file in files:
         try:
-            seen.append(images.normalise(file))
+            inputs.append(images.normalise(file))
         except images.ImageError:
             refused += 1
-    return np.stack(seen), refused
+    return np.stack(inputs), refused
 
 
-def strange(dice: Dice, data_dir: Path | None) -> dict[str, tuple[np.ndarray, int]]:
-    """By name: what looks like no digit, as `sent` gives it."""
-    found = {}
-    for kind in NOISE:
+def make_unfamiliar(rng: Generator, data_dir: Path | None) -> dict[str, list[bytes]]:
+    """Make the files of pictures that show no digit, in groups by name."""
+    groups = {}
+    for kind, draw in NOISE.items():
         for side in SIDES:
-            pictures = [kind(dice, side) for _ in range(EACH)]
-            found[f"{kind.__name__} {side}"] = sent(map(encoded, pictures))
-    found["letters"] = sent(map(encoded, letters(dice)))
-    clothes = data.load("fashion", data_dir).train.images[:CLOTHES, 0].numpy()
-    found["fashion"] = sent(map(encoded, clothes))
-    return found
+            groups[f"{kind} {side}"] = [encode(draw(rng, side)) for _ in range(NOISE_PICTURES)]
+    groups["letters"] = [encode(picture) for picture in draw_letters(rng)]
+    clothes = data.load("fashion", data_dir).train.images[:FASHION_IMAGES, 0].numpy()
+    groups["fashion"] = [encode(picture) for picture in clothes]
+    return groups
 
 
 # --- the scores
 
 
-def scores_by(logits: np.ndarray, features: np.ndarray, labels: np.ndarray) -> dict[str, Score]:
-    """By name; those of features know them from training images, and their labels (N,)."""
-    unit = length_one(features)
+def fit_scores(logits: np.ndarray, features: np.ndarray, labels: np.ndarray) -> dict[str, Score]:
+    """Fit the scores to the outputs for training images and their labels (N,); returns by name."""
+    unit = scale_to_unit_length(features)
     centre = features.mean(0)
-    space = np.linalg.svd(features - centre, full_matrices=False)[2][:VIM_DIMENSIONS].T
+    axes = np.linalg.svd(features - centre, full_matrices=False)[2][:VIM_DIMENSIONS].T
 
-    def residual(each: np.ndarray) -> np.ndarray:
-        apart = each - centre
-        return np.linalg.norm(apart - apart @ space @ space.T, axis=1)
+    def compute_residual(features: np.ndarray) -> np.ndarray:
+        centred = features - centre
+        return np.linalg.norm(centred - centred @ axes @ axes.T, axis=1)
 
-    alpha = logits.max(1).mean() / residual(features).mean()
-    plain, normed = mahalanobis(features, labels), mahalanobis(unit, labels)
+    alpha = logits.max(1).mean() / compute_residual(features).mean()
+    mahalanobis, unit_mahalanobis = fit_mahalanobis(features, labels), fit_mahalanobis(unit, labels)
     return {
         "softmax": lambda z, f: softmax(z, axis=1).max(1),
         "largest logit": lambda z, f: z.max(1),
         "energy": lambda z, f: logsumexp(z, axis=1),
-        "ViM": lambda z, f: logsumexp(z, axis=1) - alpha * residual(f),
-        "Mahalanobis": lambda z, f: plain(f),
-        "  of unit length": lambda z, f: normed(length_one(f)),
-        "nearest, cosine": lambda z, f: (length_one(f) @ unit.T).max(1),
+        "ViM": lambda z, f: logsumexp(z, axis=1) - alpha * compute_residual(f),
+        "Mahalanobis": lambda z, f: mahalanobis(f),
+        "  of unit length": lambda z, f: unit_mahalanobis(scale_to_unit_length(f)),
+        "nearest, cosine": lambda z, f: (scale_to_unit_length(f) @ unit.T).max(1),
     }
 
 
-def length_one(features: np.ndarray) -> np.ndarray:
+def scale_to_unit_length(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
 
 
-def mahalanobis(features: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def fit_mahalanobis(features: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Fit minus the squared Mahalanobis distance to the nearest class of features (N, d)."""
     means = np.stack([features[labels == label].mean(0) for label in np.unique(labels)])
     covariance = np.cov(features - means[labels], rowvar=False)
     covariance += 0.1 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-    white = np.linalg.cholesky(np.linalg.inv(covariance))
-    return lambda f: -(((f @ white)[:, None] - means @ white) ** 2).sum(2).min(1)
+    whitening = np.linalg.cholesky(np.linalg.inv(covariance))
+    return lambda f: -(((f @ whitening)[:, None] - means @ whitening) ** 2).sum(2).min(1)
 
 
-def penultimate(model: torch.nn.Module, dataset: data.Dataset, pictures: np.ndarray) -> Any:
-    """Logits (N, classes) and features (N, d) of pictures uint8, in torch."""
-    watched, parts = models.WithFeatures(model).eval(), torch.from_numpy(pictures).split(250)
-    with torch.inference_mode():
-        outputs = [watched(dataset.standardise(part)) for part in parts]
-    return [torch.cat([output[i] for output in outputs]).numpy() for i in (0, -1)]
+def load_network(folder: Path, name: str, dataset: data.Dataset) -> nn.Module:
+    """Load the weights of a saved model, which was trained on this data set."""
+    network = registry.record(folder, name)[1]["model"]["name"]
+    model = models.build(network, dataset.channels, dataset.size, len(dataset.classes))
+    weights = torch.load(registry.file(folder, name, "weights"), weights_only=True)
+    model.load_state_dict(weights)
+    return model
+
+
+@torch.inference_mode()
+def compute_outputs(
+    model: nn.Module, dataset: data.Dataset, inputs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute logits (N, classes) and penultimate features (N, d) of uint8 inputs, in torch."""
+    network = models.WithFeatures(model).eval()
+    batches = torch.from_numpy(inputs).split(250)
+    outputs = [network(dataset.standardise(batch)) for batch in batches]
+    logits, features = (torch.cat([output[i] for output in outputs]).numpy() for i in (0, -1))
+    return logits, features
 
 
 # --- the table
 
 
-def row(name: str, score: Callable[[str], np.ndarray], groups: dict[str, list[str]]) -> None:
-    """Per cent flagged of each group, under the threshold that 1 % of `calibration` is below."""
-    limit = calibration.fit_threshold(score("calibration"))
-    flagged = {
-        group: np.concatenate([score(each) for each in members]) < limit
-        for group, members in groups.items()
-    }
-    click.echo(f"{name:18}" + "".join(f"{100 * low.mean():10.1f}" for low in flagged.values()))
+def print_row(name: str, scores: dict[str, np.ndarray], columns: dict[str, list[str]]) -> None:
+    """Print the per cent flagged in each column, which joins groups, from the scores by group."""
+    threshold = calibration.fit_threshold(scores["calibration"])
+    flagged = [
+        np.concatenate([scores[group] for group in groups]) < threshold
+        for groups in columns.values()
+    ]
+    click.echo(f"{name:18}" + "".join(f"{100 * column.mean():10.1f}" for column in flagged))
+
+
+def print_head(inputs: dict[str, np.ndarray], columns: dict[str, list[str]]) -> None:
+    """Print the columns' names and their numbers of pictures."""
+    click.echo(f"{'% flagged':18}" + "".join(f"{column[:9]:>10}" for column in columns))
+    counts = (sum(len(inputs[group]) for group in groups) for groups in columns.values())
+    click.echo(f"{'n':18}" + "".join(f"{count:10}" for count in counts))
 
 
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("saved_models"))
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
-@click.option("--seed", default=0, help="Of the noise and the letters.")
+@click.option("--seed", default=0, show_default=True, help="Of the noise and the letters.")
 def main(folder: Path, data_dir: Path | None, seed: int) -> None:
-    """Print the share of pictures that each score flags."""
+    """Print the per cent of pictures that each score flags."""
     name, record = registry.record(folder)
     dataset = data.load(record["dataset"]["name"], data_dir)
-    found = strange(np.random.default_rng(seed), data_dir)
+    files = make_unfamiliar(np.random.default_rng(seed), data_dir)
     if (table := (data_dir or Path("data")) / "wild" / "labels.csv").exists():
-        with table.open() as lines:
-            files = [table.parent / line["file"] for line in csv.DictReader(lines)]
-        found["wild"] = sent(file.read_bytes() for file in files)
-    noise = [each for each in found if each.split()[0] in {kind.__name__ for kind in NOISE}]
-    groups = {"noise": noise} | {each: [each] for each in found}
-    pictures = {each: seen for each, (seen, _) in found.items()}
-    pictures["calibration"] = dataset.calibration.images.numpy()
-    pictures["validation"] = dataset.validation.images[:KNOWN].numpy()
-    groups |= {"validation": ["validation"], "calibration": ["calibration"]}
-    refused = sum(n for _, n in found.values())
+        files["wild"] = load_wild(table)[0]
+    normalised = {group: normalise_all(pictures) for group, pictures in files.items()}
+    refused = sum(n for _, n in normalised.values())
     click.echo(
         f"{name}: {record['model']['name']}; {refused} pictures refused as blank; seed {seed}"
     )
-    click.echo(f"{'% flagged':18}" + "".join(f"{group[:9]:>10}" for group in groups))
-    number = sum(len(pictures[each]) for each in noise)
-    click.echo(f"{'n':18}{number:10}" + "".join(f"{len(pictures[g]):10}" for g in [*groups][1:]))
-    known = dataset.train.head(calibration.OOD_IMAGES)
-    weights = torch.load(registry.file(folder, name, "weights"), weights_only=True)
-    model = models.build(
-        record["model"]["name"], dataset.channels, dataset.size, len(dataset.classes)
-    )
-    model.load_state_dict(weights)
-    given = {each: penultimate(model, dataset, seen) for each, seen in pictures.items()}
-    ways = scores_by(*penultimate(model, dataset, known.images.numpy()), known.labels.numpy())
-    for way, score in ways.items():
-        row(way, lambda each, score=score: score(*given[each]), groups)
+    inputs = {group: group_inputs for group, (group_inputs, _) in normalised.items()}
+    inputs["validation"] = dataset.validation.images[:VALIDATION_IMAGES].numpy()
+    inputs["calibration"] = dataset.calibration.images.numpy()
+    noise = [group for group in inputs if group.split()[0] in NOISE]
+    columns = {"noise": noise} | {group: [group] for group in inputs}
+    print_head(inputs, columns)
+    model, known = load_network(folder, name, dataset), dataset.train.head(calibration.OOD_IMAGES)
+    outputs = {group: compute_outputs(model, dataset, inputs[group]) for group in inputs}
+    known_outputs = compute_outputs(model, dataset, known.images.numpy())
+    for score_name, score in fit_scores(*known_outputs, known.labels.numpy()).items():
+        print_row(score_name, {group: score(*outputs[group]) for group in inputs}, columns)
     for engine, kind in inference.ENGINE_FILES.items():
         if kind in record["files"]:
             classify = inference.load(folder, name, threads=1, engine=engine)
-            row(f"served: {engine}", partial(served, classify, pictures, {}), groups)
-
-
-def served(
-    classify: inference.Classifier,
-    pictures: dict[str, np.ndarray],
-    kept: dict[str, np.ndarray],
-    each: str,
-) -> np.ndarray:
-    """The scores of one group of pictures."""
-    if each not in kept:
-        kept[each] = classify.scores(*classify.outputs(pictures[each]))
-    return kept[each]
+            scores = {group: classify.scores(*classify.outputs(inputs[group])) for group in inputs}
+            print_row(f"served: {engine}", scores, columns)
 
 
 if __name__ == "__main__":

@@ -66,18 +66,19 @@ def test_robustness_prints_every_suite_and_the_wild_pictures(
 
 @pytest.mark.parametrize("kind", uncertain.NOISE)
 @pytest.mark.parametrize("side", uncertain.SIDES)
-def test_noise_is_a_picture_that_the_server_reads(kind: object, side: int) -> None:
-    picture = kind(np.random.default_rng(0), side)
+def test_noise_is_a_picture_that_the_server_reads(kind: str, side: int) -> None:
+    picture = uncertain.NOISE[kind](np.random.default_rng(0), side)
     assert (picture.dtype, picture.shape) == (np.uint8, (side, side))
-    assert images.normalise(uncertain.encoded(picture)).shape == (1, 28, 28)
+    assert images.normalise(robustness.encode(picture)).shape == (1, 28, 28)
 
 
 def test_letters_are_drawn_dark_on_light() -> None:
-    found = [*uncertain.letters(np.random.default_rng(0))]
-    assert len(found) == uncertain.LETTER_PICTURES
-    assert all(picture[0, 0] == 255 and picture.min() < 100 for picture in found)
-    seen, refused = uncertain.sent([uncertain.encoded(found[0]), uncertain.encoded(found[0] * 0)])
-    assert (len(seen), refused) == (1, 1)
+    pictures = [*uncertain.draw_letters(np.random.default_rng(0))]
+    assert len(pictures) == uncertain.LETTER_PICTURES
+    assert all(picture[0, 0] == 255 and picture.min() < 100 for picture in pictures)
+    files = [robustness.encode(picture) for picture in (pictures[0], pictures[0] * 0)]
+    inputs, refused = uncertain.normalise_all(files)
+    assert (len(inputs), refused) == (1, 1)
 
 
 def test_the_load_distinguishes_a_connection_closed_before_a_response_from_one_within_it() -> None:
@@ -177,4 +178,4 @@ def test_what_is_traced_and_placed_looks_like_the_digit(drawing: Any) -> None:
         for stroke in placed:
             assert 0.049 < np.min(stroke) < np.max(stroke) < 1.036
             pen.line([(280 * x, 280 * y) for x, y in stroke], 0, 30, "curve")
-        assert similarity(images.normalise(uncertain.encoded(np.asarray(page)))[0], digit) > 0.5
+        assert similarity(images.normalise(robustness.encode(np.asarray(page)))[0], digit) > 0.5
