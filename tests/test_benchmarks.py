@@ -149,30 +149,30 @@ def drawing() -> Any:
     return pytest.importorskip("benchmarks.page", reason="scikit-image is in requirements-dev.txt")
 
 
-def inked(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray:
-    """28x28, strokes 255 on 0."""
+def draw_ink(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray:
+    """Draw strokes, 255 on 0, at 280x280; returns them reduced to uint8 (28, 28)."""
     large = Image.new("L", (280, 280))
     draw(ImageDraw.Draw(large))
     return np.asarray(large.reduce(10))
 
 
 def test_a_ring_is_traced_in_one_stroke_and_a_cross_along_its_bars(drawing: Any) -> None:
-    (ring,) = drawing.strokes(
-        inked(lambda pen: pen.ellipse((60, 60, 220, 220), width=24, outline=255))
+    (ring,) = drawing.trace(
+        draw_ink(lambda pen: pen.ellipse((60, 60, 220, 220), width=24, outline=255))
     )
     assert np.hypot(*np.subtract(ring[0], ring[-1])) < 0.1
     lengths = [np.hypot(*np.subtract(a, b)) for a, b in pairwise(ring)]
     assert sum(lengths) == pytest.approx(np.pi, rel=0.15)
     bars = ((40, 140, 240, 140), (140, 40, 140, 240))
-    cross = drawing.strokes(inked(lambda pen: [pen.line(bar, 255, 24) for bar in bars]))
+    cross = drawing.trace(draw_ink(lambda pen: [pen.line(bar, 255, 24) for bar in bars]))
     ends = np.abs(np.subtract(cross[0][0], cross[0][-1]))
     assert sorted(ends.tolist()) == pytest.approx([0, 1], abs=0.15)  # straight on at the crossing
 
 
-def test_what_is_traced_and_placed_looks_like_the_digit(drawing: Any) -> None:
+def test_traced_strokes_look_like_the_digit(drawing: Any) -> None:
     for i, digit in enumerate(recipe_digits()):
-        placed = drawing.place(drawing.strokes(digit), random.Random(i))
-        assert placed == drawing.place(drawing.strokes(digit), random.Random(i))
+        placed = drawing.place(drawing.trace(digit), random.Random(i))
+        assert placed == drawing.place(drawing.trace(digit), random.Random(i))
         page = Image.new("L", (280, 280), 255)
         pen = ImageDraw.Draw(page)
         for stroke in placed:
