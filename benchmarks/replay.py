@@ -1,9 +1,10 @@
-"""Searches on a table of learning curves instead of on training runs.
+"""Searches that read the values of trials from a table of learning curves, instead of training.
 
-The samplers and pruners are Optuna's own, as the project sets them up. A sampler's proposal becomes
-the nearest candidate that the search has not had yet, by the distance between the logarithms of
-learning rate and batch size, each as a share of its range, plus FAR where the optimizers differ. So
-towards the end of the candidates a sampler gets what is left rather than what it proposed.
+The searches of `benchmarks.search`. The samplers and pruners are Optuna's own, as the project sets
+them up. A sampler's proposal is replaced by the nearest candidate of the table that the search has
+not tried yet. The distance is that between the logarithms of learning rate and batch size, each as
+a share of its range, plus OPTIMIZER_DISTANCE if the optimizers differ. So when few candidates are
+left, a trial can be far from the proposal.
 """
 
 import functools
@@ -12,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
@@ -27,9 +28,9 @@ from mnist.search import study as studies
 from mnist.search.runs import derive_seed
 from mnist.search.space import DEFAULT, Space
 
-FAR = 10.0  # distance of two optimizers; all else is at most the square root of 2
-CLOSE = 1.1  # by default, a choice is good with at most so many times the least final errors
-KEPT = 3  # of a round of "train all a little", as in arXiv 2307.15422
+OPTIMIZER_DISTANCE = 10.0  # more than the other distances, which are at most the square root of 2
+GOOD_RATIO = 1.1  # a good choice has at most this many times the least final errors
+PROMOTED = 3  # candidates of a round that are trained to the end, as in arXiv 2307.15422
 METRICS = ("errors", "log_loss")
 
 
@@ -38,84 +39,127 @@ METRICS = ("errors", "log_loss")
 
 @dataclass(frozen=True)
 class Table:
-    """N candidates and their values at F fidelities.
+    """N candidates and their values at F fidelities (numbers of training images, ascending).
 
-    `values` by METRICS: (N, F) float64, less is better; `final` (N,): their final errors; `seeds`
-    (M, S): those of S seeds of the final training, for the candidates `with_finals` (M,).
+    Errors are counted on `validation_images`. `values` has (N, F) float64 for each of METRICS; less
+    is better. `final_errors` (N,) judge a choice, and `final_description` says what they are.
+    `seed_errors` (M, S) are those of S seeds of the final training, for the candidates with the
+    indices `with_finals` (M,).
     """
 
     params: list[dict[str, Any]]
     fidelities: list[int]
-    n: int
+    validation_images: int
     values: dict[str, np.ndarray]
-    final: np.ndarray
+    final_errors: np.ndarray
+    final_description: str
     with_finals: np.ndarray
-    seeds: np.ndarray
-    final_name: str
+    seed_errors: np.ndarray
 
-    def at(self, samples: float) -> int:
-        """The index of the fidelity nearest to so many images, by ratio."""
-        return int(np.argmin(np.abs(np.log(np.array(self.fidelities) / samples))))
+    def nearest_fidelity(self, images: float) -> int:
+        """The index of the fidelity nearest to this number of images, by their ratio."""
+        return int(np.argmin(np.abs(np.log(np.array(self.fidelities) / images))))
 
     @functools.cached_property
     def points(self) -> np.ndarray:
-        """(N, D): candidates in the normalised space."""
-        return np.array([point(params) for params in self.params])
+        """The candidates (N, D) in the normalised space."""
+        return np.array([normalise_params(params) for params in self.params])
 
 
-def read(path: Path) -> Table:
-    """The default space's part of a table that benchmarks.curves wrote."""
+def read_table(path: Path) -> Table:
+    """Read the default space's rows of a table that benchmarks.curves wrote.
+
+    Raises ValueError if it has no such rows.
+    """
     content = json.loads(path.read_text())
     header = content["header"]
     rows = [row for row in content["rows"] if row["space"] == "default"]
     if not rows:
         raise ValueError(f"{path} has no configuration of the default space")
     errors = np.array([row["errors"] for row in rows], float)
-    worst = -math.log(MIN_PROBABILITY)  # of a run that diverged: more than any other has
-    log_loss = [[worst if each is None else each for each in row["log_loss"]] for row in rows]
-    most = max(len(row.get("finals", ())) for row in rows)
-    has = np.array([i for i, row in enumerate(rows) if most and len(row.get("finals", ())) == most])
-    seeds = np.array([[each["errors"] for each in rows[i]["finals"]] for i in has], float)
-    whole = len(has) == len(rows)
+    max_log_loss = -math.log(MIN_PROBABILITY)  # for a run that diverged
+    log_loss = [
+        [max_log_loss if value is None else value for value in row["log_loss"]] for row in rows
+    ]
+    seeds = max(len(row.get("finals", ())) for row in rows)
+    with_finals = [i for i, row in enumerate(rows) if seeds and len(row.get("finals", ())) == seeds]
+    seed_errors = np.array(
+        [[final["errors"] for final in rows[i]["finals"]] for i in with_finals], float
+    )
+    if len(with_finals) == len(rows):
+        final_errors = seed_errors.mean(1)
+        description = f"mean errors of {seeds} seeds after {header['final_samples']:,} images"
+    else:
+        final_errors = errors[:, -1]
+        description = f"errors after {header['fidelities'][-1]:,} images"
     return Table(
-        [row["params"] for row in rows],
-        header["fidelities"],
-        header["n"],
-        {"errors": errors, "log_loss": np.array(log_loss, float)},
-        seeds.mean(1) if whole else errors[:, -1],
-        has.astype(int),
-        seeds,
-        f"mean errors of {most} seeds after {header['final_samples']:,} images"
-        if whole
-        else f"errors after {header['fidelities'][-1]:,} images",
+        params=[row["params"] for row in rows],
+        fidelities=header["fidelities"],
+        validation_images=header["n"],
+        values={"errors": errors, "log_loss": np.array(log_loss, float)},
+        final_errors=final_errors,
+        final_description=description,
+        with_finals=np.array(with_finals, int),
+        seed_errors=seed_errors,
     )
 
 
-def point(params: dict[str, Any], space: Space = DEFAULT) -> list[float]:
-    """Where a configuration lies: numbers as shares of their range, words FAR from each other."""
-    found: list[float] = []
-    for name, each in sorted(space.items()):
-        if isinstance(each, CategoricalDistribution):  # two that differ are FAR apart
-            found += [FAR / math.sqrt(2) * (params[name] == word) for word in each.choices]
+def normalise_params(params: dict[str, Any], space: Space = DEFAULT) -> list[float]:
+    """Turn a configuration into a point (D,), with numbers as shares of their range.
+
+    Two configurations with different categories are at least OPTIMIZER_DISTANCE apart.
+    """
+    point: list[float] = []
+    for name, distribution in sorted(space.items()):
+        if isinstance(distribution, CategoricalDistribution):
+            length = OPTIMIZER_DISTANCE / math.sqrt(2)  # of each side of a right-angled triangle
+            point += [length * (params[name] == choice) for choice in distribution.choices]
         else:
-            low, high, here = (
-                math.log(x) if each.log else x for x in (each.low, each.high, params[name])
-            )
-            found.append((here - low) / (high - low))
-    return found
+            bounds = (distribution.low, distribution.high, params[name])
+            low, high, value = (math.log(x) if distribution.log else x for x in bounds)
+            point.append((value - low) / (high - low))
+    return point
 
 
 # --- searches -------------------------------------------------------------------------------------
 
 
-class Nearest(BaseSampler):
-    """A sampler whose proposals become the nearest candidates that it has not proposed before."""
+@dataclass(frozen=True)
+class Limits:
+    """The images of a trial that is not pruned, and those of all trials of a search together.
 
-    def __init__(self, table: Table, first: bool) -> None:
-        self.table, self.first = table, first
-        self.free = np.full(len(table.params), True)
+    A choice is good if it has at most `good_ratio` times the least final errors.
+    """
+
+    trial_images: int
+    search_images: int
+    good_ratio: float = GOOD_RATIO
+
+
+@dataclass(frozen=True)
+class CompleteTrial:
+    """A complete trial: its candidate, its value, and the images of all trials up to its end."""
+
+    images: int
+    candidate: int
+    value: float  # less is better
+
+
+class Search(Protocol):
+    """A combination of sampler, pruner and fidelities."""
+
+    def run(self, table: Table, limits: Limits, seed: int) -> Iterator[CompleteTrial]:
+        """Search within the limits; yields each trial that is complete."""
+
+
+class NearestCandidateSampler(BaseSampler):
+    """Replaces proposals of another sampler by the nearest candidates that are still available."""
+
+    def __init__(self, table: Table, published_first: bool) -> None:
+        self.table, self.published_first = table, published_first
+        self.available = np.full(len(table.params), True)
         self.sampler: BaseSampler  # a new one for each trial, as in studies.ask
-        self.taken = -1
+        self.candidate = -1  # of the last trial
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Space:
         return DEFAULT
@@ -123,147 +167,127 @@ class Nearest(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: Space
     ) -> dict[str, Any]:
-        begins = self.first and trial.number == 0
-        proposal = studies.FIRST_PARAMS if begins else self.proposal(study, trial)
-        distance = ((self.table.points - point(proposal)) ** 2).sum(1)
-        self.taken = int(np.where(self.free, distance, np.inf).argmin())
-        self.free[self.taken] = False
-        return self.table.params[self.taken]
-
-    def proposal(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        """What the sampler itself would have as a trial's hyperparameters."""
-        own = self.sampler.infer_relative_search_space(study, trial)
-        drawn = self.sampler.sample_relative(study, trial, own)
-        return drawn | {
-            name: self.sampler.sample_independent(study, trial, name, each)
-            for name, each in DEFAULT.items()
-            if name not in drawn
-        }
+        is_published = self.published_first and trial.number == 0
+        proposal = studies.FIRST_PARAMS if is_published else self._propose(study, trial)
+        distances = ((self.table.points - normalise_params(proposal)) ** 2).sum(1)
+        self.candidate = int(np.where(self.available, distances, np.inf).argmin())
+        self.available[self.candidate] = False
+        return self.table.params[self.candidate]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any
     ) -> Any:
         raise AssertionError(f"{param_name} is not in the default space")
 
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a search: images of a trial that is not pruned, and of all trials together.
-
-    A choice is good with at most `close` times the least final errors.
-    """
-
-    trial: int
-    images: int
-    close: float = CLOSE
+    def _propose(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        """The hyperparameters that the other sampler proposes for a trial."""
+        space = self.sampler.infer_relative_search_space(study, trial)
+        params = self.sampler.sample_relative(study, trial, space)
+        return params | {
+            name: self.sampler.sample_independent(study, trial, name, distribution)
+            for name, distribution in DEFAULT.items()
+            if name not in params
+        }
 
 
 @dataclass(frozen=True)
-class Step:
-    """A trial that was completed: its candidate, and the images that all trials had seen then."""
-
-    images: int
-    candidate: int
-    value: float  # less is better
-
-
-@dataclass(frozen=True)
-class Trials:
-    """A search of Optuna's kind: trials one after the other, compared at `rungs`."""
+class OptunaSearch:
+    """Trials one after the other, proposed by a sampler, and compared at rungs by a pruner."""
 
     sampler: Callable[[int, Space], BaseSampler]
     rungs: tuple[float, ...] = ()  # shares of a trial
     reduction: int = budget.REDUCTION_FACTOR
     metric: str = "errors"
     hyperband: bool = False
-    first: bool = False  # begin with the published best, as run.py does
+    published_first: bool = False  # the first trial is the published best, as in run.py
 
-    def __call__(self, table: Table, limits: Limits, seed: int) -> Iterator[Step]:
-        """The trials that are completed within the limits."""
-        fidelities = self.fidelities(table, limits)
-        nearest = Nearest(table, self.first)
+    def run(self, table: Table, limits: Limits, seed: int) -> Iterator[CompleteTrial]:
+        """Search within the limits; yields each trial that is complete."""
+        indices = self.fidelity_indices(table, limits)
+        sampler = NearestCandidateSampler(table, self.published_first)
         study = optuna.create_study(
             study_name=str(seed),  # by which Hyperband chooses a trial's bracket
-            sampler=nearest,
-            pruner=self.pruner([table.fidelities[i] for i in fidelities]),
+            sampler=sampler,
+            pruner=self._make_pruner([table.fidelities[i] for i in indices]),
             direction="maximize",
         )
-        seen, number = 0, 0
-        while nearest.free.any():
-            nearest.sampler = self.sampler(derive_seed(seed, number), DEFAULT)
+        images, number = 0, 0
+        while sampler.available.any():
+            sampler.sampler = self.sampler(derive_seed(seed, number), DEFAULT)
             trial = study.ask(DEFAULT)
-            values = table.values[self.metric][nearest.taken]
-            state, i = self.state(trial, values, fidelities, table)
-            seen, number = seen + table.fidelities[i], number + 1
-            if seen > limits.images:
+            values = table.values[self.metric][sampler.candidate]
+            state, last = self._report(trial, values, indices, table)
+            images, number = images + table.fidelities[last], number + 1
+            if images > limits.search_images:
                 return
-            complete = state == TrialState.COMPLETE
-            study.tell(trial, self.told(values[i], table) if complete else None, state)
-            if complete:
-                yield Step(seen, nearest.taken, values[i])
+            is_complete = state == TrialState.COMPLETE
+            study.tell(trial, self._objective(values[last], table) if is_complete else None, state)
+            if is_complete:
+                yield CompleteTrial(images, sampler.candidate, values[last])
 
-    def state(
-        self, trial: optuna.Trial, values: np.ndarray, fidelities: Sequence[int], table: Table
-    ) -> tuple[TrialState, int]:
-        """Report the values (F,) of a trial; how it ends, and the index of its last fidelity."""
-        for i in fidelities[:-1]:
-            trial.report(self.told(values[i], table), table.fidelities[i])
-            if trial.should_prune():
-                return TrialState.PRUNED, i
-        return TrialState.COMPLETE, fidelities[-1]
-
-    def told(self, value: float, table: Table) -> float:
-        """What the study is told: the accuracy, or the mean log-likelihood."""
-        return float(1 - value / table.n if self.metric == "errors" else -value)
-
-    def fidelities(self, table: Table, limits: Limits) -> list[int]:
-        """Indices of the fidelities at which a trial is compared, and of its end."""
-        last = table.at(limits.trial)
+    def fidelity_indices(self, table: Table, limits: Limits) -> list[int]:
+        """The indices of the fidelities of the rungs and, last, of the end of a trial."""
+        last = table.nearest_fidelity(limits.trial_images)
         if self.hyperband:
             return list(range(last + 1))
-        rungs = {table.at(share * table.fidelities[last]) for share in self.rungs}
+        rungs = {table.nearest_fidelity(share * table.fidelities[last]) for share in self.rungs}
         return [*sorted(rungs - {last}), last]
 
-    def pruner(self, samples: Sequence[int]) -> BasePruner:
-        """For trials that report after those numbers of images."""
+    def _report(
+        self, trial: optuna.Trial, values: np.ndarray, indices: Sequence[int], table: Table
+    ) -> tuple[TrialState, int]:
+        """Report values (F,) until the trial is pruned; returns its state and its last index."""
+        for i in indices[:-1]:
+            trial.report(self._objective(values[i], table), table.fidelities[i])
+            if trial.should_prune():
+                return TrialState.PRUNED, i
+        return TrialState.COMPLETE, indices[-1]
+
+    def _objective(self, value: float, table: Table) -> float:
+        """What the study maximizes: the accuracy, or the mean log-likelihood."""
+        accuracy = 1 - value / table.validation_images
+        return float(accuracy if self.metric == "errors" else -value)
+
+    def _make_pruner(self, images: Sequence[int]) -> BasePruner:
+        """Make the pruner of trials that report after these numbers of images."""
         if self.hyperband:
-            return HyperbandPruner(samples[0], samples[-1], self.reduction)
-        if len(samples) == 1:
+            return HyperbandPruner(images[0], images[-1], self.reduction)
+        if len(images) == 1:
             return NopPruner()
-        return SuccessiveHalvingPruner(samples[0], self.reduction)
+        return SuccessiveHalvingPruner(images[0], self.reduction)
 
 
 @dataclass(frozen=True)
-class Rounds:
-    """Train `n` candidates a little, finish the best KEPT, begin again (arXiv 2307.15422).
+class RoundSearch:
+    """Rounds: train `n` random candidates up to a rung, and the best PROMOTED of them to the end.
 
-    Candidates come at random; with n = 0 there is one round, of all for which the images suffice.
+    From arXiv 2307.15422. With n = 0 there is one round, of as many candidates as the limit allows.
     """
 
     n: int
     rung: float  # share of a trial
     metric: str = "errors"
-    first: bool = False  # have the published best in the first round
+    published_first: bool = False  # the published best is in the first round
 
-    def __call__(self, table: Table, limits: Limits, seed: int) -> Iterator[Step]:
-        """The trials that are completed within the limits."""
-        low, last = (table.at(share * limits.trial) for share in (self.rung, 1))
-        little, rest = table.fidelities[low], table.fidelities[last] - table.fidelities[low]
-        n = self.n or (limits.images - KEPT * rest) // little
+    def run(self, table: Table, limits: Limits, seed: int) -> Iterator[CompleteTrial]:
+        """Search within the limits; yields each trial that is complete."""
+        rung = table.nearest_fidelity(self.rung * limits.trial_images)
+        last = table.nearest_fidelity(limits.trial_images)
+        rung_images = table.fidelities[rung]
+        promotion_images = table.fidelities[last] - rung_images
+        n = self.n or (limits.search_images - PROMOTED * promotion_images) // rung_images
         values = table.values[self.metric]
         order = np.random.default_rng(seed).permutation(len(table.params))
-        if self.first:
+        if self.published_first:
             published = table.params.index(studies.FIRST_PARAMS)
             order = np.array([published, *order[order != published]])
-        seen = 0
+        images = 0
         for start in range(0, len(order), n):
-            batch = order[start : start + n]
-            seen += little * len(batch)
-            for candidate in batch[np.argsort(values[batch, low], kind="stable")][:KEPT]:
-                seen += rest
-                if seen > limits.images:
+            candidates = order[start : start + n]
+            images += rung_images * len(candidates)
+            ranking = candidates[np.argsort(values[candidates, rung], kind="stable")]
+            for candidate in ranking[:PROMOTED]:
+                images += promotion_images
+                if images > limits.search_images:
                     return
-                yield Step(seen, int(candidate), values[candidate, last])
-
-
-Search = Callable[[Table, Limits, int], Iterator[Step]]
+                yield CompleteTrial(images, int(candidate), values[candidate, last])

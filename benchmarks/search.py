@@ -1,14 +1,17 @@
-"""Searches replayed on a table of learning curves: how many images each needs for a good trial.
+"""Searches replayed on a table of learning curves: how many images each needs for a good choice.
 
-python -m benchmarks.search                       # on benchmarks/curves.json, 100 seeds
+python -m benchmarks.search                # on benchmarks/curves.json, 100 seeds; three minutes
 
-The candidates are the table's configurations of the default space; `benchmarks.replay` says how a
-search goes on them. A trial ends at the table's fidelity nearest to --trial; a rung is at the
-nearest fidelity, too. A search ends when it has seen --trials times that many images, or has had
-all candidates. Its choice at any moment is the complete trial with the best value so far, and is
-judged by its final errors: those at the last fidelity, or the mean over the seeds of the final
-training where the table has them for all candidates. No confirmations on fresh seeds are replayed.
-The seeds are those of the searches; the table is one sample, and its luck is in all of them.
+Compares samplers, rungs and pruners with the default search, by a one-sided Mann-Whitney test of
+the images needed. The candidates are the table's configurations of the default space;
+`benchmarks.replay` says how a search chooses among them. A trial ends at the table's fidelity
+nearest to --trial, and each rung is at the nearest fidelity, too. A search ends when its trials
+have seen --trials times that many images, or when all candidates were tried.
+
+The choice of a search, at any moment, is the complete trial with the best value so far. Its final
+errors judge it: those at the last fidelity or, if the table has final trainings of all candidates,
+their mean over the seeds. Confirmations on fresh seeds are not replayed. The spread is that of the
+searches' seeds. The table has one training of each candidate, and its chance is in all searches.
 """
 
 import functools
@@ -30,16 +33,16 @@ from scipy.special import log_ndtr
 from scipy.stats import kendalltau, mannwhitneyu
 
 from benchmarks.replay import (
-    CLOSE,
-    KEPT,
+    GOOD_RATIO,
     METRICS,
+    PROMOTED,
+    CompleteTrial,
     Limits,
-    Rounds,
+    OptunaSearch,
+    RoundSearch,
     Search,
-    Step,
     Table,
-    Trials,
-    read,
+    read_table,
 )
 from mnist.process import available_cores
 from mnist.search import budget
@@ -47,202 +50,231 @@ from mnist.search import study as studies
 from mnist.search.space import Space
 
 TABLE = Path(__file__).with_name("curves.json")
-TRIAL_SAMPLES = 12_000  # the fidelity between the least and the most images of a trial
+TRIAL_IMAGES = 12_000  # the fidelity between the least and the most images of a trial
 GP_SEEDS = 10  # a search of 32 trials takes 2.5 s of a core, where TPE's takes 0.05
 
 
-def _gp(seed: int, _: Space) -> BaseSampler:
+def _make_gp(seed: int, _: Space) -> BaseSampler:
     return GPSampler(seed=seed)
 
 
-def _shares(rungs: Sequence[float]) -> str:
+def _describe(rungs: Sequence[float]) -> str:
     return " and ".join(f"1/{1 / share:g}" for share in rungs)
 
 
 TPE, RANDOM = studies.SAMPLERS["tpe"], studies.SAMPLERS["random"]
-HALVING = f"TPE, halving at {_shares(budget.RUNGS)}"
-CURRENT = f"{HALVING}, published best first"
-FORMER = (1 / 6, 1 / 2)  # rungs of before
-LAYOUTS = (FORMER, (1 / 3,), (1 / 4,), (1 / 6,), (1 / 12,), (1 / 12, 1 / 3))
+HALVING = f"TPE, halving at {_describe(budget.RUNGS)}"
+DEFAULT_SEARCH = f"{HALVING}, published best first"
+FORMER_RUNGS = (1 / 6, 1 / 2)  # of an earlier default search
+RUNG_LAYOUTS = (FORMER_RUNGS, (1 / 3,), (1 / 4,), (1 / 6,), (1 / 12,), (1 / 12, 1 / 3))
 SEARCHES: dict[str, Search] = {
-    CURRENT: Trials(TPE, budget.RUNGS, first=True),
-    HALVING: Trials(TPE, budget.RUNGS),
-    "random": Trials(RANDOM),
-    "TPE": Trials(TPE),
-    "GP": Trials(_gp),
-    f"random, halving at {_shares(budget.RUNGS)}": Trials(RANDOM, budget.RUNGS),
-    f"GP, halving at {_shares(budget.RUNGS)}": Trials(_gp, budget.RUNGS),
-    **{f"TPE, halving at {_shares(rungs)}": Trials(TPE, rungs) for rungs in LAYOUTS},
-    f"{HALVING}, by log-loss": Trials(TPE, budget.RUNGS, metric="log_loss"),
-    "TPE, halving at 1/12, by log-loss": Trials(TPE, (1 / 12,), metric="log_loss"),
-    "TPE, Hyperband": Trials(TPE, hyperband=True),
+    DEFAULT_SEARCH: OptunaSearch(TPE, budget.RUNGS, published_first=True),
+    HALVING: OptunaSearch(TPE, budget.RUNGS),
+    "random": OptunaSearch(RANDOM),
+    "TPE": OptunaSearch(TPE),
+    "GP": OptunaSearch(_make_gp),
+    f"random, halving at {_describe(budget.RUNGS)}": OptunaSearch(RANDOM, budget.RUNGS),
+    f"GP, halving at {_describe(budget.RUNGS)}": OptunaSearch(_make_gp, budget.RUNGS),
+    **{f"TPE, halving at {_describe(rungs)}": OptunaSearch(TPE, rungs) for rungs in RUNG_LAYOUTS},
+    f"{HALVING}, by log-loss": OptunaSearch(TPE, budget.RUNGS, metric="log_loss"),
+    "TPE, halving at 1/12, by log-loss": OptunaSearch(TPE, (1 / 12,), metric="log_loss"),
+    "TPE, Hyperband": OptunaSearch(TPE, hyperband=True),
     **{
-        f"{n or 'all'} to {_shares([rung])}, best {KEPT} on": Rounds(n, rung)
+        f"{n or 'all'} to {_describe([rung])}, best {PROMOTED} on": RoundSearch(n, rung)
         for n in (32, 0)
         for rung in (1 / 12, 1 / 6, 1 / 3)
     },
-    f"32 to 1/12, best {KEPT} on, by log-loss": Rounds(32, 1 / 12, "log_loss"),
-    f"32 to 1/12, best {KEPT} on, published best among": Rounds(32, 1 / 12, first=True),
+    f"32 to 1/12, best {PROMOTED} on, by log-loss": RoundSearch(32, 1 / 12, "log_loss"),
+    f"32 to 1/12, best {PROMOTED} on, published best among": RoundSearch(
+        32, 1 / 12, published_first=True
+    ),
 }
 
 
-# --- what they are worth --------------------------------------------------------------------------
+# --- outcomes of searches -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`needed` images for a good choice (inf: not within the limit), and of the choice in the end
-    the final errors above the least (`regret`); `complete` trials."""
+    """What a search reached.
 
-    needed: float
+    `images_needed`: until its choice was good; inf if it never was within the limit. `regret`: the
+    final errors of its last choice above the least. `complete_trials`: their number.
+    """
+
+    images_needed: float
     regret: float
-    complete: int
+    complete_trials: int
 
 
 def replay(table: Table, limits: Limits, task: tuple[str, int]) -> Outcome:
-    """One search, by its name and seed."""
+    """Replay one search, given by its name and seed."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
-    # Optuna's goes number by number in Python, half of the time; the values are the same.
+    # Optuna's function loops in Python, which takes half of the time; SciPy's has the same values.
     _truncnorm._log_ndtr = log_ndtr
     name, seed = task
-    steps = list(SEARCHES[name](table, limits, seed))
-    return outcome(steps, table.final, limits.close)
+    trials = list(SEARCHES[name].run(table, limits, seed))
+    return judge(trials, table.final_errors, limits.good_ratio)
 
 
-def outcome(steps: Sequence[Step], final: np.ndarray, close: float = CLOSE) -> Outcome:
+def judge(
+    trials: Sequence[CompleteTrial], final_errors: np.ndarray, good_ratio: float = GOOD_RATIO
+) -> Outcome:
     """Judge the choices of a search by the candidates' final errors (N,)."""
-    least, needed, chosen = final.min(), math.inf, None
-    for step in steps:
-        if chosen is None or step.value < chosen.value:
-            chosen = step
-            if final[step.candidate] <= close * least:
-                needed = min(needed, step.images)
-    regret = (final[chosen.candidate] if chosen else final.max()) - least
-    return Outcome(needed, float(regret), len(steps))
+    least, images_needed, choice = final_errors.min(), math.inf, None
+    for trial in trials:
+        if choice is None or trial.value < choice.value:
+            choice = trial
+            if final_errors[trial.candidate] <= good_ratio * least:
+                images_needed = min(images_needed, trial.images)
+    errors = final_errors[choice.candidate] if choice else final_errors.max()
+    return Outcome(images_needed, float(errors - least), len(trials))
 
 
-def replays(
+def replay_all(
     table: Table, limits: Limits, seeds: int, gp_seeds: int, processes: int
 ) -> dict[str, list[Outcome]]:
-    """The outcomes of all searches, the slow ones first, so that no process ends late."""
+    """Replay all searches; returns the outcomes of each by its name.
+
+    The slow ones come first, so that no process ends late.
+    """
     slow = [name for name in SEARCHES if name.startswith("GP")]
     names = [*slow, *(name for name in SEARCHES if name not in slow)]
     tasks = [(name, i) for name in names for i in range(gp_seeds if name in slow else seeds)]
-    one = functools.partial(replay, table, limits)
+    replay_task = functools.partial(replay, table, limits)
     if processes == 1:
-        done = list(map(one, tasks))
+        task_outcomes = list(map(replay_task, tasks))
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, context) as pool:
-            done = list(pool.map(one, tasks, chunksize=4))
-    found: dict[str, list[Outcome]] = {name: [] for name in SEARCHES}
-    for (name, _), each in zip(tasks, done, strict=True):
-        found[name].append(each)
-    return found
+            task_outcomes = list(pool.map(replay_task, tasks, chunksize=4))
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in SEARCHES}
+    for (name, _), outcome in zip(tasks, task_outcomes, strict=True):
+        outcomes[name].append(outcome)
+    return outcomes
 
 
-def chance(needed: Sequence[float], reference: Sequence[float]) -> float:
-    """p (0..1) of a one-sided Mann-Whitney test that `needed` tends to be less."""
-    if len({*needed, *reference}) == 1:
+def compute_p_value(images_needed: Sequence[float], reference: Sequence[float]) -> float:
+    """p (0..1) of a one-sided Mann-Whitney test that `images_needed` tend to be less."""
+    if len({*images_needed, *reference}) == 1:
         return 1.0
-    finite = [np.nan_to_num(each, posinf=1e18) for each in (needed, reference)]
-    return float(mannwhitneyu(*finite, alternative="less").pvalue)
+    samples = [np.nan_to_num(sample, posinf=1e18) for sample in (images_needed, reference)]
+    return float(mannwhitneyu(*samples, alternative="less").pvalue)
 
 
-def tau(values: np.ndarray, final: np.ndarray) -> float:
-    """Kendall's tau-b (-1..1) of two rankings (N,); nan where one is of equals only."""
-    return float(kendalltau(values, final).statistic) if len(final) > 1 else math.nan
+def compute_tau(values: np.ndarray, final_errors: np.ndarray) -> float:
+    """Kendall's tau-b (-1..1) of two rankings (N,); nan for one candidate, or if all are equal."""
+    if len(final_errors) < 2:
+        return math.nan
+    return float(kendalltau(values, final_errors).statistic)
 
 
-# --- and how it is printed ------------------------------------------------------------------------
+# --- the printed tables ---------------------------------------------------------------------------
 
 
-def quartiles(numbers: Sequence[float], limit: float, scale: float = 1) -> str:
-    """Median and quartiles, each a number that was seen; above `limit` as that."""
-    found = np.quantile(numbers, [0.5, 0.25, 0.75], method="inverted_cdf") / scale
+def format_quartiles(numbers: Sequence[float], limit: float, scale: float = 1) -> str:
+    """Format the median and quartiles, divided by `scale`; those over the limit as ">limit"."""
+    quantiles = np.quantile(numbers, [0.5, 0.25, 0.75], method="inverted_cdf")
     median, low, high = (
-        f"{each:,.0f}" if each * scale <= limit else f">{limit / scale:,.0f}" for each in found
+        f"{number / scale:,.0f}" if number <= limit else f">{limit / scale:,.0f}"
+        for number in quantiles
     )
     return f"{median} ({low} to {high})"
 
 
-def print_searches(found: dict[str, list[Outcome]], limits: Limits) -> None:
-    reference = [each.needed for each in found[CURRENT]]
+def print_searches(outcomes: dict[str, list[Outcome]], limits: Limits) -> None:
+    """Print a row for each search."""
+    reference = [outcome.images_needed for outcome in outcomes[DEFAULT_SEARCH]]
     columns = "{:48} {:>5} {:>8} {:>22} {:>6} {:>16} {:>8}"
-    heads = ("seeds", "complete", "1,000 images needed", "good", "regret", "p")
-    click.echo(columns.format("search", *heads))
-    for name, outcomes in found.items():
-        if not outcomes:
+    headings = ("seeds", "complete", "1,000 images needed", "good", "regret", "p")
+    click.echo(columns.format("search", *headings))
+    for name, own in outcomes.items():
+        if not own:
             continue
-        needed = [each.needed for each in outcomes]
-        good = sum(map(math.isfinite, needed)) / len(needed)
+        images_needed = [outcome.images_needed for outcome in own]
+        good = sum(map(math.isfinite, images_needed)) / len(own)
+        p_value = compute_p_value(images_needed, reference)
         click.echo(
             columns.format(
                 name,
-                len(outcomes),
-                f"{np.median([each.complete for each in outcomes]):.0f}",
-                quartiles(needed, limits.images, 1_000),
+                len(own),
+                f"{np.median([outcome.complete_trials for outcome in own]):.0f}",
+                format_quartiles(images_needed, limits.search_images, 1_000),
                 f"{good:.0%}",
-                quartiles([each.regret for each in outcomes], math.inf),
-                "" if name == CURRENT else f"{chance(needed, reference):.2g}",
+                format_quartiles([outcome.regret for outcome in own], math.inf),
+                "" if name == DEFAULT_SEARCH else f"{p_value:.2g}",
             )
         )
 
 
-def print_tau(table: Table, name: str, chosen: np.ndarray, final: np.ndarray) -> None:
-    """Rankings at each fidelity of the candidates `chosen` (M,) against their `final` (M,)."""
-    half = final <= np.median(final)
-    click.echo(f"\nKendall's tau with the {name}: n = {len(final)}, better half {half.sum()}")
+def print_tau(
+    table: Table, description: str, candidates: np.ndarray, final_errors: np.ndarray
+) -> None:
+    """Print Kendall's tau of the values at each fidelity with `final_errors` (M,).
+
+    `candidates` (M,) are indices; the last columns are of the half with the least final errors.
+    """
+    half = final_errors <= np.median(final_errors)
+    n = len(final_errors)
+    click.echo(f"\nKendall's tau with the {description}: n = {n}, better half {half.sum()}")
     columns = "{:>10} {:>10} {:>10} {:>16} {:>16}"
     click.echo(columns.format("images", "errors", "log-loss", "errors, half", "log-loss, half"))
-    for i, samples in enumerate(table.fidelities):
-        values = [table.values[metric][chosen, i] for metric in METRICS]
-        whole = [tau(each, final) for each in values]
-        better = [tau(each[half], final[half]) for each in values]
-        numbers = (f"{each:.2f}" for each in (*whole, *better))
-        click.echo(columns.format(f"{samples:,}", *numbers))
+    for i, images in enumerate(table.fidelities):
+        values = [table.values[metric][candidates, i] for metric in METRICS]
+        taus = [compute_tau(column, final_errors) for column in values]
+        half_taus = [compute_tau(column[half], final_errors[half]) for column in values]
+        click.echo(columns.format(f"{images:,}", *(f"{tau:.2f}" for tau in (*taus, *half_taus))))
 
 
 @click.command()
 @click.option(
     "--table", "path", type=click.Path(exists=True, path_type=Path), default=TABLE, help="To read."
 )
-@click.option("--seeds", default=100, show_default=True)
+@click.option("--seeds", default=100, show_default=True, help="Of each search.")
 @click.option("--gp-seeds", default=GP_SEEDS, show_default=True, help="Of the Gaussian process.")
-@click.option("--trials", default=32, show_default=True, help="Whole ones, that a search may cost.")
-@click.option("--trial", default=TRIAL_SAMPLES, show_default=True, help="Images of a trial.")
-@click.option("--close", default=CLOSE, show_default=True, help="Times the least errors: good.")
+@click.option("--trials", default=32, show_default=True, help="Limit of a search, in whole trials.")
+@click.option(
+    "--trial", "trial_images", default=TRIAL_IMAGES, show_default=True, help="Images of a trial."
+)
+@click.option(
+    "--close",
+    "good_ratio",
+    default=GOOD_RATIO,
+    show_default=True,
+    help="A choice is good with at most this many times the least errors.",
+)
 @click.option("--processes", type=int, help="By default one a core.")
 def main(
     path: Path,
     seeds: int,
     gp_seeds: int,
     trials: int,
-    trial: int,
-    close: float,
+    trial_images: int,
+    good_ratio: float,
     processes: int | None,
 ) -> None:
-    """Replay and print the tables."""
+    """Replay all searches and print the tables."""
     start = time.perf_counter()
-    table = read(path)
-    trial = table.fidelities[table.at(trial)]
-    limits = Limits(trial, trials * trial, close)
-    least = table.final.min()
+    table = read_table(path)
+    trial_images = table.fidelities[table.nearest_fidelity(trial_images)]
+    limits = Limits(trial_images, trials * trial_images, good_ratio)
+    most_errors = good_ratio * table.final_errors.min()
     click.echo(
         f"{path.name}: {len(table.params)} configurations of the default space; final: "
-        f"{table.final_name} (of {table.n:,}), at best {least:g}; good: at most {close * least:g}, "
-        f"as {(table.final <= close * least).sum()} are.\n"
-        f"Trials of {trial:,} images, at most {limits.images:,} in a search. "
-        f"Median (quartiles); p: fewer images than {CURRENT}.\n"
+        f"{table.final_description} (of {table.validation_images:,}), at best "
+        f"{table.final_errors.min():g}; good: at most {most_errors:g}, "
+        f"as {(table.final_errors <= most_errors).sum()} are.\n"
+        f"Trials of {trial_images:,} images, at most {limits.search_images:,} in a search. "
+        f"Median (quartiles); p: fewer images than {DEFAULT_SEARCH}.\n"
     )
-    gp_seeds = min(seeds, gp_seeds)
-    print_searches(replays(table, limits, seeds, gp_seeds, processes or available_cores()), limits)
-    everyone = np.arange(len(table.params))
-    print_tau(table, table.final_name, everyone, table.final)
-    if len(table.with_finals) > 1 and len(table.with_finals) < len(everyone):
-        name = f"mean errors of {table.seeds.shape[1]} seeds of the final training"
-        print_tau(table, name, table.with_finals, table.seeds.mean(1))
+    gp_seeds, processes = min(seeds, gp_seeds), processes or available_cores()
+    print_searches(replay_all(table, limits, seeds, gp_seeds, processes), limits)
+    candidates = np.arange(len(table.params))
+    print_tau(table, table.final_description, candidates, table.final_errors)
+    if 1 < len(table.with_finals) < len(candidates):
+        description = f"mean errors of {table.seed_errors.shape[1]} seeds of the final training"
+        print_tau(table, description, table.with_finals, table.seed_errors.mean(1))
     click.echo(f"\n{time.perf_counter() - start:.0f} s")
 
 
