@@ -1,4 +1,4 @@
-"""The runs of a table of learning curves: which configurations are trained, and how."""
+"""The training runs of benchmarks.curves: their configurations, and the values of each run."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,17 @@ from mnist.search import study as studies
 from mnist.search.runs import derive_seed
 from mnist.search.space import DEFAULT, WIDE, Space
 
-# With them trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
+# So trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
 FIDELITIES = (1_000, 2_000, 4_000, 6_000, 12_000, 24_000, 40_000, 60_000)
 SPACES: dict[str, Space] = {"default": DEFAULT, "wide": WIDE, "finals": DEFAULT}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the table is of. `default`, `wide` and `finals` are numbers of configurations."""
+    """The settings of a table; also the options of the command.
+
+    `default`, `wide` and `finals` are the numbers of configurations of the parts.
+    """
 
     dataset: str = "mnist"
     network: str = "parallel"
@@ -39,8 +42,8 @@ class Settings:
     def dtype(self) -> str:
         return "bfloat16" if self.bfloat16 else "float32"
 
-    def command(self) -> str:
-        """The command that makes this table, with the options that are not the defaults."""
+    def format_command(self) -> str:
+        """Format the command that makes this table, with the options that are not the defaults."""
         words = ["python -m benchmarks.curves"]
         for option in fields(self):
             value, name = getattr(self, option.name), option.name.replace("_", "-")
@@ -53,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: configuration `number` of a study's space, validated at `fidelities`."""
+    """One training run: configuration `number` of a part's space, validated at `fidelities`."""
 
     part: str  # a key of SPACES
     number: int
@@ -66,51 +69,50 @@ class Run:
         return self.number, self.seed
 
 
-def configurations(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
-    """n configurations of the space: in DEFAULT the published best, then a Sobol sequence.
+def make_configurations(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
+    """Make n configurations of the space: in DEFAULT the published best, then a Sobol sequence.
 
-    The first of them are the same, and spread over the space, whatever n is.
+    A larger n only adds configurations; the first ones, too, are spread over the space.
     """
-    first = [studies.FIRST_PARAMS] if space == DEFAULT else []
+    published = [studies.FIRST_PARAMS] if space == DEFAULT else []
     sequence = qmc.Sobol(len(space), rng=derive_seed(seed))
     points = sequence.random_base2(max(1, math.ceil(math.log2(n + 1))))
-    drawn = [
-        {name: value(space[name], share) for name, share in zip(space, point, strict=True)}
+    configurations = [
+        {name: compute_quantile(space[name], p) for name, p in zip(space, point, strict=True)}
         for point in points.tolist()
     ]
-    return [*first, *drawn][:n]
+    return [*published, *configurations][:n]
 
 
-def value(distribution: BaseDistribution, share: float) -> Any:
-    """What lies at that share (0..1) of a distribution."""
+def compute_quantile(distribution: BaseDistribution, p: float) -> Any:
+    """The quantile at p (0..1) of a uniform, log-uniform or categorical distribution."""
     if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[int(share * len(distribution.choices))]
-    whole = isinstance(distribution, IntDistribution)
-    low, high = distribution.low - whole / 2, distribution.high + whole / 2
-    number = low * (high / low) ** share if distribution.log else low + (high - low) * share
+        return distribution.choices[int(p * len(distribution.choices))]
+    is_int = isinstance(distribution, IntDistribution)
+    low, high = distribution.low - is_int / 2, distribution.high + is_int / 2
+    number = low * (high / low) ** p if distribution.log else low + (high - low) * p
     number = min(max(number, distribution.low), distribution.high)
-    return round(number) if whole else float(f"{number:.6g}")
+    return round(number) if is_int else float(f"{number:.6g}")
 
 
-def runs(settings: Settings) -> list[Run]:
-    """All runs in their order: the default space, the wide one, the finals a seed at a time."""
-    default = configurations(DEFAULT, settings.default, settings.seed)
-    wide = configurations(WIDE, settings.wide, settings.seed)
-    whole, last = settings.fidelities, (settings.final_samples,)
-    seeds = [settings.seed + 1 + i for i in range(settings.final_seeds)]
+def list_runs(settings: Settings) -> list[Run]:
+    """List all runs in their order: the default space, the wide space, the finals seed by seed."""
+    default = make_configurations(DEFAULT, settings.default, settings.seed)
+    wide = make_configurations(WIDE, settings.wide, settings.seed)
+    fidelities, seed = settings.fidelities, settings.seed
     return [
-        *(Run("default", i, params, settings.seed, whole) for i, params in enumerate(default)),
-        *(Run("wide", i, params, settings.seed, whole) for i, params in enumerate(wide)),
+        *(Run("default", i, params, seed, fidelities) for i, params in enumerate(default)),
+        *(Run("wide", i, params, seed, fidelities) for i, params in enumerate(wide)),
         *(
-            Run("finals", i, params, seed, last)
-            for seed in seeds
+            Run("finals", i, params, seed + 1 + k, (settings.final_samples,))
+            for k in range(settings.final_seeds)
             for i, params in enumerate(default[: settings.finals])
         ),
     ]
 
 
-def carry_out(run: Run, settings: Settings, dataset: Dataset) -> dict[str, Any]:
-    """Train; `errors` and `log_loss` at each of the run's fidelities, and `diverged`."""
+def train(run: Run, settings: Settings, dataset: Dataset) -> dict[str, Any]:
+    """Train; returns `errors` and `log_loss` at each of the run's fidelities, and `diverged`."""
     torch.manual_seed(run.seed)
     model = models.build(settings.network, dataset.channels, dataset.size, len(dataset.classes))
     model = folding.training_form(model).to(dataset.train.labels.device)
@@ -132,26 +134,27 @@ def carry_out(run: Run, settings: Settings, dataset: Dataset) -> dict[str, Any]:
         reports += (progress for progress in progresses if progress.n)
     except training.Diverged:
         diverged = True
-    return curve(reports, run.fidelities, dataset) | {"diverged": diverged}
+    return collect_values(reports, run.fidelities, dataset) | {"diverged": diverged}
 
 
-def curve(
+def collect_values(
     reports: Sequence[training.Progress], fidelities: Sequence[int], dataset: Dataset
 ) -> dict[str, list[Any]]:
-    """The reports by fidelity; where a run that diverged has none, the errors are those of a guess.
+    """Collect the errors and the log-loss at each fidelity from the reports of a run.
 
-    A fidelity's report is the first one after at least as many images, or the last one of a run
-    that came to its end: a run is rounded to whole batches.
+    A fidelity's report is the first one after at least as many images. As a run is rounded to whole
+    batches, the last report of a run that ended stands in for a missing one. A run that diverged
+    before a fidelity has the errors of random guesses there, and no log-loss.
     """
     n, classes = len(dataset.validation), len(dataset.classes)
-    over = [report for report in reports if report.samples == report.total]
+    last_report = [report for report in reports if report.samples == report.total]
     errors, log_loss = [], []
     for fidelity in fidelities:
-        reached = [report for report in reports if report.samples >= fidelity] or over
+        reached = [report for report in reports if report.samples >= fidelity] or last_report
         errors.append(reached[0].errors if reached else round(n * (1 - 1 / classes)))
-        log_loss.append(_finite(reached[0].log_loss) if reached else None)
+        log_loss.append(_round_finite(reached[0].log_loss) if reached else None)
     return {"errors": errors, "log_loss": log_loss}
 
 
-def _finite(number: float | None) -> float | None:
+def _round_finite(number: float | None) -> float | None:
     return round(number, 6) if number is not None and math.isfinite(number) else None

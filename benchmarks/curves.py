@@ -1,16 +1,17 @@
 """A table of learning curves: validation errors and log-loss of many configurations at fidelities.
 
 python -m benchmarks.curves                    # hours; resumes, also from the rows of the table
-python -m benchmarks.curves --export           # benchmarks/curves.json of the runs so far
+python -m benchmarks.curves --export           # write benchmarks/curves.json of the runs so far
 
-On two cores two commands, with `--threads 1` and `--share 1/2` or `2/2`, do 1.5 times as much.
+On two cores, two commands with `--threads 1` and `--share 1/2` or `2/2` have 1.5 times the speed.
 
-`benchmarks.search` replays searches on the table. A fidelity is a number of training images at
-which a cycle of the learning rate ends, so its value is that of an annealed model. One run goes
-through all fidelities: the value at one has more, and shorter, cycles behind it than that of a
-trial with a single rung. The runs are three studies: `curves-default` (space.DEFAULT, the published
-best first), `curves-wide` (space.WIDE), and `curves-finals`, which trains the first configurations
-of the default space as a final model is: in one cycle, on more images, with several seeds.
+`benchmarks.search` compares searches by replaying them on the table. A fidelity is a number of
+training images after which a cycle of the learning rate ends, so its values are those of an
+annealed model. One run goes through all fidelities, so a value follows more and shorter cycles than
+that of a trial with a single rung. The table has three parts, each recorded as a study:
+`curves-default` (space.DEFAULT, the published best first), `curves-wide` (space.WIDE), and
+`curves-finals`, which trains the first configurations of the default space like a final model: in
+one cycle, on more images, with several seeds.
 """
 
 import json
@@ -27,7 +28,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmarks.curve_runs import FIDELITIES, SPACES, Run, Settings, carry_out, runs
+from benchmarks.curve_runs import FIDELITIES, SPACES, Run, Settings, list_runs, train
 from mnist import data, folding, memory, training
 from mnist.data import Dataset
 from mnist.search import study as studies
@@ -35,11 +36,13 @@ from mnist.search.storage import StudyError, open_study, without_password
 from mnist.search.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
-# --- their record ---------------------------------------------------------------------------------
+
+
+# --- the record of the runs -----------------------------------------------------------------------
 
 
 def record(study: optuna.Study, run: Run, result: dict[str, Any], n: int, **more: Any) -> None:
-    """Add a run to its study in one transaction: all of its values are there, or none."""
+    """Add a run to its study in one transaction, with all of its values."""
     accuracies = [1 - errors / n for errors in result["errors"]]
     study.add_trial(
         optuna.trial.create_trial(
@@ -53,33 +56,34 @@ def record(study: optuna.Study, run: Run, result: dict[str, Any], n: int, **more
     )
 
 
-def recorded(study: optuna.Study) -> dict[tuple[int, int], FrozenTrial]:
-    """The study's runs by the numbers of their configurations and their seeds."""
+def load_recorded(study: optuna.Study) -> dict[tuple[int, int], FrozenTrial]:
+    """Load the study's runs by their keys: configuration number and seed."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return {(trial.user_attrs["number"], trial.user_attrs["seed"]): trial for trial in trials}
 
 
-def opened(storage: str, name: str, settings: Settings, dataset: Dataset) -> dict[str, Any]:
-    """The three studies by their parts. Raises StudyError where they are of another table."""
-    opened_studies = {part: open_study(storage, f"{name}-{part}") for part in SPACES}
-    for part, study in opened_studies.items():
+def open_studies(storage: str, name: str, settings: Settings, dataset: Dataset) -> dict[str, Any]:
+    """Open the studies of all parts. Raises StudyError where one has runs of other settings."""
+    part_studies = {part: open_study(storage, f"{name}-{part}") for part in SPACES}
+    for part, study in part_studies.items():
         fidelities = [settings.final_samples] if part == "finals" else list(settings.fidelities)
-        wanted = studies.fingerprint(dataset, settings.network, fidelities[-1], SPACES[part])
+        fingerprint = studies.fingerprint(dataset, settings.network, fidelities[-1], SPACES[part])
         ranks = [folding.CONV_RANK, folding.LINEAR_RANK]
-        wanted |= {"fidelities": fidelities, "ranks": ranks}
-        studies.check_fingerprint(study, wanted | {"dtype": settings.dtype, "seed": settings.seed})
-    return opened_studies
+        fingerprint |= {"fidelities": fidelities, "ranks": ranks}
+        fingerprint |= {"dtype": settings.dtype, "seed": settings.seed}
+        studies.check_fingerprint(study, fingerprint)
+    return part_studies
 
 
 def restore(part_studies: dict[str, optuna.Study], path: Path, settings: Settings) -> None:
-    """Record the runs that the studies lack, from a table of the same settings."""
+    """Record runs of an existing table with the same settings that the studies lack."""
     if not path.exists():
         return
     content = json.loads(path.read_text())
     header = content["header"]
-    same = {"fidelities": list(settings.fidelities), "final_samples": settings.final_samples}
-    same |= {"network": settings.network, "dtype": settings.dtype, "seed": settings.seed}
-    if any(header[key] != value for key, value in same.items()):
+    expected = {"fidelities": list(settings.fidelities), "final_samples": settings.final_samples}
+    expected |= {"network": settings.network, "dtype": settings.dtype, "seed": settings.seed}
+    if any(header[key] != value for key, value in expected.items()):
         return
     results = {}
     for row in content["rows"]:
@@ -88,15 +92,15 @@ def restore(part_studies: dict[str, optuna.Study], path: Path, settings: Setting
         for final in row.get("finals", ()):
             result = {"errors": [final["errors"]], "log_loss": [final["log_loss"]]}
             results["finals", row["number"], final["seed"]] = result | {"diverged": False}
-    done = {part: recorded(study) for part, study in part_studies.items()}
-    for run in runs(settings):
+    recorded = {part: load_recorded(study) for part, study in part_studies.items()}
+    for run in list_runs(settings):
         key = (run.part, *run.key)
-        if key in results and run.key not in done[run.part]:
+        if key in results and run.key not in recorded[run.part]:
             record(part_studies[run.part], run, results[key], header["n"])
 
 
-def processor(device: torch.device) -> str:
-    """The name of what trains."""
+def find_processor_name(device: torch.device) -> str:
+    """The name of the GPU or CPU that trains."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -105,93 +109,110 @@ def processor(device: torch.device) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def made_by(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """What the table's header says of the machine and the command."""
+def describe_origin(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """The entries of the table's header about the command and the machine."""
     return {
-        "command": settings.command(),
+        "command": settings.format_command(),
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": processor(device),
+        "processor": find_processor_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-# --- the work -------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
-def work(
+def execute_missing(
     part_studies: dict[str, Any],
     settings: Settings,
     dataset: Dataset,
     share: tuple[int, int] = (1, 1),
 ) -> Iterator[tuple[Run, dict[str, Any], float, float]]:
-    """Execute and record the missing runs; yields each with its seconds and the seconds left.
+    """Train and record the missing runs; yields each run, its result, its seconds, seconds left.
 
     Share (i, n): each n-th run from the i-th on.
     """
-    done = {part: recorded(study) for part, study in part_studies.items()}
-    own = runs(settings)[share[0] - 1 :: share[1]]
-    todo = [run for run in own if run.key not in done[run.part]]
-    left, images, took_s = sum(run.fidelities[-1] for run in todo), 0, 0.0
-    for run in todo:
+    recorded = {part: load_recorded(study) for part, study in part_studies.items()}
+    own_runs = list_runs(settings)[share[0] - 1 :: share[1]]
+    missing = [run for run in own_runs if run.key not in recorded[run.part]]
+    images_left = sum(run.fidelities[-1] for run in missing)
+    images_trained, trained_s = 0, 0.0
+    for run in missing:
         start = time.perf_counter()
-        result = carry_out(run, settings, dataset)
+        result = train(run, settings, dataset)
         seconds = time.perf_counter() - start
         n = len(dataset.validation)
         record(part_studies[run.part], run, result, n, seconds=round(seconds, 2))
-        if not result["diverged"]:  # it may have ended at once
-            images, took_s = images + run.fidelities[-1], took_s + seconds
-        left -= run.fidelities[-1]
-        yield run, result, seconds, left * took_s / max(images, 1)
+        if not result["diverged"]:  # such a run may end after a few images
+            images_trained += run.fidelities[-1]
+            trained_s += seconds
+        images_left -= run.fidelities[-1]
+        yield run, result, seconds, images_left * trained_s / max(images_trained, 1)
 
 
-def line(run: Run, result: dict[str, Any], n: int, seconds: float, left_s: float) -> str:
-    """What is said of a run that is over."""
-    what = "diverged" if result["diverged"] else f"{result['errors'][-1]} errors of {n}"
+def format_result(run: Run, result: dict[str, Any], n: int, seconds: float, left_s: float) -> str:
+    """Format the progress line after a run."""
+    outcome = "diverged" if result["diverged"] else f"{result['errors'][-1]} errors of {n}"
     minutes = round(left_s / 60)
     return (
-        f"{run.part} {run.number} (seed {run.seed}), {run.fidelities[-1]:,} images: {what}, "
+        f"{run.part} {run.number} (seed {run.seed}), {run.fidelities[-1]:,} images: {outcome}, "
         f"{seconds:.0f} s; {minutes // 60} h {minutes % 60:02} min left"
     )
 
 
-def table(storage: str, name: str, settings: Settings) -> dict[str, Any]:
-    """The header and the rows of all runs so far. Raises StudyError where there are none."""
+# --- the table ------------------------------------------------------------------------------------
+
+
+def build_table(storage: str, name: str, settings: Settings) -> dict[str, Any]:
+    """Build the table of all runs so far: `header` and `rows`. Raises StudyError if none exists."""
     part_studies = {part: open_study(storage, f"{name}-{part}") for part in SPACES}
-    made = part_studies["default"].user_attrs.get("made")
-    if made is None:
+    origin = part_studies["default"].user_attrs.get("made")
+    if origin is None:
         raise StudyError(f"{without_password(storage)} has no study {name}-default")
-    done = {part: recorded(study) for part, study in part_studies.items()}
+    recorded = {part: load_recorded(study) for part, study in part_studies.items()}
     rows = [
-        _row(part, number, trial, done["finals"])
+        _make_row(part, number, trial, recorded["finals"])
         for part in ("default", "wide")
-        for (number, _), trial in sorted(done[part].items())
+        for (number, _), trial in sorted(recorded[part].items())
     ]
-    kept = part_studies["default"].user_attrs["fingerprint"]
-    header = made | {key: kept[key] for key in ("network", "ranks", "fidelities", "dtype", "seed")}
-    finals = part_studies["finals"].user_attrs["fingerprint"]["fidelities"][-1]
-    wanted = {part: sum(run.part == part for run in runs(settings)) for part in SPACES}
-    runs_of = {part: {"done": len(done[part]), "of": wanted[part]} for part in SPACES}
-    header |= {"n": kept["validation images"], "final_samples": finals, "runs": runs_of}
+    fingerprints = {part: study.user_attrs["fingerprint"] for part, study in part_studies.items()}
+    default = fingerprints["default"]
+    keys = ("network", "ranks", "fidelities", "dtype", "seed")
+    all_runs = list_runs(settings)
+    header = origin | {key: default[key] for key in keys}
+    header |= {
+        "n": default["validation images"],
+        "final_samples": fingerprints["finals"]["fidelities"][-1],
+        "runs": {
+            part: {"done": len(trials), "of": sum(run.part == part for run in all_runs)}
+            for part, trials in recorded.items()
+        },
+    }
     return {"header": header, "rows": rows}
 
 
-def _row(
+def _make_row(
     part: str, number: int, trial: FrozenTrial, finals: dict[tuple[int, int], FrozenTrial]
 ) -> dict[str, Any]:
     row = {"space": part, "number": number, "params": trial.params}
     row |= {key: trial.user_attrs[key] for key in ("errors", "log_loss", "diverged")}
-    own = [(seed, final.user_attrs) for (i, seed), final in sorted(finals.items()) if i == number]
-    if part == "default" and own:
-        row["finals"] = [
-            {"seed": seed, "errors": attrs["errors"][-1], "log_loss": attrs["log_loss"][-1]}
-            for seed, attrs in own
-        ]
+    final_results = [
+        {
+            "seed": seed,
+            "errors": final.user_attrs["errors"][-1],
+            "log_loss": final.user_attrs["log_loss"][-1],
+        }
+        for (i, seed), final in sorted(finals.items())
+        if i == number
+    ]
+    if part == "default" and final_results:
+        row["finals"] = final_results
     return row
 
 
-def write(content: dict[str, Any], path: Path) -> None:
-    """As JSON, a row a line."""
+def write_table(content: dict[str, Any], path: Path) -> None:
+    """Write the table as JSON, with a line for each row."""
     head, *rows = (
         json.dumps(row, sort_keys=True, separators=(",", ":"), allow_nan=False)
         for row in (content["header"], *content["rows"])
@@ -199,7 +220,7 @@ def write(content: dict[str, Any], path: Path) -> None:
     path.write_text('{"header":' + head + ',"rows":[\n' + ",\n".join(rows) + "\n]}\n")
 
 
-def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+def _parse_fidelities(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
     try:
         fidelities = tuple(int(part) for part in text.split(","))
     except ValueError as error:
@@ -209,7 +230,7 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...
     return fidelities
 
 
-def _share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
+def _parse_share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     i, n = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= i <= n:
@@ -220,7 +241,7 @@ def _share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
 @click.command()
 @click.option("--storage", default="sqlite:///curves.sqlite3", show_default=True)
 @click.option(
-    "--study", default="curves", show_default=True, help="What the studies' names begin with."
+    "--study", default="curves", show_default=True, help="Prefix of the names of the studies."
 )
 @click.option(
     "--table", "path", type=click.Path(path_type=Path), default=TABLE, help="To be written."
@@ -237,7 +258,7 @@ def _share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
 @click.option(
     "--fidelities",
     default=",".join(map(str, FIDELITIES)),
-    callback=_numbers,
+    callback=_parse_fidelities,
     show_default=True,
     help="Training images, ascending.",
 )
@@ -246,7 +267,9 @@ def _share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
 @click.option("--bfloat16/--no-bfloat16", default=Settings.bfloat16, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="By default all cores.")
-@click.option("--share", default="1/1", callback=_share, help="I/N: do the I-th of N shares.")
+@click.option(
+    "--share", default="1/1", callback=_parse_share, help="I/N: train the I-th of N shares."
+)
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
 def main(
     storage: str,
@@ -265,19 +288,21 @@ def main(
     try:
         if not export:
             torch.set_num_threads(threads or available_cores())
-            place = training.select_device(device)
-            dataset = data.load(settings.dataset, data_dir).to(place)
-            part_studies = opened(storage, study, settings, dataset)
+            torch_device = training.select_device(device)
+            dataset = data.load(settings.dataset, data_dir).to(torch_device)
+            part_studies = open_studies(storage, study, settings, dataset)
             restore(part_studies, path, settings)
-            part_studies["default"].set_user_attr("made", made_by(settings, place))
+            origin = describe_origin(settings, torch_device)
+            part_studies["default"].set_user_attr("made", origin)
             memory.keep_freed_memory()
-            for run, result, *times in work(part_studies, settings, dataset, share):
-                click.echo(line(run, result, len(dataset.validation), *times))
-        content = table(storage, study, settings)
+            for run, result, *times in execute_missing(part_studies, settings, dataset, share):
+                click.echo(format_result(run, result, len(dataset.validation), *times))
+        content = build_table(storage, study, settings)
     except (StudyError, data.DataError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    write(content, path)
-    counts = (f"{n['done']}/{n['of']} {part}" for part, n in content["header"]["runs"].items())
+    write_table(content, path)
+    runs = content["header"]["runs"]
+    counts = (f"{count['done']}/{count['of']} {part}" for part, count in runs.items())
     click.echo(f"{path.name}: runs {', '.join(counts)}; {path.stat().st_size / 1000:,.0f} KB")
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/curves.py: the table of learning curves, however often it is stopped on the way."""
+"""benchmarks/curves.py: the table of learning curves is the same after any stop."""
 
 import json
 import signal
@@ -35,7 +35,7 @@ def options(folder: Path, *more: str) -> list[str]:
     return [*SMALL, "--storage", storage, "--table", str(folder / "curves.json"), *more]
 
 
-def made(folder: Path, *more: str) -> Result:
+def invoke(folder: Path, *more: str) -> Result:
     threads = torch.get_num_threads()
     try:
         return CliRunner().invoke(curves.main, options(folder, *more))
@@ -43,34 +43,34 @@ def made(folder: Path, *more: str) -> Result:
         torch.set_num_threads(threads)
 
 
-def table(folder: Path) -> dict[str, Any]:
+def read_table(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "curves.json").read_text())
 
 
-def runs(folder: Path) -> list[tuple[str, int, int]]:
-    """Parts, numbers and seeds of all runs, in the order of each study."""
-    found = []
+def load_keys(folder: Path) -> list[tuple[str, int, int]]:
+    """Load the parts, numbers and seeds of all recorded runs, in the order of each study."""
+    keys = []
     for part in curve_runs.SPACES:
         name, storage = f"curves-{part}", f"sqlite:///{folder}/curves.sqlite3"
         for trial in optuna.load_study(study_name=name, storage=storage).trials:
-            found.append((part, trial.user_attrs["number"], trial.user_attrs["seed"]))
-    return found
+            keys.append((part, trial.user_attrs["number"], trial.user_attrs["seed"]))
+    return keys
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a table that was made without a stop."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = made(folder)
-    assert done.exit_code == 0, done.output
-    assert len(done.output.splitlines()) == len(KEYS) + 1
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = invoke(folder)
+    assert result.exit_code == 0, result.output
+    assert len(result.output.splitlines()) == len(KEYS) + 1
     return folder
 
 
-def test_the_table_has_a_row_for_each_configuration(whole: Path) -> None:
-    header, rows = table(whole)["header"], table(whole)["rows"]
+def test_the_table_has_a_row_for_each_configuration(uninterrupted: Path) -> None:
+    header, rows = read_table(uninterrupted)["header"], read_table(uninterrupted)["rows"]
     assert [(row["space"], row["number"]) for row in rows] == [key[:2] for key in KEYS[:6]]
-    assert runs(whole) == KEYS
+    assert load_keys(uninterrupted) == KEYS
     assert header["fidelities"] == [100, 200, 400]
     assert header["runs"]["finals"] == {"done": 4, "of": 4}
     assert header["command"].startswith(
@@ -87,12 +87,12 @@ def test_the_table_has_a_row_for_each_configuration(whole: Path) -> None:
 
 
 def test_the_values_are_those_of_training_on_all_validation_images(
-    whole: Path, digits: data.Dataset
+    uninterrupted: Path, digits: data.Dataset
 ) -> None:
-    row = table(whole)["rows"][1]
+    row = read_table(uninterrupted)["rows"][1]
     run = curve_runs.Run("default", 1, row["params"], 0, (100, 200, 400))
     settings = curve_runs.Settings(network="linear")
-    assert curve_runs.carry_out(run, settings, digits)["errors"] == row["errors"]
+    assert curve_runs.train(run, settings, digits)["errors"] == row["errors"]
     torch.manual_seed(0)
     model = curve_runs.models.build("linear", 1, digits.size, 10)
     more = {"samples": 400, "validate_at": [100, 200], "subset": 10**9}
@@ -104,92 +104,94 @@ def test_the_values_are_those_of_training_on_all_validation_images(
     assert [progress.errors for progress in reports] == row["errors"]
 
 
-def test_a_table_that_was_stopped_goes_on_and_does_nothing_twice(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_table_is_resumed_and_no_complete_run_is_repeated(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, fit = [], training.fit
 
-    def stopped(*arguments: Any, **keywords: Any) -> Iterator[training.Progress]:
+    def fit_and_stop(*arguments: Any, **keywords: Any) -> Iterator[training.Progress]:
         started.append(keywords["lr"])
         for progress in fit(*arguments, **keywords):
             yield progress
             if len(started) == 3:
                 raise RuntimeError("stopped in the middle")
 
-    monkeypatch.setattr(training, "fit", stopped)
-    assert str(made(tmp_path).exception) == "stopped in the middle"
-    assert runs(tmp_path) == KEYS[:2]
-    exported = made(tmp_path, "--export")
+    monkeypatch.setattr(training, "fit", fit_and_stop)
+    assert str(invoke(tmp_path).exception) == "stopped in the middle"
+    assert load_keys(tmp_path) == KEYS[:2]
+    exported = invoke(tmp_path, "--export")
     assert exported.exit_code == 0, exported.output
-    assert len(table(tmp_path)["rows"]) == 2
-    assert table(tmp_path)["header"]["runs"]["default"] == {"done": 2, "of": 4}
-    assert made(tmp_path).exit_code == 0
-    assert runs(tmp_path) == KEYS
-    assert len(started) == len(KEYS) + 1  # the one that was stopped is done again
-    assert table(tmp_path)["rows"] == table(whole)["rows"]
-    assert made(tmp_path).exit_code == 0
+    assert len(read_table(tmp_path)["rows"]) == 2
+    assert read_table(tmp_path)["header"]["runs"]["default"] == {"done": 2, "of": 4}
+    assert invoke(tmp_path).exit_code == 0
+    assert load_keys(tmp_path) == KEYS
+    assert len(started) == len(KEYS) + 1  # the stopped run is repeated
+    assert read_table(tmp_path)["rows"] == read_table(uninterrupted)["rows"]
+    assert invoke(tmp_path).exit_code == 0
     assert len(started) == len(KEYS) + 1
 
 
-def test_a_kill_loses_at_most_the_run_in_progress(whole: Path, tmp_path: Path) -> None:
+def test_a_kill_loses_at_most_the_run_in_progress(uninterrupted: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-m", "benchmarks.curves", *options(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(3)]
         process.send_signal(signal.SIGKILL)
     assert lines[2].startswith("default 2 ")
-    kept = runs(tmp_path)
-    assert kept == KEYS[: len(kept)]
-    assert len(kept) >= 3
-    assert made(tmp_path).exit_code == 0
-    assert runs(tmp_path) == KEYS
-    assert table(tmp_path)["rows"] == table(whole)["rows"]
+    recorded = load_keys(tmp_path)
+    assert recorded == KEYS[: len(recorded)]
+    assert len(recorded) >= 3
+    assert invoke(tmp_path).exit_code == 0
+    assert load_keys(tmp_path) == KEYS
+    assert read_table(tmp_path)["rows"] == read_table(uninterrupted)["rows"]
 
 
-def test_a_table_without_its_studies_goes_on(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_table_without_its_studies_is_resumed(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = table(whole)
+    content = read_table(uninterrupted)
     content["rows"].pop()
     del content["rows"][0]["finals"][1]
-    curves.write(content, tmp_path / "curves.json")
+    curves.write_table(content, tmp_path / "curves.json")
     started, fit = [], training.fit
 
-    def counted(*arguments: Any, **keywords: Any) -> Iterator[training.Progress]:
+    def count_and_fit(*arguments: Any, **keywords: Any) -> Iterator[training.Progress]:
         started.append(keywords["samples"])
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(training, "fit", counted)
-    assert made(tmp_path).exit_code == 0
+    monkeypatch.setattr(training, "fit", count_and_fit)
+    assert invoke(tmp_path).exit_code == 0
     assert started == [400, 300]
-    assert table(tmp_path)["rows"] == table(whole)["rows"]
+    assert read_table(tmp_path)["rows"] == read_table(uninterrupted)["rows"]
 
 
-def test_commands_share_the_runs(whole: Path, tmp_path: Path) -> None:
-    assert made(tmp_path, "--share", "2/2").exit_code == 0
-    assert runs(tmp_path) == sorted(KEYS[1::2], key=lambda key: [*curve_runs.SPACES].index(key[0]))
-    assert made(tmp_path, "--share", "1/2").exit_code == 0
-    assert table(tmp_path)["rows"] == table(whole)["rows"]
-    assert "'3/2' is not a share" in made(tmp_path, "--share", "3/2").output
+def test_commands_share_the_runs(uninterrupted: Path, tmp_path: Path) -> None:
+    assert invoke(tmp_path, "--share", "2/2").exit_code == 0
+    assert load_keys(tmp_path) == sorted(
+        KEYS[1::2], key=lambda key: [*curve_runs.SPACES].index(key[0])
+    )
+    assert invoke(tmp_path, "--share", "1/2").exit_code == 0
+    assert read_table(tmp_path)["rows"] == read_table(uninterrupted)["rows"]
+    assert "'3/2' is not a share" in invoke(tmp_path, "--share", "3/2").output
 
 
-def test_a_table_of_other_settings_is_not_continued(whole: Path) -> None:
-    done = made(whole, "--bfloat16")
-    assert done.exit_code == 1
-    assert "dtype is bfloat16, there float32" in done.output
-    assert "no study curves-default" in made(whole / "..", "--export").output
+def test_a_table_of_other_settings_is_not_continued(uninterrupted: Path) -> None:
+    result = invoke(uninterrupted, "--bfloat16")
+    assert result.exit_code == 1
+    assert "dtype is bfloat16, there float32" in result.output
+    assert "no study curves-default" in invoke(uninterrupted / "..", "--export").output
 
 
 def test_a_run_that_diverges_has_the_errors_of_a_guess(
     digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverges(*_: Any, **__: Any) -> Iterator[training.Progress]:
+    def diverge(*_: Any, **__: Any) -> Iterator[training.Progress]:
         yield training.Progress(128, 400, 1.0, 12, 128, 0.5)
         raise training.Diverged("the loss is nan")
 
-    monkeypatch.setattr(training, "fit", diverges)
+    monkeypatch.setattr(training, "fit", diverge)
     run = curve_runs.Run("default", 0, FIRST_PARAMS, 0, (100, 200, 400))
-    result = curve_runs.carry_out(run, curve_runs.Settings(network="linear"), digits)
+    result = curve_runs.train(run, curve_runs.Settings(network="linear"), digits)
     guess = round(len(digits.validation) * 0.9)
     assert result == {"errors": [12, guess, guess], "log_loss": [0.5, None, None], "diverged": True}
 
@@ -197,8 +199,8 @@ def test_a_run_that_diverges_has_the_errors_of_a_guess(
 @pytest.mark.parametrize("name", SPACES)
 def test_configurations_are_the_same_however_many_and_cover_the_space(name: str) -> None:
     space = SPACES[name]
-    many = curve_runs.configurations(space, 128, 0)
-    assert many[:5] == curve_runs.configurations(space, 5, 0)
+    many = curve_runs.make_configurations(space, 128, 0)
+    assert many[:5] == curve_runs.make_configurations(space, 5, 0)
     assert (many[0] == FIRST_PARAMS) == (space == DEFAULT)
     assert all(
         filter_params(space, params) == params and params.keys() == space.keys() for params in many
@@ -207,8 +209,8 @@ def test_configurations_are_the_same_however_many_and_cover_the_space(name: str)
     assert np.histogram(shares, 8, (0, 1))[0].min() >= 14  # 16 on average
     kinds = {params["optimizer"] for params in many}
     assert kinds == {*space["optimizer"].choices}
-    assert curve_runs.configurations(WIDE, 3, 0) != curve_runs.configurations(WIDE, 3, 1)
+    assert curve_runs.make_configurations(WIDE, 3, 0) != curve_runs.make_configurations(WIDE, 3, 1)
 
 
 def test_the_fidelities_ascend(tmp_path: Path) -> None:
-    assert "does not ascend" in made(tmp_path, "--fidelities", "200,100").output
+    assert "does not ascend" in invoke(tmp_path, "--fidelities", "200,100").output

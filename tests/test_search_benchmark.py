@@ -29,7 +29,7 @@ def write_table(folder: Path, informative: bool, finals: int = 0) -> Path:
     rng = np.random.default_rng(0)
     final_errors = 20 + 5 * rng.permutation(N)
     rows = []
-    for i, params in enumerate(curve_runs.configurations(space.DEFAULT, N, 0)):
+    for i, params in enumerate(curve_runs.make_configurations(space.DEFAULT, N, 0)):
         random_errors = rng.integers(100, 1_000, len(FIDELITIES))
         errors = [
             int(final_errors[i] + 1_000 - 10 * k if informative or k > 4 else random_errors[k])
@@ -47,7 +47,7 @@ def write_table(folder: Path, informative: bool, finals: int = 0) -> Path:
         rows.append(row)
     rows.append(rows[0] | {"space": "wide"})
     header = {"fidelities": FIDELITIES, "n": 5_000, "final_samples": 300_000}
-    curves.write({"header": header, "rows": rows}, folder / "curves.json")
+    curves.write_table({"header": header, "rows": rows}, folder / "curves.json")
     return folder / "curves.json"
 
 
