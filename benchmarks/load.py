@@ -1,6 +1,9 @@
-"""A load generator: HTTP requests to a server, with latencies. `python -m benchmarks.load`
+"""A load generator: HTTP requests to a server, with the latency and status of each.
 
-It runs in its own process, so that it can be pinned to one core.
+python -m benchmarks.load PORT REQUESTS SECONDS       # takes SECONDS; prints JSON
+
+The benchmarks of the server start it with the class Load, in a process of its own, which is pinned
+to one core.
 """
 
 import itertools
@@ -21,7 +24,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-HEAD = re.compile(rb"HTTP/1\.1 (\d{3}).*?\r\ncontent-length: (\d+)\r\n", re.I | re.S)
+RESPONSE_HEAD = re.compile(rb"HTTP/1\.1 (\d{3}).*?\r\ncontent-length: (\d+)\r\n", re.I | re.S)
 MAX_CONNECTIONS = 1000  # of an open loop
 TIMEOUT_S = 10.0  # for a response
 Row = tuple[float, float, int, int]  # due, seconds, status and tries, as in Results
@@ -29,39 +32,46 @@ Row = tuple[float, float, int, int]  # due, seconds, status and tries, as in Res
 
 @dataclass(frozen=True)
 class Results:
-    """The requests of one stage: the time at which each was due, by time.perf_counter(), which is
-    the same for all processes; the seconds until its response, its status, the number of tries.
+    """The N requests of a stage of `duration_s` seconds, as arrays (N,).
 
-    Status 0: the connection was closed before any byte of a response; -1: closed within it, or
-    TIMEOUT_S. After status 0 a request is sent once more, as HTTP allows.
+    `due`: when the request should be sent, by time.perf_counter(), which is the same for all
+    processes. `seconds`: from then to the response. `statuses`: of the response; 0 if the
+    connection was closed before any byte of a response, -1 if it was closed later, or after
+    TIMEOUT_S. `tries`: a request whose status would be 0 is sent once more, as HTTP allows.
     """
 
     due: np.ndarray
     seconds: np.ndarray
     statuses: np.ndarray
     tries: np.ndarray
-    length_s: float
+    duration_s: float
 
-    def between(self, start: float, end: float) -> "Results":
-        """Of the requests that were due from start to end."""
+    def select(self, start: float, end: float) -> "Results":
+        """Select the requests that were due from start to end."""
         rows = (start <= self.due) & (self.due < end)
-        columns = (self.due, self.seconds, self.statuses, self.tries)
-        return Results(*(column[rows] for column in columns), end - start)
+        return Results(
+            self.due[rows],
+            self.seconds[rows],
+            self.statuses[rows],
+            self.tries[rows],
+            end - start,
+        )
 
     def latencies(self, status: int = 200) -> np.ndarray:
-        """Seconds."""
+        """The seconds of the requests with this status."""
         return self.seconds[self.statuses == status]
 
     def count(self, status: int = 200) -> int:
+        """Count the requests with this status."""
         return int((self.statuses == status).sum())
 
     @property
     def rate(self) -> float:
-        """Responses with status 200 a second."""
-        return self.count() / self.length_s
+        """Responses with status 200 per second."""
+        return self.count() / self.duration_s
 
-    def ms(self, percent: float) -> float:
-        """A percentile of the latencies with status 200."""
+    def percentile_ms(self, percent: float) -> float:
+        """A percentile of the latencies with status 200; nan if there are none."""
         latencies = self.latencies()
         return float(np.percentile(latencies, percent)) * 1000 if len(latencies) else float("nan")
 
@@ -75,12 +85,12 @@ class Connection:
         self._waiting = False  # for a response
 
     def send(self, request: bytes, due: float) -> Row | None:
-        """Returns a row only if the request cannot be sent."""
+        """Send the request; returns a row only if it cannot be sent."""
         self._request, self.due, self._tries = request, due, 0
         return self._send()
 
     def read(self) -> Row | None:
-        """Returns a row at the end of a response, or if no response will come."""
+        """Read what has arrived; returns a row if the response is complete or cannot come."""
         assert self._socket is not None
         try:
             data = self._socket.recv(65_536)
@@ -90,7 +100,7 @@ class Connection:
             return self._handle_close()
         self._received += data
         head, end, body = self._received.partition(b"\r\n\r\n")
-        match = HEAD.match(head + end) if end else None
+        match = RESPONSE_HEAD.match(head + end) if end else None
         if match is None or len(body) < int(match[2]):
             return None
         if b"connection: close" in head.lower():
@@ -98,6 +108,7 @@ class Connection:
         return self._row(int(match[1]))
 
     def time_out(self) -> Row:
+        """Give up waiting for the response."""
         self.close()
         return self._row(-1)
 
@@ -142,12 +153,12 @@ class Clients:
 
     def __init__(self, port: int) -> None:
         self._port, self._selector = port, selectors.DefaultSelector()
-        self._waiting: dict[Connection, None] = {}  # the first to send is first
-        self._free: list[Connection] = []
+        self._waiting: dict[Connection, None] = {}  # in the order of their requests
+        self._free: list[Connection] = []  # has its response; not yet returned by wait()
         self.rows: list[Row] = []
 
     def __len__(self) -> int:
-        """Connections that wait for a response, or that wait() has not returned yet."""
+        """The number of connections that wait for a response, or that wait() has yet to return."""
         return len(self._waiting) + len(self._free)
 
     def open(self) -> Connection:
@@ -158,12 +169,13 @@ class Clients:
         self._record(connection, connection.send(request, due))
 
     def wait(self, seconds: float) -> list[Connection]:
-        """Wait for a response, at most so many seconds; returns the connections that are free."""
+        """Wait at most these seconds for a response; returns the connections that are free."""
         for key, _ in self._selector.select(0 if self._free else min(seconds, TIMEOUT_S / 10)):
-            self._record(key.data, key.data.read())
-        oldest = time.perf_counter() - TIMEOUT_S
-        while self._waiting and (first := next(iter(self._waiting))).due < oldest:
-            self._record(first, first.time_out())
+            connection = key.data
+            self._record(connection, connection.read())
+        oldest_due = time.perf_counter() - TIMEOUT_S
+        while self._waiting and (oldest := next(iter(self._waiting))).due < oldest_due:
+            self._record(oldest, oldest.time_out())
         free, self._free = self._free, []
         return free
 
@@ -174,45 +186,46 @@ class Clients:
             self._free.append(connection)
 
 
-def closed_loop(
+def run_closed_loop(
     port: int, requests: Sequence[bytes], connections: int, seconds: float
 ) -> list[Row]:
-    """Each connection sends its next request after each response.
+    """Let each connection send its next request when it has the response to the last one.
 
-    Connections are opened one after the other, before the measurement: of several at once, one
-    worker may accept all.
+    The connections are opened one after the other, before the measurement: if they were opened at
+    once, one worker could accept all of them.
     """
-    clients, opened = Clients(port), []
+    clients, idle = Clients(port), []
     for _ in range(connections):
         clients.send(clients.open(), requests[0], time.perf_counter())
         while clients:
-            opened += clients.wait(TIMEOUT_S)
+            idle += clients.wait(TIMEOUT_S)
     clients.rows.clear()
-    end, messages = time.perf_counter() + seconds, itertools.cycle(requests)
-    for connection in opened:
-        clients.send(connection, next(messages), time.perf_counter())
+    end, queue = time.perf_counter() + seconds, itertools.cycle(requests)
+    for connection in idle:
+        clients.send(connection, next(queue), time.perf_counter())
     while clients:
         for connection in clients.wait(TIMEOUT_S):
             if (now := time.perf_counter()) < end:
-                clients.send(connection, next(messages), now)
+                clients.send(connection, next(queue), now)
     return clients.rows
 
 
-def open_loop(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> list[Row]:
-    """Requests arrive at random at this rate, whether or not earlier ones have a response.
+def run_open_loop(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> list[Row]:
+    """Send requests at random times, at a mean rate per second that ignores the responses.
 
-    Ends at SIGTERM, or after so many seconds.
+    Ends at SIGTERM, or after `seconds`. Beyond MAX_CONNECTIONS a request is not sent; its status is
+    -1.
     """
-    stopped: list[int] = []
+    stopped: list[int] = []  # the number of the signal
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     clients, idle = Clients(port), []
-    rng, messages, due = random.Random(0), itertools.cycle(requests), time.perf_counter()
+    rng, queue, due = random.Random(0), itertools.cycle(requests), time.perf_counter()
     end = due + seconds
     while (running := due < end and not stopped) or clients:
         idle += clients.wait(due - time.perf_counter() if running else TIMEOUT_S)
         while due <= time.perf_counter() and due < end and not stopped:
             if idle or len(clients) < MAX_CONNECTIONS:
-                clients.send(idle.pop() if idle else clients.open(), next(messages), due)
+                clients.send(idle.pop() if idle else clients.open(), next(queue), due)
             else:
                 clients.rows.append((due, 0.0, -1, 1))
             due += rng.expovariate(rate)
@@ -220,20 +233,23 @@ def open_loop(port: int, requests: Sequence[bytes], rate: float, seconds: float)
 
 
 def request(path: str, picture: bytes, content_type: str = "image/png") -> bytes:
-    """A POST with the picture as its body."""
+    """Make a POST with the picture as its body."""
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
     return head.encode() + f"Content-Length: {len(picture)}\r\n\r\n".encode() + picture
 
 
 def form(path: str, picture: bytes, field: str = "file") -> bytes:
-    """A POST with the picture in a multipart form, as browsers and curl send it."""
+    """Make a POST with the picture in a multipart form, as browsers and curl send it."""
     disposition = f'Content-Disposition: form-data; name="{field}"; filename="x.png"'
     start = f"--XX\r\n{disposition}\r\nContent-Type: image/png\r\n\r\n".encode()
     return request(path, start + picture + b"\r\n--XX--\r\n", "multipart/form-data; boundary=XX")
 
 
 class Load:
-    """A stage that runs in another process; results() waits for its end."""
+    """A stage of load in another process: a closed loop of `connections`, or an open one at `rate`.
+
+    `requests` is a folder with a file for each request.
+    """
 
     def __init__(
         self,
@@ -249,14 +265,15 @@ class Load:
         self._process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE)
 
     def stop(self) -> None:
-        """End an open loop; responses to its requests are still awaited."""
+        """Let an open loop send no more requests; it still waits for responses."""
         self._process.terminate()
 
-    def results(self) -> Results:
+    def wait(self) -> Results:
+        """Wait for the end of the stage; returns its results."""
         output = self._process.communicate()[0]
-        length_s, rows = json.loads(output)
-        columns = [np.array(column) for column in zip(*rows, strict=True)]
-        return Results(*columns, length_s)
+        duration_s, rows = json.loads(output)
+        due, seconds, statuses, tries = (np.array(column) for column in zip(*rows, strict=True))
+        return Results(due, seconds, statuses, tries, duration_s)
 
 
 @click.command()
@@ -266,15 +283,18 @@ class Load:
 @click.option("--connections", type=int, default=1)
 @click.option("--rate", type=float)
 def main(port: int, requests: Path, seconds: float, connections: int, rate: float | None) -> None:
-    """Send the requests in the folder REQUESTS, one a file, to PORT, for SECONDS."""
+    """Send the requests in the folder REQUESTS, one a file, to PORT, for SECONDS.
+
+    With --rate it is an open loop at this number of requests per second, otherwise a closed loop.
+    """
     if hasattr(os, "sched_setaffinity"):  # the last core; the server may use it, too
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    messages = [path.read_bytes() for path in sorted(requests.iterdir())]
+    contents = [path.read_bytes() for path in sorted(requests.iterdir())]
     start = time.perf_counter()
     if rate:
-        rows = open_loop(port, messages, rate, seconds)
+        rows = run_open_loop(port, contents, rate, seconds)
     else:
-        rows = closed_loop(port, messages, connections, seconds)
+        rows = run_closed_loop(port, contents, connections, seconds)
     json.dump([time.perf_counter() - start, rows], sys.stdout)
 
 

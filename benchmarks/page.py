@@ -22,7 +22,7 @@ from PIL import Image
 from skimage.morphology import skeletonize
 
 from benchmarks import load, servers
-from benchmarks.serving import pictures
+from benchmarks.serving import make_pictures
 from mnist import data, registry
 
 SCALE = 8  # of the image before it is thinned, which makes the skeleton smooth
@@ -143,9 +143,9 @@ def main(folder: Path, data_dir: Path | None, digits: int, seed: int) -> None:
 
     dataset, rng = data.load("mnist", data_dir), random.Random(seed)
     indices = rng.sample(range(len(dataset.validation)), digits)
-    first = load.form("/predict", pictures(dataset)[0])
+    request = load.form("/predict", make_pictures(dataset)[0])
     wrong, latencies_ms = [], []
-    with servers.server(folder, first) as server, sync_playwright() as playwright:
+    with servers.server(folder, request) as server, sync_playwright() as playwright:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         page = browser.new_page(viewport={"width": 1280, "height": 900})

@@ -1,4 +1,4 @@
-"""Servers in other processes: this one and its peers; their start and memory."""
+"""Starts servers in other processes, this one and its peers; measures their start and memory."""
 
 import http.client
 import json
@@ -28,21 +28,26 @@ class Server:
 
     def memory_mb(self) -> list[float]:
         """Resident memory of each process, the parent first."""
-        return [_resident_mb(pid) for pid in process_tree(self.process.pid)]
+        return [_resident_mb(pid) for pid in list_processes(self.process.pid)]
 
 
 @contextmanager
 def server(
-    folder: Path | None, first: bytes, command: Sequence[str] = OURS, port: int = 0, **settings: str
+    folder: Path | None,
+    request: bytes,
+    command: Sequence[str] = OURS,
+    port: int = 0,
+    **settings: str,
 ) -> Iterator[Server]:
-    """Start a server for the models in `folder`; yields once it answers `first` with 200.
+    """Start a server for the models in `folder`; yields when it answers `request` with status 200.
 
-    Without a folder it uses its default registry. The command is python COMMAND --port PORT, by
-    default a free port, with the settings in its environment.
+    Without a folder, the server uses its default registry. The command is python COMMAND --port
+    PORT, with the settings in its environment. Port 0 stands for a free one. Raises RuntimeError
+    if the server ends or does not answer within START_TIMEOUT_S.
     """
-    with socket.create_server(("127.0.0.1", port)) as free:
-        port = free.getsockname()[1]
-    # The bytecode is kept, so that a second start does not compile.
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        port = listener.getsockname()[1]
+    # With bytecode files, a second start does not compile.
     variables = {"PYTHONDONTWRITEBYTECODE": ""}
     if folder is not None:
         variables["MODELS"] = str(folder.resolve())
@@ -52,13 +57,13 @@ def server(
         [sys.executable, *command, "--port", str(port)], env=environment, stderr=subprocess.DEVNULL
     )
     try:
-        while not answers(port, first):
+        while not answers(port, request):
             if process.poll() is not None or time.perf_counter() - start > START_TIMEOUT_S:
                 raise RuntimeError(f"python {' '.join(command)} has ended, or gives no answer")
             time.sleep(0.005)
         yield Server(process, port, time.perf_counter() - start)
     finally:
-        pids = process_tree(process.pid)
+        pids = list_processes(process.pid)
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
@@ -66,6 +71,11 @@ def server(
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def make_command(workers: int) -> Sequence[str]:
+    """Make the command of this server with a number of uvicorn workers."""
+    return OURS if workers == 1 else (*OURS, "--workers", str(workers))
 
 
 def answers(port: int, request: bytes) -> bool:
@@ -77,7 +87,7 @@ def answers(port: int, request: bytes) -> bool:
 
 
 def fetch(port: int, request: bytes) -> dict[str, Any]:
-    """The JSON of the response to the request, head and body; empty unless its status is 200."""
+    """Send a request, head and body; returns the JSON of a response with status 200, else {}."""
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall(request)
         response = http.client.HTTPResponse(connection)
@@ -85,13 +95,13 @@ def fetch(port: int, request: bytes) -> dict[str, Any]:
         return json.load(response) if response.status == 200 else {}
 
 
-def process_tree(pid: int) -> list[int]:
-    """The ids of a process and of all its descendants."""
+def list_processes(pid: int) -> list[int]:
+    """List the ids of a process and of all its descendants."""
     pids = [pid]
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
-                pids += process_tree(int(child))
+                pids += list_processes(int(child))
     except OSError:
         return pids
     return pids

@@ -1,9 +1,10 @@
-"""This server, a usual FastAPI + torch server and LitServe, with the same model and pictures.
+"""This server beside a usual FastAPI + torch server and LitServe, with the same model and pictures.
 
-python -m benchmarks.serving                    # the current model of saved_models; some minutes
+python -m benchmarks.serving                    # the current model of saved_models; four minutes
 
-For each: p50, p99 and requests a second with 1, 16 and 64 clients, the time from its start to the
-first response with status 200, and its memory. The clients run in one process on the last core.
+Compares, for each server: p50, p99 and requests per second with 1, 16 and 64 clients, the time from
+its start to the first response with status 200, right answers, and memory. `benchmarks.peers` has
+the other servers. The clients run in one process on the last core.
 """
 
 import io
@@ -24,16 +25,15 @@ CLIENTS = (1, 16, 64)
 SIDE, PICTURES = 280, 40
 
 
-def pictures(dataset: data.Dataset) -> list[bytes]:
-    """Validation images as PNG of 280x280, dark on light, at random places and sizes."""
+def make_pictures(dataset: data.Dataset) -> list[bytes]:
+    """Make PNG files of 280x280, with validation images at random places and sizes."""
     rng, files = np.random.default_rng(0), []
     for image in dataset.validation.images[:PICTURES, 0].numpy():
         side = int(rng.integers(140, 260))
+        digit = Image.fromarray(255 - image).resize((side, side), Image.Resampling.BICUBIC)
         page = Image.new("L", (SIDE, SIDE), 255)
         x, y = rng.integers(0, SIDE - side + 1, 2).tolist()
-        page.paste(
-            Image.fromarray(255 - image).resize((side, side), Image.Resampling.BICUBIC), (x, y)
-        )
+        page.paste(digit, (x, y))
         stream = io.BytesIO()
         page.save(stream, "PNG")
         files.append(stream.getvalue())
@@ -41,11 +41,46 @@ def pictures(dataset: data.Dataset) -> list[bytes]:
 
 
 def write_requests(folder: Path, requests: Sequence[bytes]) -> Path:
-    """Write the requests to files of a new folder, for load.Load."""
+    """Write each request to a file of a new folder, for load.Load; returns the folder."""
     folder.mkdir()
     for i, request in enumerate(requests):
         (folder / f"{i:03}").write_bytes(request)
     return folder
+
+
+def measure(
+    folder: Path,
+    files: Path,
+    labelled_requests: Sequence[tuple[bytes, str]],
+    command: Sequence[str],
+    seconds: float,
+) -> dict[str, float]:
+    """Start a server and measure it; returns its figures by name.
+
+    `labelled_requests` are requests with the right predictions, `files` the folder of requests.
+    """
+    figures: dict[str, float] = {}
+    with servers.server(folder, labelled_requests[0][0], command) as server:
+        figures["first answer s"] = server.ready_s
+        figures["right answers"] = sum(
+            servers.fetch(server.port, request)["prediction"] == label
+            for request, label in labelled_requests
+        )
+        load.Load(server.port, files, 2.0, connections=4).wait()  # warm-up
+        for clients in CLIENTS:
+            results = load.Load(server.port, files, seconds, connections=clients).wait()
+            assert results.count() == len(results.statuses), results.statuses
+            figures[f"{clients} clients: p50 ms"] = results.percentile_ms(50)
+            figures[f"{clients} clients: p99 ms"] = results.percentile_ms(99)
+            figures[f"{clients} clients: a second"] = results.rate
+        memory_mb = server.memory_mb()
+        figures["memory MB"] = sum(memory_mb)
+        figures["largest process MB"] = max(memory_mb)
+    return figures
+
+
+def format_cell(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
 @click.command()
@@ -55,61 +90,28 @@ def write_requests(folder: Path, requests: Sequence[bytes]) -> Path:
 @click.option("--rounds", default=3, show_default=True, help="Through all servers.")
 @click.option("--workers", default=1, show_default=True, help="uvicorn workers of this server.")
 def main(folder: Path, data_dir: Path | None, seconds: float, rounds: int, workers: int) -> None:
-    """Compare and print a table of medians."""
+    """Print medians of each figure; the columns are this server, the usual one and LitServe."""
     name, record = registry.record(folder)
     dataset = data.load("mnist", data_dir)
     labels = [dataset.classes[i] for i in dataset.validation.labels[:PICTURES].tolist()]
-    requests = [load.form("/predict", picture) for picture in pictures(dataset)]
-    labelled = list(zip(requests, labels, strict=True))
-    peers = ("-m", "benchmarks.peers")
-    ours = servers.OURS if workers == 1 else (*servers.OURS, "--workers", str(workers))
-    commands = {"ours": ours, "usual": (*peers, "usual"), "litserve": (*peers, "litserve")}
-    figures: dict[tuple[str, str], list[float]] = {}
+    requests = [load.form("/predict", picture) for picture in make_pictures(dataset)]
+    labelled_requests = list(zip(requests, labels, strict=True))
+    commands = (
+        servers.make_command(workers),
+        ("-m", "benchmarks.peers", "usual"),
+        ("-m", "benchmarks.peers", "litserve"),
+    )
+    measured: list[list[dict[str, float]]] = [[] for _ in commands]
     with tempfile.TemporaryDirectory() as temporary:
         files = write_requests(Path(temporary) / "requests", requests)
         for _ in range(rounds):
-            for kind, command in commands.items():
-                for key, value in measure(folder, files, labelled, command, seconds).items():
-                    figures.setdefault((kind, key), []).append(value)
+            for command, own in zip(commands, measured, strict=True):
+                own.append(measure(folder, files, labelled_requests, command, seconds))
     click.echo(f"{name}: {record['model']['name']}; {os.cpu_count()} cores, {workers} worker(s)")
     click.echo(f"median of {rounds} rounds, {seconds} s each (least to most)")
-    keys = list(dict.fromkeys(key for _, key in figures))
-    for key in keys:
-        cells = [figures[kind, key] for kind in commands]
-        click.echo(f"{key:24}" + "".join(f"{cell(values):>28}" for values in cells))
-
-
-def cell(values: list[float]) -> str:
-    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
-
-
-def measure(
-    folder: Path,
-    files: Path,
-    labelled: list[tuple[bytes, str]],
-    command: Sequence[str],
-    seconds: float,
-) -> dict[str, float]:
-    """The figures of one server; `labelled` has requests and their digits, `files` requests."""
-    figures: dict[str, float] = {}
-    with servers.server(folder, labelled[0][0], command) as server:
-        figures["first answer s"] = server.ready_s
-        right = sum(
-            servers.fetch(server.port, request)["prediction"] == label
-            for request, label in labelled
-        )
-        figures["right answers"] = right
-        load.Load(server.port, files, 2.0, connections=4).results()  # warm-up
-        for clients in CLIENTS:
-            stage = load.Load(server.port, files, seconds, connections=clients).results()
-            assert stage.count() == len(stage.statuses), stage.statuses
-            figures[f"{clients} clients: p50 ms"] = stage.ms(50)
-            figures[f"{clients} clients: p99 ms"] = stage.ms(99)
-            figures[f"{clients} clients: a second"] = stage.rate
-        memory = server.memory_mb()
-        figures["memory MB"] = sum(memory)
-        figures["largest process MB"] = max(memory)
-    return figures
+    for key in measured[0][0]:
+        cells = (format_cell([figures[key] for figures in own]) for own in measured)
+        click.echo(f"{key:24}" + "".join(f"{cell:>28}" for cell in cells))
 
 
 if __name__ == "__main__":

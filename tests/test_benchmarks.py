@@ -117,7 +117,7 @@ def test_the_load_distinguishes_a_connection_closed_before_a_response_from_one_w
 def test_a_request_of_the_load_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        rows = load.closed_loop(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 1, 0.05)
+        rows = load.run_closed_loop(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 1, 0.05)
     assert [row[2:] for row in rows] == [(-1, 1)]
 
 
@@ -136,7 +136,7 @@ def test_an_open_loop_sleeps_while_it_waits_for_the_last_responses(
         with socket.create_server(("127.0.0.1", 0)) as silent:
             start, worked = time.perf_counter(), time.process_time()
             threading.Thread(target=stop_once_connected, args=(silent,)).start()
-            rows = load.open_loop(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 20, 60)
+            rows = load.run_open_loop(silent.getsockname()[1], [b"GET / HTTP/1.1\r\n\r\n"], 20, 60)
     finally:
         ended.set()
         signal.signal(signal.SIGTERM, handler)
