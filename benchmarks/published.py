@@ -1,11 +1,11 @@
-"""The time of a study as it is usually published, beside that of the default command.
+"""The time of a study as it is usually published, compared with that of the default command.
 
-python -m benchmarks.published --ours 450          # seconds that `python run.py` took here
+python -m benchmarks.published --ours 450     # seconds that `python run.py` took here; two minutes
 
-The usual procedure trains the network's own layers on all 60,000 images for a number of epochs in
-each of a number of trials, with torch.optim.Adam as it comes. Its steps are measured, a few hundred
-of them; its total is computed from them, not run. How many trials and epochs it has is an
-assumption, as TASK.md does not say: see the options.
+In each trial the usual procedure trains the network's own layers on all 60,000 images for some
+epochs, with torch.optim.Adam and its defaults. Only a few hundred steps are run and measured; the
+total is computed from the median step. The numbers of trials and epochs are assumptions, as TASK.md
+does not say them: see the options.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.training import STEPS, usual_loop
+from benchmarks.training import STEPS, measure_usual_loop
 from mnist import data, memory
 from mnist.search import workers
 
@@ -32,10 +32,10 @@ def main(
 ) -> None:
     """Measure steps of the usual procedure, and compute its total."""
     torch.set_num_threads(workers.training_threads())
-    memory.keep_freed_memory()  # which helps it
+    memory.keep_freed_memory()  # which helps the usual procedure, too
     dataset = data.load("mnist", data_dir)
-    speeds = sorted(usual_loop("parallel", dataset, batch_size) for _ in range(rounds))
-    speed = speeds[rounds // 2]
+    speeds = sorted(measure_usual_loop("parallel", dataset, batch_size) for _ in range(rounds))
+    speed = speeds[rounds // 2]  # images per second
     epoch_s = IMAGES / speed
     total_s = trials * epochs * epoch_s
     click.echo(
