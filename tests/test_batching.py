@@ -46,7 +46,7 @@ class Sums:
 
 
 def run(scenario: Any, **settings: Any) -> Any:
-    """The result of scenario(queue, model) with these settings."""
+    """Run scenario(queue, model) with these settings; returns its result."""
 
     async def start_and_stop() -> Any:
         values, metrics = Settings(**settings), Metrics()
@@ -75,7 +75,7 @@ def admit(queue: Batcher) -> None:
     queue._admission.admit(queue)
 
 
-async def results_of(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+async def gather_results(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
@@ -83,7 +83,7 @@ def test_each_picture_gets_its_own_answer_and_waiting_pictures_share_a_batch() -
     async def scenario(queue: Batcher, model: Sums) -> list[int]:
         model.gate.clear()
         pictures = [bytes([i, 1]) for i in range(30)]
-        answers = [asyncio.create_task(queue.classify(each, model)) for each in pictures]
+        answers = [asyncio.create_task(queue.classify(picture, model)) for picture in pictures]
         await asyncio.sleep(0)
         model.gate.set()
         results = await asyncio.gather(*answers)
@@ -99,7 +99,8 @@ def test_each_picture_gets_its_own_answer_and_waiting_pictures_share_a_batch() -
 
 def test_a_bad_picture_fails_no_other_picture() -> None:
     async def scenario(queue: Batcher, model: Sums) -> list[Any]:
-        return await results_of(*(queue.classify(each, model) for each in (b"bad", b"\1", b"bad")))
+        pictures = (b"bad", b"\1", b"bad")
+        return await gather_results(*(queue.classify(picture, model) for picture in pictures))
 
     first, second, third = run(scenario)
     assert (str(first), str(third)) == ("bad", "bad")
@@ -110,7 +111,7 @@ def test_an_error_of_a_model_reaches_all_its_pictures_and_the_next_is_answered()
     async def scenario(queue: Batcher, model: Sums) -> list[Any]:
         broken = Sums()
         broken.classify = lambda _: [][1]  # type: ignore[method-assign]
-        return await results_of(queue.classify(b"\1", broken), queue.classify(b"\2", model))
+        return await gather_results(queue.classify(b"\1", broken), queue.classify(b"\2", model))
 
     failed, answered = run(scenario)
     assert isinstance(failed, IndexError)

@@ -12,8 +12,8 @@ from mnist.report import compare
 from tests.test_registry import entry
 
 
-def predictions(wrong: range, n: int = 100) -> bytes:
-    """Two classes; the images in `wrong` are read wrong."""
+def make_predictions(wrong: range, n: int = 100) -> bytes:
+    """Make the predictions of two classes; the images in `wrong` are read wrong."""
     labels = np.zeros(n, np.int64)
     is_wrong = np.isin(np.arange(n), wrong)
     stream = io.BytesIO()
@@ -23,7 +23,7 @@ def predictions(wrong: range, n: int = 100) -> bytes:
 
 
 def save(folder: Path, wrong: range) -> str:
-    files = {"weights": (".pth", b"weights"), "predictions": (".test.npz", predictions(wrong))}
+    files = {"weights": (".pth", b"weights"), "predictions": (".test.npz", make_predictions(wrong))}
     return registry.save(folder, files, entry(), "always")
 
 
@@ -43,8 +43,8 @@ def test_the_chance_is_that_of_throwing_a_coin_for_each_image_that_one_alone_got
     assert compare.mcnemar_p(tmp_path, *names) == pytest.approx(p)
 
 
-def worse_copy(folder: Path, more: int) -> str:
-    """The current model once more, with so many more test errors; not current."""
+def save_worse_copy(folder: Path, more: int) -> str:
+    """Save the current model once more, with `more` test errors added, not as the current one."""
     name, record = registry.record(folder)
     files = {
         kind: (part["file"].removeprefix(name), (folder / part["file"]).read_bytes())
@@ -71,7 +71,7 @@ def test_a_row_says_what_the_record_says_and_how_it_stands_to_the_best(
 ) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
     best, record = registry.record(folder)
-    worse = worse_copy(folder, more)
+    worse = save_worse_copy(folder, more)
     rows = compare.compare_models(folder, [worse, best])
     assert [row.name for row in rows] == [best, worse]
     assert [row.p for row in rows] == [None, pytest.approx(p)]
@@ -87,7 +87,7 @@ def test_a_row_says_what_the_record_says_and_how_it_stands_to_the_best(
 
 def test_several_comparisons_with_the_best_count_as_several(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
-    names = [registry.record(folder)[0], worse_copy(folder, 6), worse_copy(folder, 7)]
+    names = [registry.record(folder)[0], save_worse_copy(folder, 6), save_worse_copy(folder, 7)]
     assert [row.p for row in compare.compare_models(folder, names)] == [
         None,
         pytest.approx(2 * 2 / 2**6),

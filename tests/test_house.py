@@ -38,8 +38,8 @@ LAYERS = (  # a module may import its own package and the layers before it
 SERVED = {"mnist.images", "mnist.inference", "mnist.process", "mnist.registry"}
 
 
-def project_modules() -> dict[str, Path]:
-    """All modules of run.py, mnist/ and serve/ by their names."""
+def find_modules() -> dict[str, Path]:
+    """Find all modules of run.py, mnist/ and serve/ by their names."""
     paths = [ROOT / "run.py", *(ROOT / "mnist").rglob("*.py"), *(ROOT / "serve").rglob("*.py")]
     names = (path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in paths)
     modules = {
@@ -48,11 +48,11 @@ def project_modules() -> dict[str, Path]:
     return {name: path for name, path in modules.items() if name not in ("mnist", "serve")}
 
 
-MODULES = project_modules()
+MODULES = find_modules()
 
 
-def imports(path: Path) -> set[str]:
-    """The modules that a file imports; of other projects, what it names."""
+def find_imports(path: Path) -> set[str]:
+    """Find the modules that a file imports, including those of libraries."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def layer(module: str) -> int:
+def find_layer(module: str) -> int:
     """The index in LAYERS of a module's package, or of the module itself."""
     package = ".".join(module.split(".")[:2])
     return next(i for i, names in enumerate(LAYERS) if package in names)
@@ -72,14 +72,14 @@ def layer(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module: str) -> None:
     package = module.split(".")[:2]
-    for other in imports(MODULES[module]) & {*MODULES}:
-        assert other.split(".")[:2] == package or layer(other) < layer(module), other
+    for other in find_imports(MODULES[module]) & {*MODULES}:
+        assert other.split(".")[:2] == package or find_layer(other) < find_layer(module), other
         if module.startswith("serve.") and other.startswith("mnist."):
             assert other in SERVED, other
 
 
 def test_no_modules_import_each_other() -> None:
-    graph = {name: imports(path) & {*MODULES} - {name} for name, path in MODULES.items()}
+    graph = {name: find_imports(path) & {*MODULES} - {name} for name, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
@@ -95,7 +95,7 @@ def test_a_library_is_imported_in_its_place_only(library: str, places: tuple[str
     importers = {
         module
         for module, path in MODULES.items()
-        if library in {name.split(".")[0] for name in imports(path)}
+        if library in {name.split(".")[0] for name in find_imports(path)}
     }
     assert importers
     assert all(module.startswith(places) for module in importers)

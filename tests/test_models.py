@@ -101,9 +101,9 @@ def test_an_unknown_network_is_named() -> None:
 def test_the_gradient_of_the_flattened_features_keeps_their_memory_format() -> None:
     formats = []
     features = torch.randn(2, 3, 4, 4, requires_grad=True)
-    seen = features.to(memory_format=torch.channels_last, copy=True)
-    flat = models._flatten(seen)
-    seen.register_hook(
+    channels_last_copy = features.to(memory_format=torch.channels_last, copy=True)
+    flat = models._flatten(channels_last_copy)
+    channels_last_copy.register_hook(
         lambda gradient: formats.append(gradient.is_contiguous(memory_format=torch.channels_last))
     )
     (flat * torch.arange(48.0)).sum().backward()

@@ -9,16 +9,16 @@ from scipy.spatial.distance import cdist
 from mnist import ood
 
 
-def clouds(n: int = 600, d: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Features of three classes, stretched in some directions."""
-    random = np.random.default_rng(0)
-    labels = random.integers(0, 3, n)
-    spread = random.normal(size=(n, d)) * np.geomspace(1, 0.01, d)
-    return (random.normal(size=(3, d))[labels] + spread).astype(np.float32), labels
+def draw_clouds(n: int = 600, d: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Draw features of three classes, stretched in some directions."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, n)
+    spread = rng.normal(size=(n, d)) * np.geomspace(1, 0.01, d)
+    return (rng.normal(size=(3, d))[labels] + spread).astype(np.float32), labels
 
 
 def test_the_score_is_mahalanobis_s_distance_to_the_nearest_class() -> None:
-    features, labels = clouds()
+    features, labels = draw_clouds()
     score = ood.fit(features, labels)
     means = np.stack([features[labels == label].mean(0) for label in range(3)])
     covariance = np.cov(features - means[labels], rowvar=False, bias=True)
@@ -34,7 +34,7 @@ def test_the_score_is_mahalanobis_s_distance_to_the_nearest_class() -> None:
 
 
 def test_few_directions_leave_strange_features_far_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    features, labels = clouds()
+    features, labels = draw_clouds()
     far = features + np.eye(12, dtype=np.float32)[-1]  # where training images hardly differ
     monkeypatch.setattr(ood, "DIRECTIONS", 3)
     score = ood.fit(features, labels)
@@ -43,7 +43,7 @@ def test_few_directions_leave_strange_features_far_away(monkeypatch: pytest.Monk
 
 
 def test_a_score_is_read_back_from_its_file(tmp_path: Path) -> None:
-    features, labels = clouds()
+    features, labels = draw_clouds()
     score = ood.fit(features, labels)
     (tmp_path / "x.npz").write_bytes(score.to_bytes())
     assert np.array_equal(ood.load(tmp_path / "x.npz")(features), score(features))

@@ -39,7 +39,7 @@ def test_one_of_several_workers_checks_a_model_for_all(
         """What three workers get for a model with this result, and the number of checks."""
         use_fake_worker(monkeypatch, log, result)
 
-        async def by_three() -> list[Any]:
+        async def check_by_three() -> list[Any]:
             workers = [Preflight(tmp_path) for _ in range(3)]
             checks = (worker.check(tmp_path, name, 1, "auto") for worker in workers)
             results = await asyncio.gather(*checks, return_exceptions=True)
@@ -47,7 +47,7 @@ def test_one_of_several_workers_checks_a_model_for_all(
                 worker.stop()
             return results
 
-        return [str(each) for each in asyncio.run(by_three())], len(log.read_text())
+        return [str(outcome) for outcome in asyncio.run(check_by_three())], len(log.read_text())
 
     assert check(BAD, "bad") == (["no"] * 3, 1)
     assert check(GOOD, "new") == (["('onnx', {})"] * 3, 1)
@@ -92,9 +92,11 @@ def test_a_process_stays_for_a_while_for_the_next_check(
 def test_the_process_says_whether_it_imported_torch(saved: Path) -> None:
     name = registry.record(saved)[0]
     checks = [[str(saved), name, 1, engine] for engine in ("onnx", "torch", "onnx")]
-    lines = "".join(json.dumps(each) + "\n" for each in checks)
-    done = subprocess.run(preflight.COMMAND, input=lines, capture_output=True, text=True, cwd=ROOT)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line]
+    lines = "".join(json.dumps(check) + "\n" for check in checks)
+    process = subprocess.run(
+        preflight.COMMAND, input=lines, capture_output=True, text=True, cwd=ROOT
+    )
+    results = [json.loads(line) for line in process.stdout.splitlines() if line]
     assert [result["engine"] for result in results] == ["onnx", "torch", "onnx"]
     assert [result["torch"] for result in results] == [False, True, True]
 

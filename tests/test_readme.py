@@ -59,15 +59,15 @@ def test_the_lines_of_python_run(tmp_path: Path) -> None:
     picture = Image.new("L", (100, 100), 255)
     ImageDraw.Draw(picture).line([(30, 20), (70, 20), (45, 80)], fill=0, width=8)
     picture.save(tmp_path / "3.png")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error", "-c", quick],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "errors of 64" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "errors of 64" in process.stdout
 
 
 def test_its_answer_is_what_the_server_gives(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +77,11 @@ def test_its_answer_is_what_the_server_gives(saved: Path, monkeypatch: pytest.Mo
     ImageDraw.Draw(picture).line([(30, 20), (70, 20), (45, 80)], fill=0, width=8)
     picture.save(saved.parent / "7.png")
     with TestClient(app) as client, (saved.parent / "7.png").open("rb") as file:
-        given = client.post("/predict", files={"file": file}).json()
-    assert list(answer) == list(given)
-    assert list(answer["probabilities"]) == list(given["probabilities"])
+        server_answer = client.post("/predict", files={"file": file}).json()
+    assert list(answer) == list(server_answer)
+    assert list(answer["probabilities"]) == list(server_answer["probabilities"])
     assert (answer["filename"], answer["prediction"]) == ("7.png", "7")
     assert answer["top"][0] == [answer["prediction"], answer["probability"]]
-    assert {type(value) for value in answer.values()} == {type(value) for value in given.values()}
+    assert {type(value) for value in answer.values()} == {
+        type(value) for value in server_answer.values()
+    }

@@ -17,17 +17,17 @@ def test_calibration_error_is_that_of_a_computation_by_hand() -> None:
 
 @pytest.mark.parametrize("classes", [2, 10, 47])
 def test_calibration_error_equals_an_independent_one(classes: int) -> None:
-    chance = np.random.default_rng(classes)
-    probabilities = chance.dirichlet(np.full(classes, 0.2), 2_000)
-    labels = chance.integers(0, classes, 2_000)
+    rng = np.random.default_rng(classes)
+    probabilities = rng.dirichlet(np.full(classes, 0.2), 2_000)
+    labels = rng.integers(0, classes, 2_000)
     bins: dict[int, list[tuple[float, bool]]] = {}
     for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
-        sure = max(row)
-        edge = next(i for i in range(15) if sure < (i + 1) / 15 or i == 14)
-        bins.setdefault(edge, []).append((sure, row.index(sure) == label))
+        confidence = max(row)
+        edge = next(i for i in range(15) if confidence < (i + 1) / 15 or i == 14)
+        bins.setdefault(edge, []).append((confidence, row.index(confidence) == label))
     expected = sum(
-        abs(sum(right for _, right in each) - sum(sure for sure, _ in each)) / 2_000
-        for each in bins.values()
+        abs(sum(right for _, right in rows) - sum(confidence for confidence, _ in rows)) / 2_000
+        for rows in bins.values()
     )
     assert scores.calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-5)
     assert [n for n, *_ in scores.reliability_bins(probabilities, labels)] == [

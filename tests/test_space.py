@@ -16,8 +16,8 @@ from mnist.search import space
 
 def test_every_hyperparameter_is_a_parameter_of_fit() -> None:
     assert set(space.HYPERPARAMETERS) <= set(inspect.signature(training.fit).parameters)
-    for each in space.SPACES.values():
-        assert set(each) <= set(space.HYPERPARAMETERS)
+    for named_space in space.SPACES.values():
+        assert set(named_space) <= set(space.HYPERPARAMETERS)
 
 
 def test_an_entry_is_a_range_a_choice_or_a_value() -> None:
