@@ -69,3 +69,11 @@ def test_without_a_writable_cache_pictures_are_read_again(tmp_path: Path) -> Non
     for _ in range(2):
         cache.load_cached(tmp_path / "file" / "pictures.npz", [], None, make)
     assert make.calls == 2
+
+
+def test_a_path_is_shown_in_a_terminal_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    assert list(cache.track_progress([1, 2], "reading [/old] :x:")) == [1, 2]
+    assert "reading [/old] :x:" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mnist import decoding, depth, images as pictures, metadata
 
@@ -25,9 +25,12 @@ T = TypeVar("T")
 
 def track_progress(items: Sequence[T], label: str) -> Iterator[T]:
     """Yield the items; shows a bar on standard error, or lines without a terminal."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if console.is_terminal:
-        yield from track(items, label, console=console, transient=True)
+        text = TextColumn("{task.description}", markup=False)  # it may have a path with brackets
+        columns = (text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            yield from bar.track(items, description=label)
         return
     last_line = time.monotonic()
     for i, item in enumerate(items):

@@ -36,7 +36,7 @@ class Display:
     """
 
     def __init__(self, trials: int, plan: Plan, names: Iterable[str], start: float) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self.live = (
             Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         )
@@ -63,7 +63,7 @@ class Display:
 
     def print_line(self, text: str) -> None:
         """Print a line above the table."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def add_finished(self, state: TrialState, number: int, value: float | None) -> None:
         """Count a finished trial."""
@@ -169,7 +169,7 @@ def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
     `place`: see results.find_place().
     """
     folder = str(options.output)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     _print_study(console, outcome)
     for text in describe_confirmation(outcome):
         console.print(text)

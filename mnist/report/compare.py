@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from scipy.stats import binomtest
 
@@ -140,8 +139,8 @@ def print_table(rows: Sequence[Row], stderr: bool = False) -> None:
     """Print the rows as a table."""
     table = Table(*COLUMNS, box=None)
     for row in rows:
-        table.add_row(*map(escape, format_cells(row)))
-    console = Console(stderr=stderr, highlight=False)
+        table.add_row(*format_cells(row))
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH
     console.print(table)
