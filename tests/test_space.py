@@ -89,6 +89,12 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_file_may_begin_with_a_byte_order_mark_and_have_windows_lines(tmp_path: Path) -> None:
+    file = tmp_path / "space.toml"
+    file.write_bytes(b'\xef\xbb\xbflr = "0.01"\r\noptimizer = ["Adam"]\r\n')
+    assert set(space.read_space(str(file))) == {"lr", "optimizer"}
+
+
 def test_params_outside_a_space_are_left_out() -> None:
     narrow = space.read_space("default", ["lr=float:0.001:0.1", "batch_size=64"])
     first = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039, "momentum": 0.9}

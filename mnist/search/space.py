@@ -1,5 +1,6 @@
 """Search spaces: the hyperparameters, named spaces, files and single entries."""
 
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -106,8 +107,8 @@ def read_space(name: str, entries: Iterable[str] = (), dropout: bool = True) -> 
 
 def _read_file(name: str) -> Mapping[str, Any]:
     try:
-        with Path(name).open("rb") as stream:
-            return tomllib.load(stream)
+        content = Path(os.path.expanduser(name)).read_bytes()  # noqa: PTH111 - raises no error
+        return tomllib.loads(content.decode("utf-8-sig"))  # Windows begins files with a mark
     except FileNotFoundError as error:
         raise SpaceError(f"neither a space ({', '.join(SPACES)}) nor a file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
