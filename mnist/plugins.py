@@ -14,13 +14,13 @@ class PluginError(RuntimeError):
 def load(path: Path) -> None:
     """Run a plugin, which may add to `models.NETWORKS` and `data.DATASETS`. Raises PluginError."""
     spec = importlib.util.spec_from_file_location(f"plugin_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if spec is None or spec.loader is None or path.suffix != ".py":
         raise PluginError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a plugin may raise anything
+    except (Exception, SystemExit) as error:  # a plugin may raise anything
         line = error.__traceback__ and _find_line(error, path)
         position = f", line {line}" if line else ""
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -38,7 +38,12 @@ def digest(paths: Iterable[Path]) -> str:
     return f" of {hashlib.sha256(content).hexdigest()[:16]}" if content else ""
 
 
-def _find_line(error: Exception, path: Path) -> int | None:
+def read_source(path: Path) -> str:
+    """The text of a plugin, in the encoding that it declares."""
+    return importlib.util.decode_source(path.read_bytes())
+
+
+def _find_line(error: BaseException, path: Path) -> int | None:
     """The number of the last line of `path` in the traceback."""
     number, step = None, error.__traceback__
     while step is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import registry
+from mnist import plugins, registry
 from mnist.job.options import Options
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints
@@ -86,7 +86,7 @@ def describe_origin(options: Options) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()} | versions,
         "options": options.record(),
-        "imports": {path.name: path.read_text() for path in options.import_},
+        "imports": {path.name: plugins.read_source(path) for path in options.import_},
         "seed": options.seed,
         "commit": git_commit(),
     }
