@@ -1,8 +1,6 @@
 """Predictions in the shell, by a saved model. `python -m mnist.predict --help`"""
 
-import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from typing import Any, TextIO
 import click
 import numpy as np
 
-from mnist import images, inference, registry
+from mnist import images, inference, registry, shell
 from mnist.files import describe_left_out, list_tree
 from mnist.report import model_plots, plots
 
@@ -138,16 +136,16 @@ def plot_predictions(predictions: Sequence[Prediction], file: Path) -> None:
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=shell.UserPath(path_type=Path))
 @click.option(
     "--models",
-    type=click.Path(path_type=Path),
+    type=shell.UserPath(path_type=Path),
     envvar="MODELS",
     help="The registry. [default: saved_models, or a sample while it has no model]",
 )
 @click.option("--model", help="One of its models. [default: the current one]")
 @click.option("--show", is_flag=True, help="Each picture in the terminal, as it is read.")
-@click.option("--plot", "file", type=click.Path(path_type=Path), help="A PNG file of them all.")
+@click.option("--plot", "file", type=shell.UserPath(path_type=Path), help="A PNG file of them all.")
 @click.option("--json", "as_json", is_flag=True, help="The answers as JSON.")
 def main(
     files: tuple[Path, ...],
@@ -209,23 +207,24 @@ def print_error(message: str) -> None:
 
 def run_cli(arguments: list[str]) -> int:
     """Run the command; each expected error is one line on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):  # file names may have any bytes
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    shell.accept_any_text()  # file names may have any bytes
     try:
         return main.main(arguments, "python -m mnist.predict", standalone_mode=False)
     except click.ClickException as error:
         print_error(error.format_message())
     except registry.RegistryError as error:
         print_error(str(error))
-    except BrokenPipeError:  # e.g. after `| head`: nobody reads a message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        shell.discard_output()
         return 1
     except OSError as error:  # --plot
         print_error(f"{error.filename or 'output'}: {error.strerror}")
         return 1
     except (KeyboardInterrupt, click.Abort):
         return 130
+    except Exception as error:  # noqa: BLE001 - the last resort
+        print_error(shell.describe_crash(error))
+        return 1
     return 2
 
 

@@ -11,7 +11,7 @@ from serve.settings import Settings
 from tests.conftest import ROOT
 
 LAYERS = (  # a module may import its own package and the layers before it
-    {"mnist.metadata", "mnist.depth", "mnist.files"},
+    {"mnist.metadata", "mnist.depth", "mnist.files", "mnist.shell"},
     {"mnist.decoding"},
     {"mnist.ink", "mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
     | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.process", "mnist.scores"},

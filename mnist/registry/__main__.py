@@ -1,16 +1,17 @@
 """python -m mnist.registry: list, choose, verify and remove the saved models."""
 
+import sys
 from pathlib import Path
 
 import click
 
-from mnist import registry
+from mnist import registry, shell
 
 
 @click.group()
 @click.option(
     "--folder",
-    type=click.Path(path_type=Path),
+    type=shell.UserPath(path_type=Path),
     default="saved_models",
     envvar="MODELS",
     show_default=True,
@@ -71,11 +72,24 @@ def _remove(folder: Path, name: str) -> None:
     registry.remove(folder, name)
 
 
-if __name__ == "__main__":
+def run_cli(arguments: list[str]) -> int:
+    """Run the command; each error is one line on standard error and an exit code."""
+    shell.accept_any_text()
     try:
-        main(prog_name="python -m mnist.registry")
+        main.main(arguments, "python -m mnist.registry")
     except registry.RegistryError as error:
-        raise SystemExit(f"registry: {error}") from error
+        return print_error(str(error), 1)
     except OSError as error:
-        click.echo(f"registry: {error}", err=True)
-        raise SystemExit(2) from error
+        return print_error(str(error), 2)
+    except Exception as error:  # noqa: BLE001 - the last resort
+        return print_error(shell.describe_crash(error), 1)
+    return 0
+
+
+def print_error(message: str, code: int) -> int:
+    click.echo(f"registry: {message}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(sys.argv[1:]))

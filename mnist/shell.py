@@ -1,0 +1,48 @@
+"""What the commands of the shell share: paths with ~, output in any encoding, unexpected errors."""
+
+import io
+import os
+import re
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+import click
+
+# What may be a secret in the text of an error: before the @ of a URL, or behind a name.
+SECRETS = re.compile(r"(?<=://)[^\s'\"]+(?=@)|(?i:(?<=password=)|(?<=pwd=)|(?<=token=))[^\s&'\"]+")
+
+
+class UserPath(click.Path):
+    """A path, in which ~ is the home folder: a shell does not expand it in `--output=~/models`."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111
+
+
+def accept_any_text() -> None:
+    """Let a terminal or file that is not UTF-8 show letters that it lacks as \\xe9 and \\u2026."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def discard_output() -> None:
+    """Write nothing more, as nobody reads standard output, e.g. after `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe_crash(error: BaseException) -> str:
+    """One line about an error that no part of the program expects, which names a file with its
+    traceback; only the user can read that file."""
+    text = SECRETS.sub("***", "".join(traceback.format_exception(error)))
+    reason = SECRETS.sub("***", str(error).strip()).partition("\n")[0]
+    line = f"unexpected {type(error).__name__}" + (f": {reason}" if reason else "")
+    try:
+        file, name = tempfile.mkstemp(prefix="traceback-", suffix=".txt")
+        with os.fdopen(file, "wb") as stream:
+            stream.write(text.encode(errors="backslashreplace"))
+    except OSError:
+        return line
+    return f"{line}; the traceback is in {name}"
