@@ -21,7 +21,7 @@ import click
 import optuna
 import torch
 
-from mnist import data, memory, registry
+from mnist import data, memory, registry, shell
 from mnist.job import display, prepare, release, results
 from mnist.job.clock import Clock
 from mnist.job.display import Display, full_message, root_cause
@@ -29,7 +29,7 @@ from mnist.job.final import FinalTraining
 from mnist.job.options import Options, make_command
 from mnist.job.trials import run_trials
 from mnist.report import compare, page
-from mnist.search import loop, storage
+from mnist.search import checkpoints, loop, storage
 from mnist.search import study as studies
 from mnist.search.members import Member
 from mnist.search.runs import Setup
@@ -103,7 +103,7 @@ def main(option_sets: list[Options]) -> None:
             click.echo(f"\n{options.study_name} ({i + 1} of {len(option_sets)})", err=True)
         try:
             outcomes.append(run(options, clock))
-        except (loop.Unfinished, *INVALID_INPUT) as error:
+        except (loop.Unfinished, storage.StudyGone, *INVALID_INPUT) as error:
             if len(option_sets) == 1:
                 raise
             click.echo(f"{options.study_name}: {full_message(error)}", err=True)
@@ -129,14 +129,19 @@ def print_comparison(options: Options, outcomes: list[dict[str, Any]]) -> None:
 
 def combine_errors(failed: dict[str, Exception]) -> Exception:
     """The error of several studies: Unfinished if the same command can continue one of them."""
-    names = [name for name, error in failed.items() if isinstance(error, loop.Unfinished)]
-    if names:
-        return loop.Unfinished(f"not finished: {', '.join(names)}")
+    unfinished = {
+        name: error for name, error in failed.items() if not isinstance(error, INVALID_INPUT)
+    }
+    if any(map(describe_continuation, unfinished.values())):
+        return loop.Unfinished(f"not finished: {', '.join(unfinished)}")
+    if unfinished:
+        return loop.SearchFailed(f"not finished, for the reasons above: {', '.join(unfinished)}")
     return click.UsageError(f"refused, for the reasons above: {', '.join(failed)}")
 
 
 def run_cli(arguments: list[str]) -> int:
-    """Run the command; each expected error is one line on standard error and an exit code."""
+    """Run the command; each error is one line on standard error and an exit code."""
+    shell.accept_any_text()
     try:
         make_command(main).main(arguments, "run.py", standalone_mode=False)
         return 0
@@ -144,14 +149,28 @@ def run_cli(arguments: list[str]) -> int:
         return print_error(error.format_message(), 2)
     except INVALID_INPUT as error:
         return print_error(str(error), 2)
-    except loop.Unfinished as error:
-        return print_error(f"{error}; the same command goes on from here", 1)
-    except (OSError, *storage.STORAGE_ERRORS) as error:
-        return print_error(
-            f"{root_cause(error)}; what was finished is kept, the same command goes on from here", 1
-        )
+    except BrokenPipeError:
+        shell.discard_output()
+        return 1
+    except (loop.Unfinished, OSError, storage.StorageError) as error:
+        return print_error(f"{root_cause(error)}{describe_continuation(error)}", 1)
     except (KeyboardInterrupt, click.Abort):
         return print_error("interrupted; what was finished is kept, the same command goes on", 130)
+    except Exception as error:  # noqa: BLE001 - the last resort
+        return print_error(shell.describe_crash(error), 1)
+
+
+def describe_continuation(error: Exception) -> str:
+    """That the same command goes on, unless the study is gone or the error would come again."""
+    if isinstance(error, loop.SearchFailed):
+        return ""
+    if isinstance(error, loop.Unfinished):
+        return "; the same command goes on from here"
+    if isinstance(error, storage.StorageError) and not error.passing:
+        return ""
+    if isinstance(error, OSError) and not checkpoints.is_disk_full(error):
+        return ""
+    return "; what was finished is kept, the same command goes on from here"
 
 
 def print_error(message: str, code: int) -> int:

@@ -2,19 +2,21 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import optuna
 import pytest
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from mnist.search import budget, liveness, locks
@@ -22,6 +24,7 @@ from mnist.search import storage as storages
 from mnist.search import study as studies
 from mnist.search.claims import Claim, ClaimLost
 from mnist.search.members import Member
+from mnist.search.storage import StorageError, StudyGone
 from tests.conftest import ROOT, Clock
 from tests.gates import until
 
@@ -340,6 +343,96 @@ def test_a_lock_on_the_database_is_waited_for(one: Member, tmp_path: Path) -> No
     threading.Timer(1.0, other.rollback).start()
     assert one.trials.ask(5, seed=0) is not None
     other.close()
+
+
+@contextlib.contextmanager
+def opened(storage: str) -> Iterator[optuna.storages.RDBStorage]:
+    database = optuna.storages.RDBStorage(storage)
+    yield database
+    database.remove_session()
+    database.engine.dispose()
+
+
+def delete(storage: str) -> None:
+    with opened(storage) as database:
+        optuna.delete_study(study_name="study", storage=database)
+
+
+def delete_and_make_again(storage: str) -> None:
+    delete(storage)  # SQLite uses its number again
+    optuna.create_study(study_name="study", storage=storage, direction="maximize")
+
+
+def rename(storage: str) -> None:
+    with opened(storage) as database:
+        optuna.copy_study(
+            from_study_name="study",
+            to_study_name="other",
+            from_storage=database,
+            to_storage=database,
+        )
+    delete(storage)
+
+
+def remove_file(storage: str) -> None:
+    Path(storage.removeprefix("sqlite:///")).unlink()
+
+
+def empty_file(storage: str) -> None:
+    remove_file(storage)
+    Path(storage.removeprefix("sqlite:///")).touch()
+
+
+def remove_folder(storage: str) -> None:
+    shutil.rmtree(Path(storage.removeprefix("sqlite:///")).parent)
+
+
+def drop_tables(storage: str) -> None:
+    engine = create_engine(storage)
+    with engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("storage", "act"),
+    [
+        *(("sqlite", act) for act in (delete, delete_and_make_again, rename)),
+        *(("sqlite", act) for act in (remove_file, empty_file, remove_folder)),
+        *(("postgresql", act) for act in (delete, rename, drop_tables)),
+    ],
+    indirect=["storage"],
+)
+def test_a_study_that_is_gone_is_said_to_be_gone(
+    storage: str, act: Callable[[str], None], tmp_path: Path
+) -> None:
+    with Member(storage, "study", threads=1) as member:
+        claim = member.trials.ask(9, seed=0)
+        assert claim is not None
+        act(storage)
+        for action in (
+            lambda: member.trials.tell(claim, TrialState.COMPLETE, 0.5),
+            lambda: member.trials.ask(9, seed=0),
+            lambda: member.run_locked(lambda study: study.set_user_attr("key", "value")),
+            member.poll,
+        ):
+            with pytest.raises(StudyGone, match="study study is gone from"):
+                action()
+    assert tmp_path.exists() == (act is not remove_folder)
+
+
+@pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
+def test_a_failing_database_is_not_taken_for_a_removed_one(one: Member) -> None:
+    def divide(_: object) -> None:
+        with one.shared.engine.connect() as connection:
+            connection.execute(text("SELECT 1 / 0"))
+
+    with pytest.raises(StorageError, match="division by zero") as caught:
+        one.run_locked(divide)
+    assert not isinstance(caught.value, StudyGone)
+    assert not caught.value.passing
+    with pytest.raises(KeyError, match="a mistake"):
+        one.run_locked(lambda _: {}["a mistake"])
 
 
 def test_a_member_leaves_no_lock_behind(storage: str) -> None:

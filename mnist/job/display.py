@@ -17,8 +17,9 @@ from mnist.job.options import Options
 from mnist.report.text import describe_confirmation, format_value
 from mnist.search.budget import Plan, estimate_remaining_s, estimate_search_s, estimate_training_s
 from mnist.search.loop import Update
-from mnist.search.storage import without_password
+from mnist.search.storage import StorageError
 from mnist.search.study import FINISHED
+from mnist.search.urls import mask_secrets
 from mnist.training import Progress
 
 PLAIN_INTERVAL_S = 10.0
@@ -194,7 +195,7 @@ def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
         *activate,
         ("" if is_default else f"MODELS={shlex.quote(folder)} ") + "uvicorn serve.app:app",
         "curl -F file=@picture.png http://127.0.0.1:8000/predict",
-        f"optuna-dashboard {shlex.quote(without_password(options.storage))} "
+        f"optuna-dashboard {shlex.quote(mask_secrets(options.storage))} "
         f"--artifact-dir {shlex.quote(str(options.artifacts))}",
     ):
         console.print(f"  {command}")
@@ -246,6 +247,6 @@ def full_message(error: Exception) -> str:
 
 def root_cause(error: BaseException) -> str:
     """The first line of an error's root cause, such as "database or disk is full"."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while error.__cause__ is not None and not isinstance(error, StorageError):
+        error = error.__cause__  # a StorageError has the text of its cause, without secrets
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -55,7 +55,7 @@ class FinalTraining:
         """Train the final model with the winner's hyperparameters.
 
         If the training fails, the trial is excluded and the next best one is used. Raises
-        Unfinished where no trial is left, or after --timeout.
+        SearchFailed where no trial is left, Unfinished after --timeout.
         """
         while self.member.run_locked(lambda study: studies.best_trials(study, 1)):
             self.confirm()
@@ -74,7 +74,9 @@ class FinalTraining:
             if result.failure in (None, "died"):
                 raise loop.Unfinished(f"the final training failed: {result.reason or run.weights}")
             self._exclude(best.number, result)
-        raise loop.Unfinished("no complete trial is left to make the final model from")
+        raise loop.SearchFailed(
+            "no complete trial is left to make the final model from; a larger --trials adds some"
+        )
 
     def _announce(self, best: FrozenTrial, run: Run) -> None:
         means = self.member.run_locked(

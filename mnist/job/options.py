@@ -18,11 +18,14 @@ from mnist.job.parameters import (
     Folder,
     NetworkName,
     Size,
+    StorageURL,
+    check_study_name,
     load_plugins,
 )
 from mnist.search import space as spaces
 from mnist.search import study as studies
-from mnist.search.storage import without_password
+from mnist.search.urls import mask_secrets
+from mnist.shell import UserPath
 
 
 def option(default: Any, text: str, **settings: Any) -> Any:
@@ -76,7 +79,11 @@ class Options:
         type=click.IntRange(8, 256),
     )
     color: bool = option(False, "Read a folder's pictures in color, not grey.", is_flag=True)
-    storage: str = option("sqlite:///db.sqlite3", "Where the study is kept (Optuna's RDB storage).")
+    storage: str = option(
+        "sqlite:///db.sqlite3",
+        "Where the study is kept (Optuna's RDB storage).",
+        type=StorageURL(),
+    )
     study: str | None = option(None, "The study's name. [default: DATASET-MODEL]")
     workers: int | None = option(
         None, "Training processes. [default: 1 on a CPU, else one per GPU]", type=AT_LEAST_1
@@ -100,7 +107,7 @@ class Options:
         Path("data"),
         "Folder of the data files, in torchvision's layout.",
         envvar="MNIST_DATA_DIR",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=UserPath(path_type=Path, file_okay=False),
     )
     output: Path = option(
         Path("saved_models"), "The registry.", type=Folder(path_type=Path, file_okay=False)
@@ -124,7 +131,7 @@ class Options:
         multiple=True,
         is_eager=True,
         callback=load_plugins,
-        type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
+        type=UserPath(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
     )
     quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
     thorough: bool = option(
@@ -160,7 +167,7 @@ class Options:
             "data_dir": str(self.data_dir),
             "output": str(self.output),
             "artifacts": str(self.artifacts),
-            "storage": without_password(self.storage),
+            "storage": mask_secrets(self.storage),
             "import_": list(map(str, self.import_)),
         }
         return {key.rstrip("_"): value for key, value in values.items() if key != "json"}
@@ -181,6 +188,8 @@ def make_command(main: Callable[[list[Options]], None]) -> click.Command:
         if len(pairs) > 1 and values["study"]:
             raise click.UsageError(f"--study names one study; these options make {len(pairs)}")
         option_sets = [Options(dataset=d, model=m, **values) for d, m in pairs]
+        for options in option_sets:
+            check_study_name(options.study_name)
         for name, n in Counter(options.study_name for options in option_sets).items():
             if n > 1:
                 text = f"{n} of these would be the study {name}; run one at a time, with --study"

@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from mnist import data, models, plugins
+from mnist.search import urls
+from mnist.shell import UserPath
 
 ALL = "all"  # networks
 
@@ -63,7 +65,30 @@ class DatasetName(click.ParamType):
         return f"{prefix}{path.absolute()}"
 
 
-class Folder(click.Path):
+class StorageURL(click.ParamType):
+    """The URL of a database, as urls.normalise() returns it; a malformed one is a StudyError."""
+
+    name = "url"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        urls.check(value)
+        return urls.normalise(value)
+
+
+MAX_STUDY_NAME = 512  # letters; the length of Optuna's column
+
+
+def check_study_name(name: str) -> None:
+    """Raise click.UsageError for a name that the database or a line of output cannot hold."""
+    if len(name) > MAX_STUDY_NAME:
+        text = f"the study's name has {len(name)} letters, more than {MAX_STUDY_NAME}"
+        raise click.UsageError(f"{text}; --study gives it another one")
+    if not name.isprintable():
+        text = f"the study's name {name!a} has letters that cannot be printed"
+        raise click.UsageError(f"{text}; --study gives it another one")
+
+
+class Folder(UserPath):
     """A local or mounted folder, not a URL."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:

@@ -22,10 +22,10 @@ from mnist.job.results import describe_origin
 from mnist.search import budget, loop, runs
 from mnist.search import space as spaces
 from mnist.search import study as studies
-from mnist.search.checkpoints import Checkpoints
+from mnist.search.checkpoints import Checkpoints, is_disk_full
 from mnist.search.members import Member
 from mnist.search.runs import Recipe, Run
-from mnist.search.storage import sqlite_file
+from mnist.search.urls import sqlite_file
 from mnist.search.workers import Pool, training_threads
 
 BYTES_PER_WEIGHT = 16  # the weight, its gradient and Adam's two moments, in float32
@@ -75,12 +75,11 @@ def prepare(
         final_s = options.final_epochs * epoch / plan.images_per_s
         plan = replace(plan, final_s=final_s, total_s=0.0)
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
-    folder = options.artifacts / f"{member.study.study_name}-{member.study_id[:8]}"
     recipe = Recipe(
         options.model,
         options.seed,
         plan.trial_samples,
-        Checkpoints(folder),
+        Checkpoints.of_study(options.artifacts, member.name, member.study_id),
         options.plain,
         plan.bfloat16,
     )
@@ -139,6 +138,10 @@ def load_dataset(options: Options) -> data.Dataset:
         return make_loader(options)()
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise click.UsageError(f"the data set cannot be read: {error}") from error
 
 
 def validate_network(

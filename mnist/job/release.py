@@ -148,14 +148,14 @@ def evaluate(
     Returns `probabilities` (N, classes) float32, `served` those of the file that a server runs,
     `labels` (N,) int64, and of the worst MAX_MISTAKES mistakes the indices `mistakes` (M,) int64
     and `images` (M, channels, size, size) uint8. They are saved at `path` until the model is saved,
-    so that no process evaluates again after another one was killed in between. Raises OSError where
+    so that no process evaluates again after another one was killed in between. Raises NoRoom where
     the disk or the quota has no room for them.
     """
     evaluation = checkpoints.load(path)
     if evaluation is None:
         if checkpoints.free_bytes(path.parent, quota) < EVALUATION_BYTES:
             needed = f"{EVALUATION_BYTES // 10**6} MB free in {path.parent}"
-            raise OSError(f"the evaluation needs {needed}; it was not started")
+            raise checkpoints.NoRoom(f"the evaluation needs {needed}; it was not started")
         test = dataset.open_test()
         device = dataset.train.images.device
         probabilities = metrics.predict(
@@ -183,7 +183,7 @@ def test_metrics(evaluation: dict[str, torch.Tensor], dataset: Dataset) -> dict[
 
 def describe_study(member: Member, best: FrozenTrial) -> dict[str, Any]:
     return {
-        "name": member.study.study_name,
+        "name": member.name,
         "id": member.study_id,
         "trial": best.number,
         "trials": member.run_locked(studies.count_finished),

@@ -15,7 +15,7 @@ from mnist.job.options import Options
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints
 from mnist.search.members import Member
-from mnist.search.storage import STORAGE_ERRORS
+from mnist.search.storage import StorageError
 
 
 def select_winner(member: Member, options: Options) -> FrozenTrial | None:
@@ -65,7 +65,7 @@ def find_place(options: Options, name: str) -> str:
 def save_forecasts(member: Member, seconds: float, forecasts: list[tuple[float, float]]) -> None:
     """Store a command's forecasts and duration with the study, for benchmarks.forecasts."""
     timing = {"seconds": round(seconds, 1), "forecasts": forecasts}
-    with contextlib.suppress(*STORAGE_ERRORS):  # the model is already saved
+    with contextlib.suppress(StorageError):  # the model is already saved
         member.run_locked(lambda study: study.set_user_attr("time", timing))
 
 

@@ -34,7 +34,7 @@ def run_trials(
     if screen.done >= trials:
         return
     screen.print_line(
-        f"study {member.study.study_name}: {screen.done} of {trials} trials finished; a trial sees "
+        f"study {member.name}: {screen.done} of {trials} trials finished; a trial sees "
         f"at most {plan.trial_samples:,} images; expected: "
         f"{format_duration((trials - screen.done) * plan.trial_s)} for the search, "
         f"{format_duration(plan.after_search_s)} for the final model"

@@ -1,6 +1,7 @@
 """The files of a study's runs: their names, writing, reading, the quota, and their removal."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -16,6 +17,7 @@ import torch
 from filelock import FileLock
 
 STALE_AFTER_S = 600  # age at which a temporary file is abandoned; writing one takes seconds
+MAX_NAME = 60  # letters of a study's name in that of its folder: with UTF-8 at most 240 bytes
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +26,28 @@ class QuotaExceeded(Exception):
     """A file does not fit under --disk-quota."""
 
 
+class NoRoom(OSError):
+    """The disk or --disk-quota has no room for a file that the command needs."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error is a full disk's, so that the same action succeeds when there is room."""
+    return isinstance(error, NoRoom) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    )
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The files of one study, in `folder`; its parent has those of all studies."""
 
     folder: Path
+
+    @classmethod
+    def of_study(cls, artifacts: Path, name: str, study_id: str) -> "Checkpoints":
+        """Those of a study, in a folder of `artifacts` with a part of its name and its id."""
+        name = name.replace("/", "_")[:MAX_NAME]  # no path, and not too long for a file system
+        return cls(artifacts / f"{name}-{study_id[:8]}")
 
     def trial(self, number: int | str) -> Path:
         return self.folder / f"trial-{number}.pt"

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from optuna.trial import TrialState
 
 from mnist import training
+from mnist.search import checkpoints
 from mnist.search import study as studies
 from mnist.search.claims import Claim, ClaimLost
 from mnist.search.members import Member
@@ -27,6 +28,10 @@ class RunFailed(RuntimeError):
 
 class Unfinished(RuntimeError):
     """The command stopped before its budget was reached; finished trials are kept."""
+
+
+class SearchFailed(Unfinished):
+    """The command cannot finish; the same one would fail for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ def search(
 ) -> Generator[Update]:
     """Run trials until `trials` of the study are finished, by this or other members.
 
-    Yields an Update at least every WAIT_S seconds. Raises Unfinished after MAX_FAILURES_IN_A_ROW
-    failed trials, OSError where a worker cannot write. No trial of this member is left RUNNING,
+    Yields an Update at least every WAIT_S seconds. Raises SearchFailed after MAX_FAILURES_IN_A_ROW
+    failed trials, NoRoom where a worker cannot write. No trial of this member is left RUNNING,
     however the search ends.
     """
     running: dict[Worker, RunningTrial] = {}
@@ -94,8 +99,9 @@ def search(
                 yield update
                 failures = count_failures(failures, update)
                 if failures == MAX_FAILURES_IN_A_ROW:
-                    raise Unfinished(
-                        f"{MAX_FAILURES_IN_A_ROW} trials in a row failed, the last for {reason}"
+                    raise SearchFailed(
+                        f"{MAX_FAILURES_IN_A_ROW} trials in a row failed, the last for {reason}; "
+                        "another network, --space or --param may help"
                     )
             yield Update()
     finally:
@@ -129,7 +135,7 @@ def process_messages(
 def record_message(
     member: Member, worker: Worker, trial: RunningTrial, message: Report | RunResult
 ) -> Update:
-    """Record a worker's message. Raises ClaimLost, and OSError for a full disk."""
+    """Record a worker's message. Raises ClaimLost, and NoRoom for a full disk."""
     claim = trial.claim
     if isinstance(message, Report):
         progress = message.progress
@@ -146,7 +152,7 @@ def record_message(
         )
     elif message.failure == "disk":
         member.trials.requeue(claim)
-        raise OSError(message.reason)
+        raise checkpoints.NoRoom(message.reason)
     elif next_run := trial.run.retry(message):
         state = TrialState.WAITING
         keys = ("micro_batch", "deaths", "mark")
@@ -165,7 +171,7 @@ def execute_runs(
 ) -> Generator[tuple[K, Report | RunResult] | tuple[None, None]]:
     """Execute runs outside trials, with retries; the last message of each run is a RunResult.
 
-    Yields (None, None) at least every WAIT_S seconds. Raises OSError where a worker cannot write.
+    Yields (None, None) at least every WAIT_S seconds. Raises NoRoom where a worker cannot write.
     """
     queue, running = list(runs.items()), dict[Worker, tuple[K, Run]]()
     while queue or running:
@@ -181,7 +187,7 @@ def execute_runs(
                 continue
             del running[worker]
             if message.failure == "disk":
-                raise OSError(message.reason)
+                raise checkpoints.NoRoom(message.reason)
             if next_run := run.retry(message):
                 queue.append((key, next_run))
                 continue

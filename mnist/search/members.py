@@ -28,7 +28,7 @@ class Member:
         """`threads`: of one training process. Raises StudyError."""
         self.shared = SharedStudy(url, name)
         self.study = self.shared.study
-        self.study_id: str = self.study.user_attrs["id"]
+        self.name, self.study_id = self.shared.name, self.shared.id
         try:
             self.liveness = Liveness(self.shared.folder, self.shared.prefix)
         except OSError as error:
@@ -51,7 +51,7 @@ class Member:
         """Leave the study; trials that this member still runs are requeued."""
         self._stopping.set()
         self._heartbeat.join()
-        with contextlib.suppress(*storage.STORAGE_ERRORS), self.shared.lock():
+        with contextlib.suppress(storage.StorageError), self.shared.locked():
             entries = self.entries()
             entries.pop(self.id, None)
             self.study.set_user_attr("members", entries)
@@ -68,22 +68,25 @@ class Member:
                 log.debug("no heartbeat: %s", error)
 
     def run_locked(self, action: Callable[[optuna.Study], T]) -> T:
-        """Call `action` with the study under its lock, to read or change it; with retries."""
+        """Call `action` with the study under its lock, to read or change it; with retries.
+
+        Raises storage.StorageError, and storage.StudyGone after a removal of the study."""
         return self.shared.run_locked(action)
 
     def poll(self) -> None:
-        """Send a heartbeat, remove dead members, and requeue their RUNNING trials."""
+        """Send a heartbeat, remove dead members, and requeue their RUNNING trials. Raises
+        storage.StudyGone."""
         self.run_locked(self._poll)
 
     def requeue_all(self) -> None:
         """Requeue all trials of this member; a single attempt, as the command is ending."""
         self.trials.drop_claims()
-        with contextlib.suppress(*storage.STORAGE_ERRORS):  # must not hide why the command ends
+        with contextlib.suppress(storage.StorageError):  # must not hide why the command ends
             self._poll_once()
 
     def _poll_once(self) -> None:
-        with self.shared.lock():
-            self._poll(self.study)
+        with self.shared.locked() as study:
+            self._poll(study)
 
     def _poll(self, study: optuna.Study) -> None:
         entries = self.liveness.update(self.entries())

@@ -1,7 +1,6 @@
 """Runs: what a worker trains, for which purpose, and what it reports. Knows no Optuna."""
 
 import contextlib
-import errno
 import logging
 import math
 import time
@@ -190,10 +189,10 @@ def run_safely(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult
     except QuotaExceeded as error:
         return RunResult(failure="disk", reason=str(error))
     except Exception as error:  # noqa: BLE001 - a plugin's network may raise anything
-        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         phrases = ("out of memory", "allocate memory")
         out_of_memory = out_of_memory or any(phrase in str(error) for phrase in phrases)
+        disk_full = checkpoints.is_disk_full(error)
         failure = "disk" if disk_full else "memory" if out_of_memory else "error"
         return RunResult(failure=failure, reason=describe_error(error))
 

@@ -1,8 +1,10 @@
-"""The study's database: URLs, connections, and a study that several processes share."""
+"""The study's database: connections, and a study that several processes share."""
 
+import contextlib
 import hashlib
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -10,10 +12,10 @@ from uuid import uuid4
 import optuna
 import tenacity
 from sqlalchemy import create_engine
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 
-from mnist.search import locks
+from mnist.search import locks, urls
+from mnist.search.urls import StudyError, unusable_storage
 
 SQLITE_TIMEOUT_S = 60  # how long SQLite waits for another process's statement
 # Time after which PostgreSQL ends an idle transaction or a wait for a lock; less than
@@ -29,13 +31,34 @@ TRANSIENT_ERRORS = (
     *("transaction timeout", "lock timeout"),
 )
 MIN_ATTEMPTS = 3  # the process may be suspended in its first attempt for longer than the retries
-STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError)  # a full disk, a lost server
+CONNECTION_ERRORS = (OperationalError, InterfaceError, InternalError)
+# SQLite's errors that end without a change of the study: of a full or failing disk, or a lock.
+PASSING_ERRORS = ("is full", "is locked", "disk I/O error")
+REMOVED = re.compile(r"no such table|(relation|database) .* does not exist")
 
 T = TypeVar("T")
 
 
-class StudyError(RuntimeError):
-    """A study that this command cannot open or continue."""
+class StorageError(RuntimeError):
+    """The database failed during the command; `passing` if the same command may go on later."""
+
+    def __init__(self, text: str, passing: bool = False) -> None:
+        super().__init__(text)
+        self.passing = passing
+
+
+class StudyGone(StorageError):
+    """The study or its database was removed during the command, for this `reason`."""
+
+    def __init__(self, name: str, storage: str, reason: str) -> None:
+        super().__init__(
+            f"study {name} is gone from {storage}: {reason}; this command starts a new one, "
+            "--study NAME continues a renamed one"
+        )
+        self.reason = reason
+
+
+STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.OptunaError, StorageError)
 
 
 class SharedStudy:
@@ -43,21 +66,23 @@ class SharedStudy:
 
     def __init__(self, storage: str, name: str) -> None:
         """Open or create the study. Raises StudyError."""
-        file = sqlite_file(storage)
-        self.folder = file.parent if file else Path(tempfile.gettempdir())  # of lock files
+        urls.check(storage)
+        self.url, self.name = storage, name
+        self.file = urls.sqlite_file(storage)
+        self.folder = self.file.parent if self.file else Path(tempfile.gettempdir())  # of locks
         if not self.folder.is_dir():  # creating the lock file would create the folder
             raise unusable_storage(storage, f"there is no folder {self.folder}")
         # Not from the URL: one database server has many spellings.
-        key = hashlib.sha256(f"{file or ''} {name}".encode()).hexdigest()[:12]
+        key = hashlib.sha256(f"{self.file or ''} {name}".encode()).hexdigest()[:12]
         self.prefix = f".study-{key}"
-        self._is_remote = file is None
         try:
-            self.engine = create_engine(storage, **engine_kwargs(storage))
+            self.engine = create_engine(urls.parse(storage), **engine_kwargs(storage))
             self.lock = locks.make_lock(self.engine, self.folder / f"{self.prefix}.lock")
             self.study = self._open(storage, name)
         except (OSError, ImportError, *STORAGE_ERRORS) as error:
             raise unusable_storage(storage, str(error.__cause__ or error)) from error
         self.storage = self.study._storage
+        self.id: str = self.study.user_attrs["id"]
 
     def _open(self, storage: str, name: str) -> optuna.Study:
         """Open the study; retries while the server is starting."""
@@ -68,7 +93,7 @@ class SharedStudy:
                 return open_study(storage, name)
 
         def is_transient(error: BaseException) -> bool:
-            return self._is_remote and any(words in str(error) for words in TRANSIENT_ERRORS)
+            return self.file is None and any(words in str(error) for words in TRANSIENT_ERRORS)
 
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
@@ -80,26 +105,87 @@ class SharedStudy:
     def run_locked(self, action: Callable[[optuna.Study], T]) -> T:
         """Call `action` with the study under its lock, to read or change it.
 
-        Retries for RETRY_S while the database server is lost; other errors are raised at once.
+        Retries for RETRY_S while the database server is lost. Raises StudyGone, StorageError.
         """
 
         def act() -> T:
+            self._check_file()
             with self.lock():
+                self._check_identity()
                 return action(self.study)
 
         def is_connection_lost(error: BaseException) -> bool:
             # InternalError: the server ended the session of a process that stalled under the lock.
-            kinds = OperationalError | InterfaceError | InternalError
-            while error is not None and not isinstance(error, kinds):
-                error = error.__cause__  # type: ignore[assignment]
-            return self._is_remote and error is not None
+            cause = _find_cause(error, CONNECTION_ERRORS)
+            return self.file is None and cause is not None and not REMOVED.search(str(cause))
 
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_connection_lost),
-            wait=tenacity.wait_random_exponential(max=MAX_RETRY_WAIT_S),
-            stop=_stop_after(RETRY_S),
-            reraise=True,
-        )(act)
+        with self._explain_errors():
+            return tenacity.Retrying(
+                retry=tenacity.retry_if_exception(is_connection_lost),
+                wait=tenacity.wait_random_exponential(max=MAX_RETRY_WAIT_S),
+                stop=_stop_after(RETRY_S),
+                reraise=True,
+            )(act)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[optuna.Study]:
+        """The study under its lock, without retries. Raises StudyGone, StorageError."""
+        with self._explain_errors():
+            self._check_file()
+            with self.lock():
+                self._check_identity()
+                yield self.study
+
+    def _check_identity(self) -> None:
+        """Raise StudyGone where the study was deleted. Another one may have its name and, in
+        SQLite, its number since."""
+        if self.study.user_attrs.get("id") != self.id:
+            raise self._gone("it was deleted or renamed")
+
+    def _check_file(self) -> None:
+        """Raise StudyGone where the file of the database is gone: SQLite would make an empty one,
+        and the lock file its folder."""
+        if self.file and not self.file.exists():
+            raise self._gone(f"the file {self.file} was removed")
+
+    @contextlib.contextmanager
+    def _explain_errors(self) -> Iterator[None]:
+        """Raise StudyGone for any error after a removal, StorageError for the database's."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except Exception as error:
+            if reason := self._find_removal():
+                raise self._gone(reason) from error
+            if not isinstance(error, STORAGE_ERRORS):
+                raise
+            cause = _root_cause(error)
+            passing = any(text in str(cause) for text in PASSING_ERRORS) or (
+                self.file is None and _find_cause(error, CONNECTION_ERRORS) is not None
+            )
+            text = urls.scrub(_first_line(cause), self.url)
+            raise StorageError(f"{urls.mask_secrets(self.url)}: {text}", passing) from error
+
+    def _find_removal(self) -> str | None:
+        """Why the study no longer exists; None where it does, or where the database fails."""
+        try:
+            self._check_file()
+            if self.file:  # an open connection still reads a file that was replaced
+                self.storage.remove_session()
+                self.storage._backend.engine.dispose()  # type: ignore[attr-defined]
+            self._check_identity()
+        except StudyGone as gone:
+            return gone.reason
+        except KeyError:
+            return "it was deleted or renamed"
+        except STORAGE_ERRORS as error:
+            if REMOVED.search(str(_root_cause(error))):
+                return "its database was removed or emptied"
+        return None
+
+    def _gone(self, reason: str) -> StudyGone:
+        return StudyGone(self.name, urls.mask_secrets(self.url), reason)
 
     def close(self) -> None:
         self.storage.remove_session()
@@ -112,34 +198,47 @@ def _stop_after(seconds: float) -> tenacity.stop.stop_base:
     return tenacity.stop_all(tenacity.stop_after_delay(seconds), attempts)
 
 
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _find_cause(error: BaseException | None, kinds: tuple[type[Exception], ...]) -> Any:
+    """The first error of these kinds in the chain of causes, or None."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def open_study(storage: str, name: str) -> optuna.Study:
-    """Create or continue a study. Raises StudyError where the storage cannot be used."""
+    """Create or continue a study. Raises StudyError where the storage or the study is unusable."""
     try:
-        database = optuna.storages.RDBStorage(storage, engine_kwargs(storage))
+        # Optuna takes braces for a template; in this form of the URL they are encoded.
+        url = urls.parse(storage).render_as_string(hide_password=False)
+        database = optuna.storages.RDBStorage(url, engine_kwargs(storage))
         study = optuna.create_study(
             storage=database, study_name=name, direction="maximize", load_if_exists=True
         )
         if "id" not in study.user_attrs:
             study.set_user_attr("id", uuid4().hex)
-    except (*STORAGE_ERRORS, ImportError, ValueError) as error:
-        raise unusable_storage(storage, str(getattr(error, "orig", None) or error)) from error
+    except StudyError:
+        raise
+    except Exception as error:
+        if "with the table schema" in str(error):
+            raise other_schema(storage) from error
+        reason = str(getattr(error, "orig", None) or error)
+        raise unusable_storage(storage, reason) from error
     return study
-
-
-def without_password(storage: str) -> str:
-    """The storage's URL without its password, for output and records."""
-    try:
-        return make_url(storage).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return storage
 
 
 def engine_kwargs(storage: str) -> dict[str, Any]:
     """Arguments of SQLAlchemy's engine for a storage; raises StudyError for a malformed URL."""
-    try:
-        kind = make_url(storage).get_backend_name()
-    except SQLAlchemyError as error:
-        raise unusable_storage(storage, str(error)) from error
+    kind = urls.parse(storage).get_backend_name()
     if kind == "sqlite":
         return {"connect_args": {"timeout": SQLITE_TIMEOUT_S}}
     if kind == "postgresql":  # libpq's parameters, which detect a server that hangs
@@ -161,19 +260,10 @@ def set_transaction_timeout(connection: Any, _: Any) -> None:
     connection.commit()
 
 
-def unusable_storage(storage: str, reason: str) -> StudyError:
-    """The one-line error for a storage that cannot be opened."""
+def other_schema(storage: str) -> StudyError:
+    """The error for tables of another version of Optuna."""
     return StudyError(
-        f"--storage {without_password(storage)!r} cannot be opened: "
-        f"{reason.strip().splitlines()[0]}; a URL such as sqlite:///db.sqlite3 is wanted"
+        f"--storage {urls.mask_secrets(storage)!r} has tables of another Optuna than "
+        f"{optuna.__version__}: `optuna storage upgrade --storage URL` converts those of an older "
+        "one, for those of a newer one name another database"
     )
-
-
-def sqlite_file(storage: str) -> Path | None:
-    """The file of an SQLite database; None for other storages."""
-    try:
-        url = make_url(storage)
-    except SQLAlchemyError:
-        return None
-    is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    return Path(str(url.database)).resolve() if is_file else None
