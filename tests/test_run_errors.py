@@ -5,6 +5,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 import run as run_module
 from mnist import data, registry, shell
@@ -38,6 +39,19 @@ def test_a_study_that_is_deleted_in_mid_run_ends_it_with_one_line(
     assert line.startswith(f"run.py: study {NAME} is gone from {URL}: it was deleted or renamed; ")
     assert "goes on" not in line
     assert not any("run.py:" in other for other in progress)
+
+
+def test_an_enqueued_trial_outside_the_space_is_reported_and_the_study_is_finished(
+    run: Command,
+) -> None:
+    assert run(*DIGITS, *SHORT).returncode == 0
+    study = optuna.load_study(study_name=NAME, storage=URL)
+    study.enqueue_trial({"optimizer": "AdamW", "lr": 0.001, "batch_size": 64})
+    done = run(*DIGITS, *SHORT, "--trials", "2")
+    assert done.returncode == 0, done.stderr
+    assert "trial 1 failed: space: optimizer 'AdamW' is not in " in done.stdout
+    assert [trial.state for trial in study.trials][1] == TrialState.FAIL
+    assert len(study.trials) == 3
 
 
 def test_a_study_may_have_any_printable_name(run: Command, tmp_path: Path) -> None:

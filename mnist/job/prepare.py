@@ -19,7 +19,7 @@ from mnist.job.clock import Clock
 from mnist.job.display import full_message, root_cause
 from mnist.job.options import Options
 from mnist.job.results import describe_origin
-from mnist.search import budget, loop, runs
+from mnist.search import budget, existing, loop, runs
 from mnist.search import space as spaces
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints, is_disk_full
@@ -243,6 +243,7 @@ def agree_on_plan(
         )
         finished = studies.count_finished(study) >= options.total_trials
         studies.check_fingerprint(study, fingerprint, finished)
+        existing.check_trials(study, space)
         return agreed
 
     return member.run_locked(store_plan)

@@ -7,6 +7,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist.search import study as studies
+from mnist.search.existing import reject_trials
 from mnist.search.liveness import Entries, Liveness
 from mnist.search.space import DEFAULT, Space
 from mnist.search.storage import SharedStudy
@@ -48,7 +49,7 @@ class Trials:
         def claim(study: optuna.Study) -> Claim | None:
             self._claims = dict(before)  # a trial claimed in a failed transaction has no owner
             existing = study.get_trials(deepcopy=False)
-            if self.requeue_orphans(existing):
+            if self.requeue_orphans(existing) | reject_trials(study, existing, space):
                 existing = study.get_trials(deepcopy=False)
             counted = (*studies.FINISHED, TrialState.RUNNING)
             if sum(trial.state in counted for trial in existing) >= trials:

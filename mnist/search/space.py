@@ -181,8 +181,21 @@ def filter_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def describe_outside(space: Space, params: Mapping[str, Any]) -> str | None:
+    """Which of `params` lies outside the space, and what lies inside; None where all lie inside."""
+    for key, value in params.items():
+        if key not in space:
+            return f"{key} is not in the space, which has {', '.join(space)}"
+        if not _contains(space[key], value):
+            return f"{key} {value!r} is not in {space[key]}"
+    return None
+
+
 def _contains(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     assert isinstance(distribution, IntDistribution | FloatDistribution)
-    return bool(distribution.low <= value <= distribution.high)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    is_whole = isinstance(distribution, FloatDistribution) or float(value).is_integer()
+    return is_whole and distribution.low <= value <= distribution.high

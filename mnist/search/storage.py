@@ -14,7 +14,7 @@ import tenacity
 from sqlalchemy import create_engine
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 
-from mnist.search import locks, urls
+from mnist.search import existing, locks, urls
 from mnist.search.urls import StudyError, unusable_storage
 
 SQLITE_TIMEOUT_S = 60  # how long SQLite waits for another process's statement
@@ -224,6 +224,7 @@ def open_study(storage: str, name: str) -> optuna.Study:
         study = optuna.create_study(
             storage=database, study_name=name, direction="maximize", load_if_exists=True
         )
+        existing.check(study)
         if "id" not in study.user_attrs:
             study.set_user_attr("id", uuid4().hex)
     except StudyError:
