@@ -123,7 +123,7 @@ def print_comparison(options: Options, outcomes: list[dict[str, Any]]) -> None:
     rows = compare.compare_models(options.output, names)
     compare.print_table(rows, stderr=options.json)
     path = options.output / "comparison.html"
-    path.write_text(compare.render_page(rows), "utf-8")
+    path.write_text(compare.render_page(rows), "utf-8", "backslashreplace")
     click.echo(f"the same as a page: {path}", err=options.json)
 
 

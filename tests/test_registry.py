@@ -476,3 +476,9 @@ def test_the_classifier_gives_what_the_weights_give(saved: Path) -> None:
         expected = (model(inputs.float()) / record["calibration"]["temperature"]).softmax(1).numpy()
     classify = inference.load(saved, engine="torch")
     assert classify(pictures) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_path_that_is_not_utf_8_is_recorded(tmp_path: Path) -> None:
+    name = save(tmp_path, entry() | {"options": {"dataset": "folder:caf\udce9"}})
+    _, record = registry.record(tmp_path, name)
+    assert record["options"]["dataset"] == "folder:caf\udce9"

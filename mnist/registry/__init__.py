@@ -234,7 +234,9 @@ def _lock(folder: Path) -> "FileLock":
 
 
 def _write_info(folder: Path, info: Info) -> None:
-    _write_file(folder / INFO, json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n")
+    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
+    # A path may have bytes that are no UTF-8; so written, they are JSON's own escapes.
+    _write_file(folder / INFO, text.encode(errors="backslashreplace"))
 
 
 def _write_file(path: Path, content: bytes) -> None:
