@@ -16,7 +16,7 @@ import optuna
 import pytest
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from mnist.search import budget, liveness, locks
@@ -394,12 +394,20 @@ def drop_tables(storage: str) -> None:
     engine.dispose()
 
 
+def drop_database(storage: str) -> None:
+    url = make_url(storage)
+    engine = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {url.database} WITH (FORCE)"))
+    engine.dispose()
+
+
 @pytest.mark.parametrize(
     ("storage", "act"),
     [
         *(("sqlite", act) for act in (delete, delete_and_make_again, rename)),
         *(("sqlite", act) for act in (remove_file, empty_file, remove_folder)),
-        *(("postgresql", act) for act in (delete, rename, drop_tables)),
+        *(("postgresql", act) for act in (delete, rename, drop_tables, drop_database)),
     ],
     indirect=["storage"],
 )
