@@ -218,7 +218,7 @@ def run_cli(arguments: list[str]) -> int:
         shell.discard_output()
         return 1
     except OSError as error:  # --plot
-        print_error(f"{error.filename or 'output'}: {error.strerror}")
+        print_error(f"{error.filename or 'output'}: {error.strerror or error}")
         return 1
     except (KeyboardInterrupt, click.Abort):
         return 130

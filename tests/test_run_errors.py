@@ -161,3 +161,9 @@ def test_the_home_folder_may_stand_in_every_path(
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert {"models", "artifacts", "db.sqlite3"} <= {p.name for p in (tmp_path / "home").iterdir()}
+
+
+def test_a_folder_of_an_unknown_user_is_named(run: Command) -> None:
+    done = run("--dataset", "folder:~nobody-of-this-name/pets")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there is no folder ~nobody-of-this-name/pets" in done.stderr

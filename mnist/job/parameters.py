@@ -1,5 +1,6 @@
 """The types of option values on the command line."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,10 @@ class DatasetName(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         if value in data.DATASETS:
             return value
-        prefix, path = (
-            data.FOLDER_PREFIX,
-            Path(str(value).removeprefix(data.FOLDER_PREFIX)).expanduser(),
-        )
+        prefix = data.FOLDER_PREFIX
+        path = Path(os.path.expanduser(value.removeprefix(prefix)))  # noqa: PTH111 - no error
         if not value.startswith(prefix) or value == prefix:
-            if Path(value).expanduser().is_dir():
+            if Path(os.path.expanduser(value)).is_dir():  # noqa: PTH111
                 self.fail(f"{value!r} is a folder; write {prefix}{value}", param, ctx)
             names = ", ".join(data.DATASETS)
             self.fail(f"{value!r} is no data set; known: {names}, {prefix}PATH", param, ctx)
