@@ -152,10 +152,10 @@ def _as_sent(origin: str) -> str:
         return origin
     match = ORIGIN.fullmatch(origin)
     if match is None or int(match["port"] or 0) > 65535:
-        reason = "an origin has a scheme and a host, and no path"
+        remedy = "an origin has a scheme, a host and no path, as https://example.org:8443"
         if "*" in origin:
-            reason = "a pattern matches nothing; list each origin, or * for all"
-        raise ValueError(f"{origin}: {reason}; for example https://example.org:8443")
+            remedy = "there are no patterns; list each origin, or * for all"
+        raise ValueError(f"{remedy}; {origin} matches none")
     scheme, host = match["scheme"].lower(), match["host"].lower()
     port = f":{int(match['port'])}" if match["port"] else ""
     if port == f":{DEFAULT_PORTS.get(scheme)}":
@@ -163,7 +163,7 @@ def _as_sent(origin: str) -> str:
     try:
         host = host if host.isascii() else host.encode("idna").decode()
     except UnicodeError as error:
-        raise ValueError(f"{origin}: its host is no domain name") from error
+        raise ValueError(f"the host of {origin} is no domain name") from error
     return f"{scheme}://{host}{port}"
 
 
