@@ -15,6 +15,7 @@ _PNG_ANCILLARY = 0x20  # the bit of a chunk's first letter
 _JPEG_EXIF, _JPEG_JFIF, _JPEG_ADOBE, _JPEG_COMMENT = 0xE1, 0xE0, 0xEE, 0xFE
 # Least lengths of the segments that say how colours are coded (ITU-T T.871 and T.872).
 _JPEG_MIN_LENGTHS = {_JPEG_JFIF: 16, _JPEG_ADOBE: 14}
+_GIF_EXTENSION, _GIF_GRAPHIC_CONTROL = 0x21, 0xF9
 _TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 # Type -> bytes of a value.
 _TIFF_SIZES = dict(zip(range(1, 14), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), strict=True))
@@ -41,8 +42,8 @@ def rotate_upright(image: Image.Image, decoded: Image.Image) -> Image.Image:
 def strip_metadata(data: bytes) -> bytes:
     """The file without colour profiles, texts and other metadata, but with EXIF.
 
-    For PNG, JPEG and TIFF, which Pillow refuses for some metadata. Nothing is decompressed. Returns
-    `data` itself if there is nothing to remove, or the file is malformed.
+    For PNG, JPEG, GIF and TIFF, which Pillow refuses for some metadata. Nothing is decompressed.
+    Returns `data` itself if there is nothing to remove, or the file is malformed.
     """
     strip: Callable[[bytes], bytes] = next(
         (strip for magic, strip in _STRIPPERS.items() if data.startswith(magic)), bytes
@@ -98,6 +99,22 @@ def _is_jpeg_metadata(marker: int, length: int, head: memoryview) -> bool:
     return 0xE0 <= marker <= 0xEF or marker == _JPEG_COMMENT
 
 
+def _strip_gif(data: bytes) -> bytes:
+    """Without comments and other extensions before the first picture, but with its transparency."""
+    has_palette, bits = data[10] >> 7, (data[10] & 7) + 1
+    at = 13 + has_palette * 3 * 2**bits
+    kept = [data[:at]]
+    while data[at] == _GIF_EXTENSION:
+        start, label = at, data[at + 1]
+        at += 2
+        while data[at]:  # a block's length; 0 ends the extension
+            at += 1 + data[at]
+        at += 1
+        if label == _GIF_GRAPHIC_CONTROL:
+            kept.append(data[start:at])
+    return b"".join([*kept, data[at:]])
+
+
 def _strip_tiff(data: bytes) -> bytes:
     return _filter_tags(
         data,
@@ -141,5 +158,6 @@ def _filter_tags(data: bytes, keep: Callable[[int, int, int, int], bool]) -> byt
 _STRIPPERS = {
     _PNG_MAGIC: _strip_png,
     b"\xff\xd8\xff": _strip_jpeg,
+    b"GIF8": _strip_gif,
     **dict.fromkeys(_TIFF_ORDERS, _strip_tiff),
 }

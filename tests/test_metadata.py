@@ -98,6 +98,22 @@ def test_a_jpeg_is_read_whatever_its_metadata(name: str) -> None:
     assert np.array_equal(images.normalise(with_segment(*JPEG_METADATA[name])), EXPECTED["JPEG"])
 
 
+GIF_METADATA = {
+    "an empty comment": b"\x21\xfe\0",
+    "an empty extension": b"\x21\xff\0",
+    "an unknown extension": b"\x21\x42\0",
+    "a loop that is cut": b"\x21\xff\x0bNETSCAPE2.0\1\1\0",
+}
+
+
+@pytest.mark.parametrize("name", GIF_METADATA)
+def test_a_gif_is_read_whatever_its_metadata(name: str) -> None:
+    gif = make_seven("GIF", transparency=3)
+    at = 13 + 3 * 2 ** ((gif[10] & 7) + 1)
+    found = images.normalise(gif[:at] + GIF_METADATA[name] + gif[at:])
+    assert np.array_equal(found, images.normalise(gif))
+
+
 TIFF_METADATA = {
     "EXIF": (34665, 4, 1, 2**31),
     "GPS": (34853, 4, 1, 2**32 - 1),
