@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -482,3 +484,97 @@ def test_a_path_that_is_not_utf_8_is_recorded(tmp_path: Path) -> None:
     name = save(tmp_path, entry() | {"options": {"dataset": "folder:caf\udce9"}})
     _, record = registry.record(tmp_path, name)
     assert record["options"]["dataset"] == "folder:caf\udce9"
+
+
+def test_a_record_has_the_time_of_saving_in_utc_and_names_the_golden_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        files = {"weights": (".pth", b"weights"), "golden": (".golden.npz", b"golden")}
+        name = registry.save(tmp_path, files, entry(), "better")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    record = registry.record(tmp_path, name)[1]
+    created = datetime.fromisoformat(record["created"])
+    assert abs(datetime.now(UTC) - created) < timedelta(hours=1)
+    assert record["created"].endswith("Z")
+    assert created.strftime("%Y%m%d-%H%M%S") == name
+    assert record["golden"] == f"{name}.golden.npz"
+    assert "golden" not in registry.record(tmp_path, save(tmp_path, entry()))[1]
+
+
+def test_a_version_changes_with_its_file(tmp_path: Path) -> None:
+    file, missing = tmp_path / "file", tmp_path / "missing"
+    file.write_bytes(b"1")
+    before = registry.versions([file, missing])
+    assert before[0] is not None
+    assert before[1] is None
+    assert registry.versions([file, missing]) == before
+    os.utime(file, ns=(1, 1))
+    touched = registry.versions([file])[0]
+    (tmp_path / "new").write_bytes(b"2")
+    (tmp_path / "new").replace(file)
+    os.utime(file, ns=(1, 1))
+    assert len({before[0], touched, registry.versions([file])[0]}) == 3
+
+
+def test_the_default_folder_is_the_sample_s_until_there_is_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert registry.default_folder() == registry.SAMPLE
+    save(registry.FOLDER, entry())
+    assert registry.default_folder() == registry.FOLDER
+
+
+@pytest.mark.parametrize("has_served_errors", ["old", "new"])
+def test_errors_as_served_count_only_where_both_models_have_them(
+    tmp_path: Path, has_served_errors: str
+) -> None:
+    records = {name: entry(errors=10) for name in ("old", "new")}
+    records[has_served_errors]["metrics"]["calibration"]["served_errors"] = 5
+    save(tmp_path, records["old"])
+    assert save(tmp_path, records["new"]) == current(tmp_path)
+
+
+def test_a_model_is_used_only_if_all_its_files_are_whole(tmp_path: Path) -> None:
+    files = {"weights": (".pth", b"weights"), "onnx": (".onnx", b"onnx")}
+    old = registry.save(tmp_path, files, entry(), "always")
+    new = registry.save(tmp_path, files, entry(), "always")
+    registry.use(tmp_path, old)
+    assert current(tmp_path) == old
+    assert {*registry.read(tmp_path)["models"]} == {old, new}
+    registry.use(tmp_path, new)
+    (tmp_path / f"{old}.onnx").write_bytes(b"altered")
+    with pytest.raises(registry.RegistryError, match=f"{old}.onnx was altered"):
+        registry.use(tmp_path, old)
+    assert current(tmp_path) == new
+
+
+def test_a_model_whose_file_is_gone_can_be_removed(tmp_path: Path) -> None:
+    old = save(tmp_path, entry())
+    save(tmp_path, entry())
+    (tmp_path / f"{old}.pth").unlink()
+    registry.remove(tmp_path, old)
+    assert old not in registry.read(tmp_path)["models"]
+
+
+def test_a_folder_is_made_and_checked_before_a_training(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    for _ in range(2):
+        registry.check_writable(folder)
+        assert [*folder.iterdir()] == []
+    (tmp_path / "file").touch()
+    with pytest.raises(registry.RegistryError, match=r"cannot write to .*/file/b: Not a directory"):
+        registry.check_writable(tmp_path / "file" / "b")
+    (folder / registry.INFO).write_text("{")
+    with pytest.raises(registry.RegistryError, match="cannot be read"):
+        registry.check_writable(folder)
+
+
+def test_without_a_current_model_the_message_says_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(registry.RegistryError, match=r"no current model in .* `python run.py`"):
+        registry.record(tmp_path)
