@@ -112,7 +112,9 @@ def main(model: str, batch_size: int, rounds: int, data_dir: Path | None) -> Non
     network = models.build(model, dataset.channels, dataset.size, len(dataset.classes))
     limit = measure_matrix_flops() / count_step_flops(network, dataset)
     usual = statistics.median(speeds["usual loop"])
-    click.echo(f"{model}, batch {batch_size}, {workers.training_threads()} threads, {rounds} rounds")
+    click.echo(
+        f"{model}, batch {batch_size}, {workers.training_threads()} threads, {rounds} rounds"
+    )
     click.echo("{:15} {:>9} {:>17} {:>6}".format("", "images/s", "min to max", "ratio"))
     for name, own in speeds.items():
         median, least, most = statistics.median(own), min(own), max(own)

@@ -125,7 +125,7 @@ def test_an_error_outside_a_model_reaches_all_pictures_and_the_next_is_answered(
     async def scenario(queue: Batcher, model: Sums) -> list[Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(queue._metrics.batches, "observe", fail)
-            failed = await results_of(*(queue.classify(b"\1", model) for _ in range(3)))
+            failed = await gather_results(*(queue.classify(b"\1", model) for _ in range(3)))
         return [*failed, await queue.classify(b"\2", model)]
 
     *failed, answered = run(scenario, threads=1)
@@ -228,7 +228,7 @@ def test_a_picture_that_waited_just_until_the_deadline_is_answered(clock: Clock)
         answers = await send(queue, model, 2)
         clock.now_s += 0.1
         model.gate.set()
-        return await results_of(*answers)
+        return await gather_results(*answers)
 
     assert [row for _, row in run(scenario, deadline_ms=100, threads=1)] == [1, 1]
 
@@ -240,7 +240,7 @@ def test_a_late_picture_s_client_is_told_to_retry_when_the_queue_is_empty(clock:
         clock.now_s += 0.2
         queue._recent_s, queue._recent_pictures = 10.0, 10.0
         model.gate.set()
-        return await results_of(*answers)
+        return await gather_results(*answers)
 
     _, *late = run(scenario, deadline_ms=100, threads=1)
     assert {error.why for error in late} == {"deadline"}
