@@ -14,11 +14,16 @@ import click
 SECRETS = re.compile(r"(?<=://)[^\s'\"]+(?=@)|(?i:(?<=password=)|(?<=pwd=)|(?<=token=))[^\s&'\"]+")
 
 
+def expand_home(path: str | os.PathLike[str]) -> str:
+    """The path with the home folder for ~; that of an unknown user stays as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises RuntimeError
+
+
 class UserPath(click.Path):
     """A path, in which ~ is the home folder: a shell does not expand it in `--output=~/models`."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111
+        return super().convert(expand_home(value), param, ctx)
 
 
 def accept_any_text() -> None:

@@ -1,6 +1,5 @@
 """The types of option values on the command line."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import click
 
 from mnist import data, models, plugins
 from mnist.search import urls
-from mnist.shell import UserPath
+from mnist.shell import UserPath, expand_home
 
 ALL = "all"  # networks
 
@@ -53,9 +52,9 @@ class DatasetName(click.ParamType):
         if value in data.DATASETS:
             return value
         prefix = data.FOLDER_PREFIX
-        path = Path(os.path.expanduser(value.removeprefix(prefix)))  # noqa: PTH111 - no error
+        path = Path(expand_home(value.removeprefix(prefix)))
         if not value.startswith(prefix) or value == prefix:
-            if Path(os.path.expanduser(value)).is_dir():  # noqa: PTH111
+            if Path(expand_home(value)).is_dir():
                 self.fail(f"{value!r} is a folder; write {prefix}{value}", param, ctx)
             names = ", ".join(data.DATASETS)
             self.fail(f"{value!r} is no data set; known: {names}, {prefix}PATH", param, ctx)

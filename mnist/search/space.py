@@ -1,6 +1,5 @@
 """Search spaces: the hyperparameters, named spaces, files and single entries."""
 
-import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from optuna.distributions import (
 )
 
 from mnist import optimizers
+from mnist.shell import expand_home
 
 Space = dict[str, BaseDistribution]
 
@@ -107,7 +107,7 @@ def read_space(name: str, entries: Iterable[str] = (), dropout: bool = True) -> 
 
 def _read_file(name: str) -> Mapping[str, Any]:
     try:
-        content = Path(os.path.expanduser(name)).read_bytes()  # noqa: PTH111 - raises no error
+        content = Path(expand_home(name)).read_bytes()
         return tomllib.loads(content.decode("utf-8-sig"))  # Windows begins files with a mark
     except FileNotFoundError as error:
         raise SpaceError(f"neither a space ({', '.join(SPACES)}) nor a file") from error

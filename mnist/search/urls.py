@@ -1,12 +1,13 @@
 """URLs of a study's database: how they are read, and how they are shown without their secrets."""
 
-import os
 import re
 from pathlib import Path
 from urllib.parse import unquote, unquote_plus, urlsplit
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
+
+from mnist.shell import expand_home
 
 # Parameters of a query that are shown; any other may be a secret of its driver.
 HARMLESS_PARAMETERS = (
@@ -29,7 +30,7 @@ def normalise(storage: str) -> str:
     storage = re.sub(r"^postgres(?=[+:])", "postgresql", storage)
     scheme, slashes, path = storage.partition(":///")
     if scheme.startswith("sqlite"):
-        return scheme + slashes + os.path.expanduser(path)  # noqa: PTH111 - raises no error
+        return scheme + slashes + expand_home(path)
     return storage
 
 
