@@ -439,6 +439,9 @@ def test_a_failing_database_is_not_taken_for_a_removed_one(one: Member) -> None:
         one.run_locked(divide)
     assert not isinstance(caught.value, StudyGone)
     assert not caught.value.passing
+    one.shared.url = "postgresql://me:zero@host/db"
+    with pytest.raises(StorageError, match=r"^postgresql://\*\*\*@host/db: division by \*\*\*$"):
+        one.run_locked(divide)
     with pytest.raises(KeyError, match="a mistake"):
         one.run_locked(lambda _: {}["a mistake"])
 

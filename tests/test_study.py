@@ -1,5 +1,7 @@
 """mnist.search.study: the study's attributes, the next trial, the winner."""
 
+import contextlib
+import sqlite3
 from dataclasses import replace
 from typing import Any
 
@@ -96,6 +98,18 @@ def test_a_storage_that_cannot_be_opened_is_named(storage: str) -> None:
     with pytest.raises(StudyError, match="cannot be opened") as caught:
         open_study(storage, "study")
     assert repr(storage) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("revision", ["v2.6.0.a", "v9.0.0.a"])
+def test_tables_of_another_optuna_are_named_in_one_line(tmp_path: Path, revision: str) -> None:
+    url = f"sqlite:///{tmp_path}/db.sqlite3"
+    open_study(url, "study")
+    with contextlib.closing(sqlite3.connect(tmp_path / "db.sqlite3")) as database:
+        database.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+        database.commit()
+    with pytest.raises(StudyError, match="`optuna storage upgrade --storage URL`") as caught:
+        open_study(url, "study")
     assert "\n" not in str(caught.value)
 
 
