@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,19 @@ def test_two_models_of_one_second_have_two_names(tmp_path: Path) -> None:
     names = {save(tmp_path, entry()) for _ in range(3)}
     assert len(names) == 3
     assert all(registry.NAME.fullmatch(name) for name in names)
+
+
+def test_a_new_model_has_a_name_that_no_file_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=lambda zone: datetime(2026, 1, 2, 3, 4, 5, tzinfo=zone))
+    monkeypatch.setattr(registry, "datetime", clock)
+    folder = tmp_path / "a" / "b"
+    names = [save(folder, entry()) for _ in range(2)]
+    (folder / registry.INFO).unlink()  # the record is lost, the models are not
+    names.append(save(folder, entry(dataset=DATASET | {"classes": ["pâté", "數"]})))
+    assert names == ["20260102-030405", "20260102-030405-2", "20260102-030405-3"]
+    assert '"pâté"' in (folder / registry.INFO).read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -543,7 +557,7 @@ def test_errors_as_served_count_only_where_both_models_have_them(
 def test_a_model_is_used_only_if_all_its_files_are_whole(tmp_path: Path) -> None:
     files = {"weights": (".pth", b"weights"), "onnx": (".onnx", b"onnx")}
     old = registry.save(tmp_path, files, entry(), "always")
-    new = registry.save(tmp_path, files, entry(), "always")
+    new = save(tmp_path, entry(), "always")  # which has fewer files
     registry.use(tmp_path, old)
     assert current(tmp_path) == old
     assert {*registry.read(tmp_path)["models"]} == {old, new}
