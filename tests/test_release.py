@@ -19,18 +19,20 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Events of the test split."""
-    seen: list[str] = []
+    events: list[str] = []
     evaluate = release.evaluate
 
-    def watched(model: Any, dataset: data.Dataset, *arguments: Any) -> dict[str, torch.Tensor]:
+    def evaluate_and_note(
+        model: Any, dataset: data.Dataset, *arguments: Any
+    ) -> dict[str, torch.Tensor]:
         def open_test() -> data.Split:
-            seen.append("opened")
+            events.append("opened")
             return dataset.open_test()
 
         return evaluate(model, replace(dataset, open_test=open_test), *arguments)
 
-    monkeypatch.setattr(release, "evaluate", watched)
-    return seen
+    monkeypatch.setattr(release, "evaluate", evaluate_and_note)
+    return events
 
 
 def test_a_member_replaced_during_export_does_not_open_the_test_split(

@@ -25,41 +25,44 @@ from tests.conftest import DIGITS, ROOT, Command
 ODD = ["<b>bold</b>", "$a$", "お", "a class with a very long name", "{{ 7 }}"]
 
 
-def study(states: str) -> optuna.Study:
-    """A trial for each letter: complete, pruned, failed or waiting; trial 0 is complete."""
-    kinds = dict(zip("cpfw", ("COMPLETE", "PRUNED", "FAIL", "WAITING"), strict=True))
-    made, chance = optuna.create_study(direction="maximize"), random.Random(0)
-    made.set_user_attr("plan", {"trial_samples": 900})
+def make_study(states: str) -> optuna.Study:
+    """Make a study with a trial for each letter: complete, pruned, failed or waiting.
+
+    Trial 0 must be complete.
+    """
+    state_names = dict(zip("cpfw", ("COMPLETE", "PRUNED", "FAIL", "WAITING"), strict=True))
+    study, rng = optuna.create_study(direction="maximize"), random.Random(0)
+    study.set_user_attr("plan", {"trial_samples": 900})
     for letter in states:
         params = {
-            "batch_size": chance.randint(32, 256),
-            "optimizer": chance.choice(["Adam", "RMSprop", "SGD"]),
-            "lr": 10 ** chance.uniform(-5, -1),
+            "batch_size": rng.randint(32, 256),
+            "optimizer": rng.choice(["Adam", "RMSprop", "SGD"]),
+            "lr": 10 ** rng.uniform(-5, -1),
         }
-        values = {150: chance.random(), 450: chance.random()} if letter in "cp" else {}
+        values = {150: rng.random(), 450: rng.random()} if letter in "cp" else {}
         trial = create_trial(
-            state=TrialState[kinds[letter]],
-            value=chance.random() if letter in "cp" else None,
+            state=TrialState[state_names[letter]],
+            value=rng.random() if letter in "cp" else None,
             params={} if letter == "w" else params,
             distributions={} if letter == "w" else DEFAULT,
             intermediate_values=values,
             user_attrs={"fail_reason": "nan: the loss is nan"} if letter == "f" else {},
         )
-        made.add_trial(trial)
-    return made
+        study.add_trial(trial)
+    return study
 
 
 def make_predictions(
-    classes: int, channels: int = 1, n: int = 60, found: int | None = None
+    classes: int, channels: int = 1, n: int = 60, predicted: int | None = None
 ) -> dict[str, Any]:
-    """A predictions file; with `found`, all images are read as that class."""
-    chance = np.random.default_rng(0)
+    """Make a predictions file; with `predicted`, all images are read as that class."""
+    rng = np.random.default_rng(0)
     labels = np.arange(n) % classes
-    probabilities = chance.dirichlet(np.ones(classes), n).astype(np.float32)
-    if found is not None:
-        probabilities = np.eye(classes, dtype=np.float32)[np.full(n, found)]
+    probabilities = rng.dirichlet(np.ones(classes), n).astype(np.float32)
+    if predicted is not None:
+        probabilities = np.eye(classes, dtype=np.float32)[np.full(n, predicted)]
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)[:24]
-    images = chance.integers(0, 256, (len(wrong), channels, 28, 28), np.uint8)
+    images = rng.integers(0, 256, (len(wrong), channels, 28, 28), np.uint8)
     return {"probabilities": probabilities, "labels": labels, "mistakes": wrong, "images": images}
 
 
@@ -85,13 +88,13 @@ def record(classes: list[str], channels: int = 1, trial: int = 0) -> dict[str, A
     }
 
 
-def pictures(html: str) -> list[Image.Image]:
-    found = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    return [Image.open(io.BytesIO(base64.b64decode(each))) for each in found]
+def extract_pictures(html: str) -> list[Image.Image]:
+    encoded_pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    return [Image.open(io.BytesIO(base64.b64decode(encoded))) for encoded in encoded_pictures]
 
 
 @pytest.mark.parametrize(
-    ("states", "classes", "channels", "found"),
+    ("states", "classes", "channels", "predicted"),
     [
         pytest.param("c", ["0", "1"], 1, None, id="one trial, two classes"),
         pytest.param("cc", ["0", "1", "2"], 3, None, id="colour, nothing pruned"),
@@ -101,11 +104,11 @@ def pictures(html: str) -> list[Image.Image]:
     ],
 )
 def test_the_page_shows_any_study_and_model(
-    states: str, classes: list[str], channels: int, found: int | None
+    states: str, classes: list[str], channels: int, predicted: int | None
 ) -> None:
-    arrays = make_predictions(len(classes), channels, found=found)
+    arrays = make_predictions(len(classes), channels, predicted=predicted)
     html = page.render_page(
-        page.draw(study(states), "20261121-120301", record(classes, channels), arrays)
+        page.draw(make_study(states), "20261121-120301", record(classes, channels), arrays)
     )
     assert "40 of 60 test images are read wrong: 33.33% are right" in html
     assert f"{states.count('c')} trials were completed, {states.count('p')} pruned" in html
@@ -114,10 +117,10 @@ def test_the_page_shows_any_study_and_model(
     )
     assert "drawn from" in html
     assert "32 to 256, on a log scale" in html
-    seen = pictures(html)
-    assert len(seen) == 7
-    assert all(min(picture.size) > 200 for picture in seen)
-    assert len(re.findall(r' alt="[^"]{20,}"', html)) == len(seen)
+    pictures = extract_pictures(html)
+    assert len(pictures) == 7
+    assert all(min(picture.size) > 200 for picture in pictures)
+    assert len(re.findall(r' alt="[^"]{20,}"', html)) == len(pictures)
     assert html.count("<td>0.2500</td>") == len(classes)
     assert "<script" not in html
     assert not re.search(r"https?://|<b>bold", html)
@@ -125,8 +128,8 @@ def test_the_page_shows_any_study_and_model(
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_importance_is_withheld_below_ten_complete_trials() -> None:
-    few = page.draw(study("c" * 9 + "pp"), "x", record(["0", "1"]), make_predictions(2))
-    enough = page.draw(study("c" * 10), "x", record(["0", "1"]), make_predictions(2))
+    few = page.draw(make_study("c" * 9 + "pp"), "x", record(["0", "1"]), make_predictions(2))
+    enough = page.draw(make_study("c" * 10), "x", record(["0", "1"]), make_predictions(2))
     assert "importance" not in few.study_figures
     assert "Withheld: with 9 complete trials" in page.render_page(few)
     assert "importance" in enough.study_figures
@@ -134,7 +137,7 @@ def test_importance_is_withheld_below_ten_complete_trials() -> None:
 
 
 def test_importance_is_drawn() -> None:
-    assert len(plots.render_png(lambda: plots.plot_importance(study("c" * 10)))) > 2_000
+    assert len(plots.render_png(lambda: plots.plot_importance(make_study("c" * 10)))) > 2_000
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -144,7 +147,7 @@ def test_a_model_without_mistakes_says_so() -> None:
     right |= {"mistakes": np.empty(0, np.int64), "images": np.empty((0, 1, 28, 28), np.uint8)}
     entry = record(["0", "1"])
     entry["metrics"]["test"] |= {"errors": 0}
-    drawn = page.draw(study("c"), "x", entry, right)
+    drawn = page.draw(make_study("c"), "x", entry, right)
     assert "mistakes" not in drawn.model_figures
     assert "There are none." in page.render_page(drawn)
 
@@ -190,13 +193,15 @@ def load(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=f"sqlite:///{folder}/db.sqlite3")
 
 
-def of_trial(made: optuna.Study, number: int) -> set[str]:
-    """Files that the dashboard shows with a trial."""
+def list_trial_files(study: optuna.Study, number: int) -> set[str]:
+    """List the files that the dashboard shows with a trial."""
     from optuna_dashboard.artifact._backend import list_trial_artifacts
 
-    trial = made.trials[number]
-    attrs = made._storage.get_study_system_attrs(made._study_id)
-    return {about["filename"] for about in list_trial_artifacts(attrs, trial.system_attrs, trial)}
+    trial = study.trials[number]
+    attrs = study._storage.get_study_system_attrs(study._study_id)
+    return {
+        artifact["filename"] for artifact in list_trial_artifacts(attrs, trial.system_attrs, trial)
+    }
 
 
 @pytest.mark.slow
@@ -208,7 +213,7 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     name, entry = registry.record(tmp_path / "saved_models")
     file_path = tmp_path / "saved_models" / f"{name}.report.html"
     assert f"report: saved_models/{name}.report.html" in done.stdout
-    assert len(pictures(file_path.read_text())) == 7
+    assert len(extract_pictures(file_path.read_text())) == 7
     with np.load(registry.file(tmp_path / "saved_models", name, "predictions")) as file:
         test = digits.open_test()
         assert 0 < len(file["mistakes"]) <= 24
@@ -224,7 +229,7 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     winner = entry["study"]["trial"]
     model = {"confusion.png", "calibration.png", "mistakes.png"}
-    assert of_trial(made, winner) == model
+    assert list_trial_files(made, winner) == model
 
     file_path.unlink()
     assert run(*DIGITS, "--trials", "2", "--confirm", "0").stderr == ""
@@ -238,7 +243,7 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     assert made.user_attrs["reports"] == [name, last["name"]]
     assert len(get_all_artifact_meta(made)) == 4
     assert all(after[key] > before[key] for key in metas.values())
-    assert of_trial(made, winner) == of_trial(made, last["study"]["trial"]) == model
+    assert list_trial_files(made, winner) == list_trial_files(made, last["study"]["trial"]) == model
     from optuna_dashboard import get_note
 
     note = get_note(made)
@@ -273,6 +278,6 @@ def test_the_report_states_the_gain_over_the_baselines() -> None:
     accuracies = {"winner": [0.8, 1.0], "first": [0.5, 0.7], "median": [0.4, 0.4]}
     worth = {name: {"trial": 0, "accuracies": values} for name, values in accuracies.items()}
     new = old | {"study": old["study"] | {"worth": worth}}
-    made = page.draw(study("cccp"), "name", new, make_predictions(2))
+    made = page.draw(make_study("cccp"), "name", new, make_predictions(2))
     text = "On the same fresh seeds the winner makes 9 errors of 90 validation images, the first "
     assert f"{text}trial 36, the median trial 54." in page.describe_result(made)

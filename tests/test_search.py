@@ -162,10 +162,12 @@ def test_a_bug_in_a_network_is_the_trial_s_failure_not_the_search_s(
 ) -> None:
     real = Run.for_trial
 
-    def once(recipe: Recipe, number: int, *rest: Any) -> Run:
-        return real(replace(recipe, network="unknown") if number == 1 else recipe, number, *rest)
+    def make_second_fail(recipe: Recipe, number: int, *arguments: Any) -> Run:
+        return real(
+            replace(recipe, network="unknown") if number == 1 else recipe, number, *arguments
+        )
 
-    monkeypatch.setattr(Run, "for_trial", once)
+    monkeypatch.setattr(Run, "for_trial", make_second_fail)
     one = member(tmp_path)
     run_search(one, pool, 3)
     assert states(one)[1] == TrialState.FAIL
@@ -176,17 +178,17 @@ def test_a_bug_in_a_network_is_the_trial_s_failure_not_the_search_s(
 def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_retried(
     tmp_path: Path, pool: Pool
 ) -> None:
-    whole, one = member(tmp_path, "whole"), member(tmp_path, "one")
-    run_search(whole, pool, 2)
-    seen = []
+    undisturbed, one = member(tmp_path, "undisturbed"), member(tmp_path, "one")
+    run_search(undisturbed, pool, 2)
+    states_seen = []
     with one:
         for update in loop.search(one, pool, RECIPE, trials=2):
-            seen.append(update.state)
-            if update.number == 1 and update.progress and TrialState.WAITING not in seen:
+            states_seen.append(update.state)
+            if update.number == 1 and update.progress and TrialState.WAITING not in states_seen:
                 pool.workers[0].process.kill()
                 pool.workers[0].process.join()
-    assert TrialState.WAITING in seen
-    assert outcome(one) == outcome(whole)
+    assert TrialState.WAITING in states_seen
+    assert outcome(one) == outcome(undisturbed)
 
 
 def test_the_speed_of_a_worker_is_measured_and_a_network_that_fails_says_why(pool: Pool) -> None:

@@ -206,7 +206,7 @@ def test_checkpoints_stay_under_the_quota_and_leave_nothing_half_written(tmp_pat
     checkpoints.save(state, folder / "two.pt", quota=100_000)
     with pytest.raises(QuotaExceeded):
         checkpoints.save(state, folder.with_name("other") / "three.pt", quota=100_000)
-    assert {each.name for each in folder.glob("[!.]*")} == {"one.pt", "two.pt"}
+    assert {path.name for path in folder.glob("[!.]*")} == {"one.pt", "two.pt"}
     assert not left.exists()
     assert checkpoints.used_bytes(folder.parent) < 100_000
 
