@@ -113,8 +113,8 @@ def test_a_trial_whose_transaction_fails_waits_and_blocks_nobody(
     one.trials.tell(before, TrialState.COMPLETE, 0.5)
 
 
-def sessions(member: Member) -> list[int]:
-    """Process ids of the database server's sessions."""
+def list_sessions(member: Member) -> list[int]:
+    """List the process ids of the database server's sessions."""
     with member.shared.engine.connect() as connection:
         return list(connection.execute(text("SELECT pid FROM pg_stat_activity")).scalars())
 
@@ -132,7 +132,7 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
     with engine.connect() as stopped:
         stopped.execute(text("SELECT * FROM trials FOR UPDATE"))
         pid = stopped.execute(text("SELECT pg_backend_pid()")).scalar()
-        until(lambda: pid not in sessions(two), "its session is ended", 60)
+        until(lambda: pid not in list_sessions(two), "its session is ended", 60)
         with pytest.raises(DBAPIError, match="idle-in-transaction timeout"):
             stopped.execute(text("SELECT 1"))
         assert two.trials.tell(claim, TrialState.COMPLETE, 0.5) == 0.5
@@ -180,23 +180,23 @@ def test_a_member_on_another_machine_is_dead_when_it_is_silent_for_the_grace_per
     monkeypatch.setattr(liveness, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(liveness, "GRACE_PERIOD_S", 10.5 * liveness.HEARTBEAT_S)
 
-    def beats() -> int:
+    def read_beat() -> int:
         return far.entries()[far.id]["beat"]
 
-    def one_beat_later() -> None:
+    def wait_for_beat() -> None:
         clock.now_s += liveness.HEARTBEAT_S
-        count = beats()
-        until(lambda: beats() > count, "the other machine has polled", 60)
+        count = read_beat()
+        until(lambda: read_beat() > count, "the other machine has polled", 60)
 
     with Member(storage, "study", threads=1) as far:
         for _ in range(15):
             one.poll()
-            one_beat_later()
+            wait_for_beat()
         for _ in range(8):
-            one_beat_later()
+            wait_for_beat()
         assert states(far) == [TrialState.RUNNING]
         for _ in range(4):
-            one_beat_later()
+            wait_for_beat()
         assert states(far) == [TrialState.WAITING]
 
 
@@ -214,20 +214,20 @@ def test_a_trial_recorded_as_this_member_s_without_a_claim_is_requeued(
 
 def test_however_a_database_is_spelled_it_has_the_same_lock(storage: str) -> None:
     other = storage.replace("sqlite:", "sqlite+pysqlite:").replace("sql:", "sql+psycopg:")
-    seen = []
+    order = []
     with Member(storage, "study", threads=1) as one, Member(other, "study", threads=1) as two:
 
         def enter() -> None:
             with two.shared.lock():
-                seen.append("two")
+                order.append("two")
 
         with one.shared.lock():
             thread = threading.Thread(target=enter)
             thread.start()
             time.sleep(0.5)
-            seen.append("one")
+            order.append("one")
         thread.join()
-    assert seen == ["one", "two"]
+    assert order == ["one", "two"]
 
 
 def test_studies_that_start_together_on_a_new_database_do_not_disturb_one_another(
@@ -241,20 +241,20 @@ def test_studies_that_start_together_on_a_new_database_do_not_disturb_one_anothe
         assert list(threads.map(work, range(4))) == [0] * 4
 
 
-def lose(one: Member, two: Member) -> Claim:
-    """A claim of `one`, whose trial `two` has claimed since."""
+def lose_claim(one: Member, two: Member) -> Claim:
+    """Claim a trial for `one`, and again for `two`; returns the lost claim."""
     claim = one.trials.ask(5, seed=0)
     assert claim is not None
     two.run_locked(lambda study: study.set_user_attr("members", {two.id: two.entries()[two.id]}))
     two.poll()
-    taken = two.trials.ask(5, seed=0)
-    assert taken is not None
-    assert taken.number == claim.number
+    second_claim = two.trials.ask(5, seed=0)
+    assert second_claim is not None
+    assert second_claim.number == claim.number
     return claim
 
 
 def test_a_member_that_was_taken_for_dead_cannot_change_the_trial(one: Member, two: Member) -> None:
-    claim = lose(one, two)
+    claim = lose_claim(one, two)
     with pytest.raises(ClaimLost, match="trial 0 was taken over"):
         one.trials.report(claim, 100, 0.1)
     with pytest.raises(ClaimLost):
