@@ -96,12 +96,12 @@ def test_every_engine_is_uncertain_of_the_same_pictures(
 
 
 def test_a_record_of_old_is_never_uncertain(folder: Path) -> None:
-    def old(record: dict[str, Any]) -> None:
+    def make_old(record: dict[str, Any]) -> None:
         del record["files"]["likeness"]
         record["calibration"] = {"temperature": record["calibration"]["temperature"]}
 
     noise = np.random.default_rng(0).integers(0, 256, (20, 1, 28, 28), np.uint8)
-    change(folder, old)
+    change(folder, make_old)
     assert not inference.load(folder).read(noise)[1].any()
 
 
@@ -120,11 +120,11 @@ def test_on_a_gpu_auto_takes_torch(saved: Path, monkeypatch: pytest.MonkeyPatch)
 def test_torch_answers_several_threads_at_once(saved: Path, digits: data.Dataset) -> None:
     classify = inference.load(saved, engine="torch")
     images = digits.validation.images[:8].numpy()
-    expected, strange = classify.read(images)
+    expected, expected_uncertain = classify.read(images)
     with ThreadPoolExecutor(4) as threads:
         for predicted, uncertain in threads.map(lambda _: classify.read(images), range(200)):
             assert predicted == pytest.approx(expected, abs=1e-6)
-            assert (uncertain == strange).all()
+            assert (uncertain == expected_uncertain).all()
 
 
 def test_more_images_than_one_part_are_all_answered(saved: Path) -> None:
@@ -189,14 +189,14 @@ def test_an_altered_or_missing_file_is_no_reason_to_use_another(folder: Path, ki
 def test_an_old_record_without_onnx_files_is_served_by_torch(folder: Path) -> None:
     wanted = inference.load(folder, engine="torch")(np.zeros((1, 1, 28, 28), np.uint8))
 
-    def old(record: dict[str, Any]) -> None:
+    def make_old(record: dict[str, Any]) -> None:
         for kind in ("onnx", "onnx_int8", "golden", "likeness"):
             del record["files"][kind]
         for key in ("golden", "engines", "calibration"):
             del record[key]
 
     temperature = registry.record(folder)[1]["calibration"]["temperature"]
-    change(folder, old)
+    change(folder, make_old)
     classify = inference.load(folder)
     assert classify.engine == "torch"
     assert classify.skipped_engines == {
@@ -243,7 +243,7 @@ asyncio.run(scenario())
 
 
 def serve(models_folder: Path, picture: Path, **settings: str) -> tuple[str, str, set[str]]:
-    """Prediction, engine and modules of a new server process."""
+    """Classify in a new server process; returns prediction, engine and imported modules."""
     environment = os.environ | {"MODELS": str(models_folder)} | settings
     command = [sys.executable, "-W", "error", "-c", SERVE, str(picture)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -337,7 +337,7 @@ def test_the_server_s_requirements_are_enough_for_it(
 
 
 def post(port: int, body: bytes) -> dict[str, Any]:
-    """The answer, as soon as there is a server."""
+    """Post to a server that may still be starting; returns the answer."""
     for _ in range(1200):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with contextlib.closing(connection), contextlib.suppress(ConnectionRefusedError):

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,8 +31,8 @@ def models(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_request_id_is_the_client_s_or_a_new_one(models: Path) -> None:
     with TestClient(app) as client:
-        given = client.get("/health", headers={"X-Request-ID": "mine-1"})
-        assert given.headers["x-request-id"] == "mine-1"
+        response = client.get("/health", headers={"X-Request-ID": "mine-1"})
+        assert response.headers["x-request-id"] == "mine-1"
         for bad in ("x" * 200, "two words"):
             new = client.get("/health", headers={"X-Request-ID": bad}).headers["x-request-id"]
             assert new != bad
@@ -79,15 +78,11 @@ def test_other_origins_are_allowed_only_if_configured(
 def test_a_busy_server_rejects_a_request_before_it_reads_the_body(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def raise_busy(*_: Any) -> None:
         raise Busy("queue", "it is full", 7)
 
-    def body() -> Iterator[bytes]:
-        raise AssertionError("the body was read")
-        yield b""
-
     with TestClient(app) as client:
-        monkeypatch.setattr(Admission, "admit", full)
+        monkeypatch.setattr(Admission, "admit", raise_busy)
         answer = client.post("/predict", headers={"content-length": "10", "x-request-id": '"\\'})
         assert "busy" in refused(answer, 429, "busy")
         assert answer.headers["retry-after"] == "7"
@@ -159,10 +154,10 @@ def test_each_admitted_request_is_a_json_line_of_the_log_and_counted(
 def test_one_log_line_counts_rejected_requests(
     models: Path, monkeypatch: pytest.MonkeyPatch, every_s: float
 ) -> None:
-    def full(*_: Any) -> None:
+    def raise_busy(*_: Any) -> None:
         raise Busy("queue", "it is full", 7)
 
-    def logged() -> list[tuple[str, int]]:
+    def read_log() -> list[tuple[str, int]]:
         lines = [json.loads(line) for line in stream.getvalue().splitlines()]
         return [
             (line["event"], line["requests"]) for line in lines if line.get("path") != "/metrics"
@@ -171,22 +166,22 @@ def test_one_log_line_counts_rejected_requests(
     stream = io.StringIO()
     monkeypatch.setattr(admission, "REPORT_S", every_s)
     with TestClient(app) as client:
-        monkeypatch.setattr(Admission, "admit", full)
+        monkeypatch.setattr(Admission, "admit", raise_busy)
         monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
         for _ in range(3):
             refused(client.post("/predict", content=b"x"), 429, "busy")
         if every_s > 1:
-            assert not logged()
+            assert not read_log()
         else:
-            until(lambda: sum(n for _, n in logged()) == 3, "all three are logged", 60)
+            until(lambda: sum(n for _, n in read_log()) == 3, "all three are logged", 60)
             metrics = client.get("/metrics").text
             assert 'requests_total{method="POST",route="other",status="429"} 3.0' in metrics
             assert 'turned_away_total{why="queue"} 3.0' in metrics
-    assert {event for event, _ in logged()} == {"rejected"}
-    assert sum(n for _, n in logged()) == 3
+    assert {event for event, _ in read_log()} == {"rejected"}
+    assert sum(n for _, n in read_log()) == 3
 
 
-def threads() -> int | None:
+def read_threads() -> int | None:
     return Settings().threads
 
 
@@ -197,9 +192,9 @@ def test_one_of_several_workers_has_one_inference_thread_by_default(
     monkeypatch.delenv("THREADS", raising=False)
     if setting:
         monkeypatch.setenv("THREADS", setting)
-    assert threads() == alone
+    assert read_threads() == alone
     with ProcessPoolExecutor(1, get_context("spawn")) as workers:  # as uvicorn starts its workers
-        assert workers.submit(threads).result() == one_of_several
+        assert workers.submit(read_threads).result() == one_of_several
 
 
 def test_openapi_lists_every_status_of_predict(models: Path) -> None:
