@@ -3,6 +3,7 @@
 import contextlib
 import sqlite3
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import optuna

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist.data import folders
 from mnist import plugins
-from mnist.data.download import DataError
+from mnist.data import folders
 from mnist.data.cache import Arrays
+from mnist.data.download import DataError
 from mnist.data.sources import DATASETS, Reader, Source
 from mnist.data.splits import Split, split_stratified
 

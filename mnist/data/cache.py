@@ -13,7 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from mnist import decoding, depth, images as pictures, metadata
+from mnist import decoding, depth, metadata
+from mnist import images as pictures
 
 PLAIN_INTERVAL_S = 5.0
 _READERS = (decoding, depth, pictures, metadata)  # modules that decide what a picture becomes

@@ -83,9 +83,7 @@ def _read_part(
     return _Pictures(images, labels, [files[i][0] for i in index])
 
 
-def _read_pictures(
-    part: Part, files: Labelled, size: int, channels: int, minimum: int
-) -> Arrays:
+def _read_pictures(part: Part, files: Labelled, size: int, channels: int, minimum: int) -> Arrays:
     """The readable pictures, their labels, their indices in `files`, and warnings about them."""
     images, index = list[np.ndarray](), list[int]()
     broken: notes.Broken = []

