@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from mnist import images, inference, registry, shell
-from mnist.files import describe_left_out, list_tree
+from mnist.images.files import describe_left_out, list_tree
 from mnist.report import model_plots, plots
 
 TOP_CLASSES = 3
@@ -45,8 +45,8 @@ def predict_files(
     """Yield a prediction for each file, in order, by a model of the registry `folder`.
 
     By default the current model. A folder stands for all pictures in and below it (by their names:
-    mnist.files). Raises registry.RegistryError where the model is unusable, OSError for a folder
-    that cannot be read.
+    mnist.images.files). Raises registry.RegistryError where the model is unusable, OSError for a
+    folder that cannot be read.
     """
     name, record = registry.record(folder, name)
     classify = inference.load(folder, name)

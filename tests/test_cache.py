@@ -58,7 +58,8 @@ def test_the_cache_is_valid_until_files_settings_or_the_recipe_change(
     assert [read(32), read(32)] == [3, 3]
     os.utime(file, (1, 1))
     assert read(32) == 4
-    monkeypatch.setattr(cache.pictures, "__file__", str(file))
+    (tmp_path / "decoding.py").touch()
+    monkeypatch.setattr(cache, "_READERS", tmp_path)
     assert read(32) == 5
     assert [other.name for other in path.parent.iterdir()] == [path.name]
 

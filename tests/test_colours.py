@@ -1,4 +1,4 @@
-"""mnist.colours: ink that is as bright as its ground is read by its colour."""
+"""mnist.images.colours: ink that is as bright as its ground is read by its colour."""
 
 import cv2
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mnist import images
-from mnist.colours import project_colours
+from mnist.images.colours import project_colours
 from tests.test_images import assert_reads_as_the_seven, encode, refused, seven
 
 EQUALLY_BRIGHT = [  # ink, ground: the same grey

@@ -1,4 +1,4 @@
-"""mnist.depth: pictures of 10, 12, 14 and 16 bits come out like the same picture of 8 bits."""
+"""mnist.images.depth: pictures of 10 to 16 bits come out like the same picture of 8 bits."""
 
 import io
 import struct

@@ -1,8 +1,8 @@
-"""mnist.files: one rule for which files of a folder are pictures."""
+"""mnist.images.files: one rule for which files of a folder are pictures."""
 
 from pathlib import Path
 
-from mnist.files import describe_left_out, list_folder, list_tree
+from mnist.images.files import describe_left_out, list_folder, list_tree
 
 PICTURES = ["1.png", "2.JPG", "3.jfif", "4.jpe", "5.pnm", "6.pgm", "7.TIFF"]
 SYSTEM = [".DS_Store", "._1.png", ".hidden.png", "Desktop.ini", "Thumbs.db", "thumbs.db"]

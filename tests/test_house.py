@@ -11,11 +11,9 @@ from serve.settings import Settings
 from tests.conftest import ROOT
 
 LAYERS = (  # a module may import its own package and the layers before it
-    {"mnist.metadata", "mnist.depth", "mnist.files", "mnist.shell"},
-    {"mnist.decoding"},
-    {"mnist.ink", "mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
-    | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.process", "mnist.scores"},
-    {"mnist.colours"},
+    {"mnist.shell", "mnist.process"},
+    {"mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
+    | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.scores"},
     {"mnist.images", "mnist.models"},
     {"mnist.data", "mnist.inference"},
     {"mnist.metrics"},

@@ -1,4 +1,4 @@
-"""mnist.metadata: whatever a file says besides its pixels, the picture is read."""
+"""mnist.images.metadata: whatever a file says besides its pixels, the picture is read."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from mnist import images
-from mnist.metadata import strip_metadata
+from mnist.images.metadata import strip_metadata
 from serve import feedback
 
 GARBAGE = b"Exif\0\0no TIFF at all"

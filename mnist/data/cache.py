@@ -13,11 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from mnist import decoding, depth, metadata
-from mnist import images as pictures
+from mnist import images
 
 PLAIN_INTERVAL_S = 5.0
-_READERS = (decoding, depth, pictures, metadata)  # modules that decide what a picture becomes
+_READERS = Path(images.__file__).parent  # the modules that decide what a picture becomes
 
 Arrays = tuple[np.ndarray, ...]
 """Images and labels, and further arrays that are cached with them."""
@@ -49,7 +48,7 @@ def load_cached(
     The cache is valid while the `inputs` that `make` reads, the settings and the modules
     that read pictures are unchanged. Where the file cannot be written, nothing is cached.
     """
-    code = [Path(module.__file__ or "").read_bytes() for module in _READERS]
+    code = [module.read_bytes() for module in sorted(_READERS.glob("*.py"))]
     key = hashlib.sha256(b"".join(code) + repr(settings).encode())
     for file in inputs:
         status = file.stat()

@@ -29,8 +29,8 @@ def make_source(path: Path, size: int = SIZE, channels: int = 1) -> Source:
     If `path` has train/ and test/ (or training/ and testing/) with class folders in each, these are
     the splits; otherwise a stratified seventh becomes the test split. Pictures are read by
     images.normalise, recipe "plain", at size x size pixels, in grey or (3 channels) RGB.
-    `mnist.files` says which files are pictures. Raises DataError, here or in `read`; its message
-    says what to change.
+    `mnist.images.files` says which files are pictures. Raises DataError, here or in `read`; its
+    message says what to change.
     """
     train, test, layout_notes = find_parts(path)
     _warn_all(layout_notes)

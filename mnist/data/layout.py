@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mnist.data.download import DataError
-from mnist.files import describe_left_out, join_names, list_folder, list_tree
+from mnist.images.files import describe_left_out, join_names, list_folder, list_tree
 
 # Names of parts, in any case, as published data sets have them.
 PART_NAMES = {

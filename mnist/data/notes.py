@@ -12,7 +12,7 @@ import numpy as np
 from mnist import images as pictures
 from mnist.data.download import DataError
 from mnist.data.layout import Labelled
-from mnist.files import join_names
+from mnist.images.files import join_names
 
 MAX_BROKEN_SHARE = 0.5  # of a class's files; more unreadable files have a common cause
 MAX_IMBALANCE = 20  # ratio of class sizes above which the model hardly predicts the rare class

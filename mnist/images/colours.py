@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist.ink import Grey
+from mnist.images.ink import Grey
 
 # The length of the vector of luminance (ITU-R BT.601). Axes have the same length, so that noise of
 # a camera is no stronger along them than in grey.

@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from mnist.depth import to_eight_bits
-from mnist.metadata import drop_dangling_tags, rotate_upright, strip_metadata
+from mnist.images.depth import to_eight_bits
+from mnist.images.metadata import drop_dangling_tags, rotate_upright, strip_metadata
 
 # Enough for any phone's photo; decoded as RGB, it takes 150 MB of a server's memory.
 MAX_PIXELS = 50_000_000

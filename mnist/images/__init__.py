@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mnist.colours import project_colours
-from mnist.decoding import MAX_PIXELS, ImageError, decode
-from mnist.decoding import read_header as read_header
-from mnist.ink import BACKGROUND_SIDE, Grey, find_ink
+from mnist.images.colours import project_colours
+from mnist.images.decoding import MAX_PIXELS, ImageError, decode
+from mnist.images.decoding import read_header as read_header
+from mnist.images.ink import BACKGROUND_SIDE, Grey, find_ink
 
 # Longest side at which find_ink works: a digit a tenth as tall as its photo keeps 11 to 22 pixels,
 # about the 20 that the recipe needs. With 192 to 384, photos are read equally well.
