@@ -21,7 +21,7 @@ NORM_IMAGES = 1_000  # training images for the statistics of batch norms
 # Decay of a training form's weights per training image, at the learning rate's peak: 27 errors on
 # 5,000 validation images instead of 29 after 400,000 images, log-loss 0.0160 instead of 0.0179.
 DECAY = 2.5e-6
-# Share of the target that goes to all classes (Szegedy et al. 2016, arXiv 1512.00567): 110 errors on
+# Share of the target for all classes together (Szegedy et al. 2016, arXiv 1512.00567): 110 errors of
 # 15,000 held-out images instead of 128 after 60,000 images, 59 instead of 66 after 600,000.
 LABEL_SMOOTHING = 0.1
 SPEED_S, SPEED_STEPS = 2.5, 4  # a speed measurement takes the longer of the two
@@ -35,10 +35,10 @@ class Diverged(ArithmeticError):
 class Progress:
     """The state of a run after `samples` of `total` training images.
 
-    `loss` is the mean since the last Progress, with label smoothing. `errors` counts the wrong ones of `n` validation
-    images, and `log_loss` is their mean negative log-likelihood; all three are None without a
-    validation. `state()` returns what fit() needs to resume here (tensors and numbers); call it
-    before asking for the next Progress.
+    `loss` is the mean since the last Progress, with label smoothing. `errors` counts the wrong ones
+    of `n` validation images, and `log_loss` is their mean negative log-likelihood; all three are
+    None without a validation. `state()` returns what fit() needs to resume here (tensors and
+    numbers); call it before asking for the next Progress.
     """
 
     samples: int

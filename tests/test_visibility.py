@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -21,9 +22,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A registry whose record has a secret in each entry that is not for everybody."""
     folder = Path(shutil.copytree(registry.SAMPLE, tmp_path / "registry"))
     info = registry.read(folder)
-    private = {key: f"/home/{key}" for key in ("options", "imports", "commit", "versions", "new")}
-    info["models"][NAME] |= private
-    info["models"][NAME]["study"]["storage"] = "/home/storage"
+    private = {key: f"/home/{key}" for key in ("imports", "commit", "versions", "new")}
+    record: dict[str, Any] = info["models"][NAME]  # type: ignore[assignment]
+    record |= private | {"options": {"output": "/home/options"}}
+    record["study"]["storage"] = "/home/storage"
     (folder / registry.INFO).write_text(json.dumps(info))
     monkeypatch.setenv("MODELS", str(folder))
     return folder

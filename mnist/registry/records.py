@@ -96,8 +96,8 @@ class Info(TypedDict):
     """All of model_info.json; `current` names one of `models`, or none."""
 
     schema: int
-    current: str | None
     models: dict[str, Record]
+    current: str | None
 
 
 _INFO = TypeAdapter(Info)
