@@ -21,8 +21,8 @@ NORM_IMAGES = 1_000  # training images for the statistics of batch norms
 # Decay of a training form's weights per training image, at the learning rate's peak: 27 errors on
 # 5,000 validation images instead of 29 after 400,000 images, log-loss 0.0160 instead of 0.0179.
 DECAY = 2.5e-6
-# Share of the target for all classes together (Szegedy et al. 2016, arXiv 1512.00567): 110 errors of
-# 15,000 held-out images instead of 128 after 60,000 images, 59 instead of 66 after 600,000.
+# Share of the target for all classes together (Szegedy et al. 2016, arXiv 1512.00567): 110 errors
+# of 15,000 held-out images instead of 128 after 60,000 images, 59 instead of 66 after 600,000.
 LABEL_SMOOTHING = 0.1
 SPEED_S, SPEED_STEPS = 2.5, 4  # a speed measurement takes the longer of the two
 
