@@ -67,7 +67,7 @@ class Part:
         if n >= minimum:
             return
         folder = self.classes[name][0]
-        trees = [list_tree(each) for each in self.classes[name]]
+        trees = [list_tree(path) for path in self.classes[name]]
         deeper = [path for tree in trees for path in tree.pictures]
         others = [path for tree in trees for path in tree.left_out]
         if deeper and not n:
