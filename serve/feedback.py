@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from mnist import images
+from mnist import disk, images
 
 
 class Full(Exception):
@@ -33,7 +33,5 @@ def keep(folder: Path, max_bytes: int, picture: bytes, label: str, max_pixels: i
         used_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if used_bytes + len(picture) > max_bytes:
             raise Full(f"{folder} would hold over {max_bytes} bytes (FEEDBACK_MAX_BYTES)")
-        temporary = path.with_name(f".{name}")
-        temporary.write_bytes(picture)
-        temporary.replace(path)
+        disk.replace_file(path, picture)
     return path

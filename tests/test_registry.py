@@ -176,7 +176,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_registry_as_it_was(
 
         return wrapped
 
-    monkeypatch.setattr(registry.os, "fsync", crash(registry.os.fsync))
+    monkeypatch.setattr(os, "fsync", crash(os.fsync))
     monkeypatch.setattr(Path, "replace", crash(Path.replace))
     with pytest.raises(SystemExit):
         save(tmp_path, entry(errors=0))

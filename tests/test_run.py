@@ -273,7 +273,7 @@ def test_a_full_disk_ends_with_one_line_and_loses_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         done = run(*DIGITS, "--trials", "2")
     assert done.returncode == 1
     assert "No space left on device" in done.stderr.splitlines()[-1]

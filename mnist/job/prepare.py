@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import os
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import optuna
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mnist import data, folding, models, plugins, training
+from mnist import data, disk, folding, models, plugins, training
 from mnist.job.clock import Clock
 from mnist.job.display import full_message, root_cause
 from mnist.job.options import Options
@@ -102,9 +101,7 @@ def check_all(option_sets: list[Options]) -> None:
 def check_writable(artifacts: Path) -> None:
     """Create the folder; raises click.UsageError where it is not writable."""
     try:
-        artifacts.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=artifacts):
-            pass
+        disk.check_writable(artifacts)
     except OSError as error:
         text = f"cannot write to {artifacts}: {error.strerror}; see --artifacts"
         raise click.UsageError(text) from error

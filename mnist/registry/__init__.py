@@ -5,14 +5,13 @@
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mnist import disk
 from mnist.registry.records import DatasetEntry as DatasetEntry
 from mnist.registry.records import Info, Record, find_fault
 
@@ -128,7 +127,7 @@ def save(
         (folder / f".{name}.tmp").touch()  # marks files without a record for _remove_orphans
         for kind, (suffix, content) in files.items():
             path = folder / f"{name}{suffix}"
-            _write_file(path, content)
+            disk.replace_file(path, content)
             digest = hashlib.sha256(content).hexdigest()
             model["files"][kind] = {"file": path.name, "sha256": digest, "bytes": len(content)}
         if "golden" in files:
@@ -190,15 +189,13 @@ def put_beside(folder: Path, name: str, suffix: str, content: bytes) -> None:
     """
     with _lock(folder):
         record(folder, name)
-        _write_file(folder / f"{name}{suffix}", content)
+        disk.replace_file(folder / f"{name}{suffix}", content)
 
 
 def check_writable(folder: Path) -> None:
     """Raise RegistryError for a folder that save() could not write to, before the training."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        disk.check_writable(folder)
     except OSError as error:
         raise RegistryError(f"cannot write to {folder}: {error.strerror}; see --output") from error
     read(folder)
@@ -236,19 +233,4 @@ def _lock(folder: Path) -> "FileLock":
 def _write_info(folder: Path, info: Info) -> None:
     text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
     # A path may have bytes that are no UTF-8; so written, they are JSON's own escapes.
-    _write_file(folder / INFO, text.encode(errors="backslashreplace"))
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically; its content is on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    disk.replace_file(folder / INFO, text.encode(errors="backslashreplace"))

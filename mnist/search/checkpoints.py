@@ -4,17 +4,17 @@ import contextlib
 import errno
 import io
 import logging
-import os
 import shutil
 import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from filelock import FileLock
+
+from mnist import disk
 
 STALE_AFTER_S = 600  # age at which a temporary file is abandoned; writing one takes seconds
 MAX_NAME = 60  # letters of a study's name in that of its folder: with UTF-8 at most 240 bytes
@@ -92,7 +92,6 @@ def save(state: dict[str, Any], path: Path, quota: int | None = None) -> None:
     content = io.BytesIO()
     torch.save(state, content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     # With a quota, only one process writes at a time: two must not count on the same space.
     with contextlib.nullcontext() if quota is None else FileLock(path.parent / ".lock"):
         if quota is not None:
@@ -100,14 +99,7 @@ def save(state: dict[str, Any], path: Path, quota: int | None = None) -> None:
                 stale.unlink(missing_ok=True)
             if used_bytes(path.parent.parent) + content.getbuffer().nbytes > quota:
                 raise QuotaExceeded(f"no room for {path} under --disk-quota")
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(content.getbuffer())
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        disk.replace_file(path, content.getbuffer())
 
 
 def load(path: Path | None) -> dict[str, Any] | None:
