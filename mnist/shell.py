@@ -38,6 +38,11 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def describe_crash(error: BaseException) -> str:
     """One line about an error that no part of the program expects, which names a file with its
     traceback; only the user can read that file."""

@@ -16,6 +16,7 @@ from mnist.data.cache import Arrays
 from mnist.data.download import DataError
 from mnist.data.sources import DATASETS, Reader, Source
 from mnist.data.splits import Split, split_stratified
+from mnist.shell import first_line
 
 # Shares of the training files, as for MNIST.
 VALIDATION_SHARE, CALIBRATION_SHARE = 5000 / 60000, 2500 / 60000
@@ -159,8 +160,8 @@ def _read_part(name: str, source: Source, data_dir: Path, part: str) -> Arrays:
     except Exception as error:
         if isinstance(error, DataError) or not plugins.is_from_plugin(source.read):
             raise
-        reason = (str(error).strip().splitlines() or [""])[0]
-        text = f"{name}: its {part} part cannot be read: {type(error).__name__}: {reason}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        text = f"{name}: its {part} part cannot be read: {reason}"
         raise DataError(text) from error
     return np.asarray(images), np.asarray(labels)
 

@@ -120,8 +120,7 @@ class FileSet:
                 self._fetch_from(fetch, data_dir)
                 return
             except Exception as error:  # noqa: BLE001 - after any error, the next source is tried
-                reason = " ".join(str(error).split()) or type(error).__name__
-                failures.append(f"{source}: {reason}")
+                failures.append(f"{source}: {describe_error(error)}")
         raise DataError(
             f"{self.title}'s files are nowhere to be had ({' | '.join(failures)}); put "
             f"{', '.join(faults)} into {folder.resolve()} by hand, or name their folder with "
@@ -145,6 +144,11 @@ class FileSet:
                         raise DataError(fault)
                 for name in missing:
                     (fetched / name).replace(folder / name)
+
+
+def describe_error(error: Exception) -> str:
+    """The message of an error in one line, or the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _list_spellings(data_dir: Path, folder: Path, name: str) -> list[Path]:

@@ -14,6 +14,7 @@ from mnist.data.download import (
     DataError,
     FileSet,
     debian_fetcher,
+    describe_error,
     import_torchvision,
     npm_fetcher,
     torchvision_fetcher,
@@ -89,7 +90,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _damage_error(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = describe_error(error)
     return DataError(f"{path} is damaged ({reason}); remove it, and it will be fetched again")
 
 

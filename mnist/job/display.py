@@ -20,6 +20,7 @@ from mnist.search.loop import Update
 from mnist.search.storage import StorageError
 from mnist.search.study import FINISHED
 from mnist.search.urls import mask_secrets
+from mnist.shell import first_line
 from mnist.training import Progress
 
 PLAIN_INTERVAL_S = 10.0
@@ -249,4 +250,4 @@ def root_cause(error: BaseException) -> str:
     """The first line of an error's root cause, such as "database or disk is full"."""
     while error.__cause__ is not None and not isinstance(error, StorageError):
         error = error.__cause__  # a StorageError has the text of its cause, without secrets
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

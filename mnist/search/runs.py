@@ -16,6 +16,7 @@ from mnist import folding, models, plugins, training
 from mnist.data import Dataset
 from mnist.search import budget, checkpoints
 from mnist.search.checkpoints import Checkpoints, QuotaExceeded
+from mnist.shell import first_line
 
 MAX_DEATHS = 3  # of a run's processes without a new checkpoint in between; then the run has failed
 MEASURE_LR = 1e-8  # of speed measurements: no step diverges
@@ -198,7 +199,7 @@ def run_safely(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult
 
 
 def describe_error(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def build_network(network: str, dataset: Dataset, plain: bool) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLA
 
 from mnist.search import existing, locks, urls
 from mnist.search.urls import StudyError, unusable_storage
+from mnist.shell import first_line
 
 SQLITE_TIMEOUT_S = 60  # how long SQLite waits for another process's statement
 # Time after which PostgreSQL ends an idle transaction or a wait for a lock; less than
@@ -164,7 +165,7 @@ class SharedStudy:
             passing = any(text in str(cause) for text in PASSING_ERRORS) or (
                 self.file is None and _find_cause(error, CONNECTION_ERRORS) is not None
             )
-            text = urls.scrub(_first_line(cause), self.url)
+            text = urls.scrub(first_line(cause), self.url)
             raise StorageError(f"{urls.mask_secrets(self.url)}: {text}", passing) from error
 
     def _find_removal(self) -> str | None:
@@ -209,10 +210,6 @@ def _find_cause(error: BaseException | None, kinds: tuple[type[Exception], ...])
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def open_study(storage: str, name: str) -> optuna.Study:
