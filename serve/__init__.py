@@ -1,16 +1,1 @@
-"""The server; imports only mnist.images, mnist.inference, mnist.process and mnist.registry."""
-
-import gc
-import os
-import sys
-
-# The imports leave no garbage, but garbage collection took a tenth of the start. serve.app and
-# serve.preflight_worker enable it again.
-gc.disable()
-
-# NumPy reads this at its import. Its products here are small: a second thread, which spins while it
-# waits for the next product, took 2 of the 8 ms of CPU time of a request.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-# FastAPI imports all of pydantic.v1, which takes 1/30 of the start, only to reject its models.
-sys.modules.setdefault("pydantic.v1", None)  # type: ignore[arg-type]
+"""The server; of mnist/, it imports disk, images, inference, process and registry."""

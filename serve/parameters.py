@@ -39,5 +39,7 @@ def _nearest(name: str, known: list[str]) -> str | None:
 
 
 def _parameters(request: Request) -> list[str]:
-    """The parameters of the route's URL."""
-    return [field.alias for field in request.scope["route"].dependant.query_params]
+    """The parameters of the route's URL, with those of its dependencies."""
+    dependant = request.scope["route"].dependant
+    parts = [*dependant.dependencies, dependant]
+    return [field.alias for part in parts for field in part.query_params]

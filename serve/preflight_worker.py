@@ -10,7 +10,9 @@ if __name__ == "__main__":
     # Lower priority than the server, also for the imports below; a busy machine still gets to it.
     os.nice(10)
 
-import gc
+from serve import startup
+
+# isort: split
 import json
 import signal
 import sys
@@ -26,7 +28,7 @@ TIMEOUT_S = 150  # for one check; only reached if the server, which waits less l
 
 def main() -> None:
     """Write a preflight.Result in JSON for each line of standard input."""
-    gc.enable()
+    startup.collect_garbage()
     with suppress(OSError):  # when memory runs out, this process ends, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     for line in sys.stdin:

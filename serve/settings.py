@@ -118,11 +118,6 @@ class Settings(BaseModel):
             raise ValueError("it is empty; give it a value or unset it")
         return text
 
-    @field_validator("models", "feedback_dir")
-    @classmethod
-    def _expand_home(cls, folder: Path | None) -> Path | None:
-        return folder and Path(os.path.expanduser(folder))  # noqa: PTH111 - raises no error
-
     @field_validator("canary", mode="before")
     @classmethod
     def _canary(cls, text: str) -> tuple[str, float] | None:

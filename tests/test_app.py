@@ -542,7 +542,9 @@ def test_garbage_collection_is_enabled_after_the_import_of_the_server() -> None:
 
 
 def test_libraries_use_no_threads_besides_those_of_the_server() -> None:
-    code = "import serve.app, cv2, threadpoolctl as pools; print(cv2.getNumThreads(), "
+    picture = png(np.pad(np.full((12, 4), 255, np.uint8), 8))
+    code = "import serve.app, cv2, threadpoolctl as pools; from mnist import images; "
+    code += f"images.normalise({picture!r}); print(cv2.getNumThreads(), "
     code += "*[pool['num_threads'] for pool in pools.threadpool_info()])"
     environment = {key: value for key, value in os.environ.items() if "_NUM_THREADS" not in key}
     done = subprocess.run(

@@ -11,7 +11,7 @@ from serve.settings import Settings
 from tests.conftest import ROOT
 
 LAYERS = (  # a module may import its own package and the layers before it
-    {"mnist.shell", "mnist.process"},
+    {"mnist.disk", "mnist.process", "mnist.shell"},
     {"mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
     | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.scores"},
     {"mnist.images", "mnist.models"},
@@ -23,7 +23,7 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"mnist.job"},
     {"mnist.predict"},
     {"run"},
-    {"serve.errors", "serve.visibility"},
+    {"serve.errors", "serve.startup", "serve.visibility"},
     {"serve.schemas", "serve.metrics", "serve.settings", "serve.feedback", "serve.upgrades"},
     {"serve.admission", "serve.preflight", "serve.preflight_worker"},
     {"serve.batching", "serve.loading"},
@@ -33,7 +33,7 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"serve.app"},
 )
 # All that the server may import.
-SERVED = {"mnist.images", "mnist.inference", "mnist.process", "mnist.registry"}
+SERVED = {"mnist.disk", "mnist.images", "mnist.inference", "mnist.process", "mnist.registry"}
 
 
 def find_modules() -> dict[str, Path]:
@@ -98,6 +98,16 @@ def test_a_library_is_imported_in_its_place_only(library: str, places: tuple[str
     assert importers
     assert all(module.startswith(places) for module in importers)
     assert {"mnist.search.workers", "mnist.search.runs"}.isdisjoint(importers)
+
+
+def test_only_the_start_of_the_server_has_an_effect_at_its_import() -> None:
+    calls = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+    }
+    assert calls == {"serve.startup", "serve.app"}
 
 
 def test_each_version_is_written_once() -> None:

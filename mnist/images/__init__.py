@@ -30,9 +30,6 @@ RECIPES = (("digit", 1), ("plain", 1), ("plain", 3))  # recipe, channels
 SMALL_BYTES, SMALL_PIXELS = 16_000, 300 * 300
 PNG_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # followed by width and height
 
-# Operations here take microseconds; waking a second thread would cost 0.8 ms of processor time.
-cv2.setNumThreads(1)
-
 
 def normalise(
     data: bytes,

@@ -2,12 +2,12 @@
 
 import io
 import re
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
+from mnist.images import libraries
 from mnist.images.depth import to_eight_bits
 from mnist.images.metadata import drop_dangling_tags, rotate_upright, strip_metadata
 
@@ -16,10 +16,6 @@ MAX_PIXELS = 50_000_000
 # Formats whose decoders start no program and download nothing. Not ICO: a header of 256x256 may
 # come with a far larger picture, which Pillow decodes before its size can be checked.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-
-# Pillow's warnings (odd metadata, many pixels) do not help those who serve or train a model. They
-# are filtered once, as catch_warnings() around each picture would change the whole process.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 T = TypeVar("T")
 
@@ -85,6 +81,7 @@ def _read(data: bytes, read: Callable[[bytes], T], size: int | None = None) -> T
 
     `size` is the number of bytes that an error names, by default all.
     """
+    libraries.configure()
     try:
         return read(data)
     except (ImageError, Image.DecompressionBombError):

@@ -13,8 +13,6 @@ DEPTHS = (10, 12, 14, 16)
 MAX_SHALLOW = 2**6
 
 _FULL = 2**16 - 1
-# OpenCV would print a line on standard error for each file that it cannot read.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def to_eight_bits(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
