@@ -7,7 +7,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mnist import inference, models
+from mnist import conformal, inference, models
 from mnist.calibration import EngineOutputs, calibrate
 from mnist.data import Dataset
 from mnist.inference import Classifier, probabilities
@@ -38,7 +38,8 @@ class Export:
 
     `files` are for registry.save; `served` is the classifier that a server will run; `left_out`
     maps unusable engines to reasons; `metrics` are those of the served probabilities on the
-    calibration split; `calibration` has the temperature and threshold that were fitted on it.
+    calibration split; `calibration` has the temperature, the threshold and the limits of prediction
+    sets that were fitted on it.
     """
 
     files: dict[str, tuple[str, bytes]]
@@ -72,8 +73,10 @@ def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) 
         engine: probabilities(outputs[0], served.temperature)
         for engine, (_, outputs) in engines.items()
     }
+    logits, features = engines[served.engine][1]
+    limits = conformal.fit(predicted[served.engine], served.scores(logits, features), labels)
+    served = replace(served, set_limits=conformal.choose(limits, conformal.DEFAULT_COVERAGE))
     files["golden"] = (".golden.npz", make_golden(images, predicted, served.engine))
-    logits = engines[served.engine][1][0]
     metrics = {
         "errors": count_errors(predicted["torch"], labels),
         "n": len(labels),
@@ -85,6 +88,7 @@ def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) 
         "temperature": served.temperature,
         "uncertain_below": served.uncertain_below,
         "score": "likeness" if served.ood_score else "logit",
+        "prediction_sets": limits,
     }
     return Export(files, served, left_out, metrics, calibration)
 

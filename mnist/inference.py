@@ -3,14 +3,14 @@
 import math
 import textwrap
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mnist import ood, registry
+from mnist import conformal, ood, registry
 from mnist.ood import OutOfDistributionScore
 from mnist.process import available_cores
 
@@ -32,13 +32,33 @@ Runner = Callable[[np.ndarray], Outputs]
 """Images uint8 (N, channels, size, size), as images.normalise returns them -> Outputs."""
 
 
+class Readings(NamedTuple):
+    """What a classifier reads in N pictures.
+
+    `probabilities` (N, classes) float32; whether each picture is `uncertain` (N,) bool; the
+    prediction `sets` (N, classes) bool of conformal.make_sets, None for models without limits.
+    """
+
+    probabilities: np.ndarray
+    uncertain: np.ndarray
+    sets: np.ndarray | None
+
+    def labels(self, i: int, classes: Sequence[str]) -> list[str] | None:
+        """The classes in the prediction set of picture i, the most likely one first."""
+        if self.sets is None:
+            return None
+        ranking = (-self.probabilities[i]).argsort(kind="stable")
+        return [classes[k] for k in ranking if self.sets[i, k]]
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A function from images uint8 (N, channels, size, size) to probabilities.
 
     `engine` is the one that runs; `skipped_engines` maps better engines to the reasons why they
     do not. A picture whose score is below `uncertain_below` does not look like any class; the score
-    is that of `ood_score`, or without one the largest logit.
+    is that of `ood_score`, or without one the largest logit. `set_limits` are those of prediction
+    sets.
     """
 
     engine: str
@@ -47,6 +67,7 @@ class Classifier:
     skipped_engines: Mapping[str, str] = field(default_factory=dict)
     ood_score: OutOfDistributionScore | None = None
     uncertain_below: float = -math.inf
+    set_limits: conformal.Limits | None = None
 
     def outputs(self, images: np.ndarray) -> Outputs:
         """Logits (N, classes), before the temperature, and features (N, d); float32."""
@@ -62,11 +83,13 @@ class Classifier:
         """Probabilities (N, classes) float32; each row has the sum 1."""
         return probabilities(self.logits(images), self.temperature)
 
-    def read(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities, and whether each image is uncertain: (N,) bool."""
+    def read(self, images: np.ndarray) -> Readings:
+        """Probabilities, uncertain pictures and prediction sets."""
         logits, features = self.outputs(images)
-        uncertain = self.scores(logits, features) < self.uncertain_below
-        return probabilities(logits, self.temperature), uncertain
+        shares, scores = probabilities(logits, self.temperature), self.scores(logits, features)
+        limits = self.set_limits
+        sets = None if limits is None else conformal.make_sets(shares, scores, limits)
+        return Readings(shares, scores < self.uncertain_below, sets)
 
     def scores(self, logits: np.ndarray, features: np.ndarray) -> np.ndarray:
         """Scores (N,) float32, high for pictures that look like a class."""
@@ -89,6 +112,7 @@ def load(
     threads: int | None = None,
     engine: str = "auto",
     preflighted: bool = False,
+    coverage: float = conformal.DEFAULT_COVERAGE,
 ) -> Classifier:
     """The classifier of a saved model, by default the current one.
 
@@ -97,6 +121,7 @@ def load(
     probabilities for the golden inputs are those of the time of saving, to within TOLERANCE, as
     processors differ: on some, int8 sums overflow. The golden inputs also warm the engine up. If
     another process has just checked the same model (`preflighted`), the first of them is enough.
+    `coverage` is that of prediction sets.
 
     Raises ValueError for an unknown engine; registry.RegistryError where the model does not exist,
     one of its files is missing or altered, or no engine can run it.
@@ -118,7 +143,7 @@ def load(
             reasons[candidate] = left_out.get(candidate, f"there is no {kind} file")
             continue
         path = registry.file(folder, name, kind)
-        calibration = _load_calibration(folder, name, record, candidate)
+        calibration = _load_calibration(folder, name, record, candidate, coverage)
         try:
             is_torch = candidate == "torch"
             run = _load_torch(path, record, threads) if is_torch else onnx_runner(path, threads)
@@ -203,7 +228,7 @@ def _has_gpu() -> bool:
 
 
 def _load_calibration(
-    folder: Path, name: str, record: registry.Record, engine: str
+    folder: Path, name: str, record: registry.Record, engine: str, coverage: float
 ) -> dict[str, Any]:
     """A Classifier's arguments from the record's `calibration`; old records lack some.
 
@@ -216,6 +241,7 @@ def _load_calibration(
     settings: dict[str, Any] = {
         key: entry[key] for key in ("temperature", "uncertain_below") if key in entry
     }
+    settings["set_limits"] = conformal.choose(entry.get("prediction_sets", {}), coverage)
     if kind in record["files"]:
         settings["ood_score"] = ood.load(registry.file(folder, name, kind))
     return settings
@@ -234,7 +260,7 @@ def _check_golden(classifier: Classifier, golden: dict[str, Any], classes: int) 
     """Raise ValueError where the classifier differs from the saved one; also a warm-up."""
     images = golden["images"]
     for batch in (images[:1], images):
-        predicted, _ = classifier.read(batch)
+        predicted = classifier.read(batch).probabilities
         if predicted.shape != (len(batch), classes) or not np.isfinite(predicted).all():
             raise ValueError(f"it gives no {classes} probabilities, but {predicted.shape[1:]}")
         if "torch" in golden:  # probabilities within the tolerance have the same class

@@ -15,6 +15,7 @@ from mnist.images.files import describe_left_out, list_tree
 from mnist.report import model_plots, plots
 
 TOP_CLASSES = 3
+MAX_LABELS = 4  # of a prediction set that are named
 MAX_PLOTTED = 240  # pictures in a figure; matplotlib limits its height
 
 
@@ -22,12 +23,13 @@ MAX_PLOTTED = 240  # pictures in a figure; matplotlib limits its height
 class Prediction:
     """The prediction for one file: `picture` uint8 (channels, size, size), as the model sees it;
     `top`, the most likely classes with their probabilities, the predicted one first; `uncertain` if
-    the picture does not look like any class."""
+    the picture does not look like any class; `labels`, the prediction set, None for old models."""
 
     file: Path
     picture: np.ndarray
     top: list[tuple[str, float]]
     uncertain: bool = False
+    labels: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,26 @@ def predict_file(
         return Unreadable(file, "unreadable", error.strerror or str(error))
     except images.ImageError as error:
         return Unreadable(file, error.code, str(error))
-    (probabilities,), (uncertain,) = classify.read(picture[None])
-    shares = zip(data["classes"], map(float, probabilities), strict=True)
+    readings, classes = classify.read(picture[None]), data["classes"]
+    shares = zip(classes, map(float, readings.probabilities[0]), strict=True)
     top = sorted(shares, key=lambda pair: -pair[1])[:TOP_CLASSES]
-    return Prediction(file, picture, top, bool(uncertain))
+    uncertain = bool(readings.uncertain[0])
+    return Prediction(file, picture, top, uncertain, readings.labels(0, classes))
 
 
 # --- output
 
 
 def format_line(prediction: Prediction) -> str:
-    """ "3.png  3  99.8%  (3 99.8%, 5 0.1%, 8 0.0%)", and "  not sure" for an uncertain picture."""
+    """ "3.png  3  99.8%  (3 99.8%, 5 0.1%, 8 0.0%)", and "  not sure" for an uncertain picture, or
+    "  3 or 8" for a set of several classes."""
     name, share = prediction.top[0]
     likely = ", ".join(f"{name} {share:.1%}" for name, share in prediction.top)
-    doubt = "  not sure" if prediction.uncertain else ""
+    doubt = ""
+    if prediction.uncertain:
+        doubt = "  not sure"
+    elif len(labels := prediction.labels or []) > 1:
+        doubt = f"  {' or '.join(labels) if len(labels) <= MAX_LABELS else 'or others'}"
     return f"{prediction.file}  {name}  {share:.1%}  ({likely}){doubt}"
 
 
@@ -93,7 +101,8 @@ def to_json(prediction: Prediction | Unreadable) -> dict[str, Any]:
         return {"filename": str(prediction.file), "error": error}
     name, share = prediction.top[0]
     entries = {"filename": str(prediction.file), "prediction": name, "probability": share}
-    return entries | {"top": prediction.top, "uncertain": prediction.uncertain}
+    entries |= {"top": prediction.top, "uncertain": prediction.uncertain}
+    return entries | {"labels": prediction.labels}
 
 
 def print_picture(picture: np.ndarray, stream: TextIO) -> None:

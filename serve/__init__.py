@@ -1,1 +1,1 @@
-"""The server; of mnist/, it imports disk, images, inference, process and registry."""
+"""The server; of mnist/, it imports conformal, disk, images, inference, process and registry."""

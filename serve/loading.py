@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,14 @@ from serve.settings import Settings
 
 NAMED_MODELS = 3  # kept in memory; `parallel` takes 30 MB in int8, 113 in torch
 RETRY_S = 60.0  # until a model that failed to load is loaded again: a disk may have been offline
+
+
+class Reading(NamedTuple):
+    """What a model reads in one picture: see inference.Readings."""
+
+    probabilities: list[float]
+    uncertain: bool
+    labels: list[str] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +53,14 @@ class LoadedModel:
             max_pixels=self.max_pixels,
         )
 
-    def classify(self, pictures: np.ndarray) -> list[tuple[list[float], bool]]:
-        """The probabilities of each picture, and whether it is uncertain."""
-        probabilities, uncertain = self.classifier.read(pictures)
-        return list(zip(probabilities.tolist(), uncertain.tolist(), strict=True))
+    def classify(self, pictures: np.ndarray) -> list[Reading]:
+        readings, classes = self.classifier.read(pictures), self.record["dataset"]["classes"]
+        rows = zip(readings.probabilities.tolist(), readings.uncertain.tolist(), strict=True)
+        return [Reading(*row, readings.labels(i, classes)) for i, row in enumerate(rows)]
 
-    def answer(self, probabilities: list[float], uncertain: bool, top: int) -> dict[str, Any]:
+    def answer(self, reading: Reading, top: int) -> dict[str, Any]:
         """schemas.Answer without `filename` and `view`."""
+        probabilities = reading.probabilities
         classes, study = self.record["dataset"]["classes"], self.record["study"]
         ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
         prediction, probability = ranked[0]
@@ -60,7 +69,8 @@ class LoadedModel:
             "probability": probability,
             "probabilities": dict(zip(classes, probabilities, strict=True)),
             "top": ranked[:top],
-            "uncertain": uncertain,
+            "uncertain": reading.uncertain,
+            "labels": reading.labels,
             "model": self.name,
             "study": study["name"],
             "trial": study["trial"],
@@ -138,7 +148,8 @@ class Loader:
         skipped_engines = None
         if checked:
             engine, skipped_engines = await self._preflight.check(folder, name, threads, engine)
-        classifier = await _run_in(executor, inference.load, folder, name, threads, engine, checked)
+        arguments = folder, name, threads, engine, checked, settings.coverage
+        classifier = await _run_in(executor, inference.load, *arguments)
         if skipped_engines is not None:
             classifier = replace(classifier, skipped_engines=skipped_engines)
         record = (await _run_in(executor, registry.record, folder, name))[1]

@@ -18,6 +18,11 @@ class Answer(BaseModel):
         examples=[[["3", 0.998], ["8", 0.002]]]
     )
     uncertain: bool = Field(description="the picture does not look like any class")
+    labels: list[str] | None = Field(
+        description="the classes that hold the true one with a probability of COVERAGE, the most "
+        "likely one first; null for models of old",
+        examples=[["3"]],
+    )
     model: str = Field(examples=[NAME])
     study: str = Field(examples=["mnist-parallel"])
     trial: int = Field(examples=[17])

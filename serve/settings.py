@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from mnist import registry
+from mnist import conformal, registry
 
 Words = tuple[str, ...]
 """In the environment, words separated by commas."""
@@ -56,6 +56,12 @@ class Settings(BaseModel):
     deadline_ms: int = Field(1000, ge=1, le=MAX, description="longest wait for an answer, in ms")
     api_keys: Words = Field((), description="API keys; if set, POST and /metrics need one")
     cors_origins: Words = Field((), description="allowed web origins; * for all")
+    coverage: float = Field(
+        conformal.DEFAULT_COVERAGE,
+        gt=0,
+        lt=1,
+        description="share of true classes in `labels`",
+    )
     canary: tuple[str, float] | None = Field(
         None, description="NAME:SHARE, a model that answers this share (0..1) of the requests"
     )

@@ -168,6 +168,39 @@ def test_a_picture_below_the_threshold_is_uncertain(
         assert answer["uncertain"] is uncertain
 
 
+@pytest.mark.parametrize(
+    ("coverage", "members"), [("0.9", 0), ("0.95", 1), ("0.96", 10), ("0.999", 10)]
+)
+def test_an_answer_has_the_prediction_set_of_its_coverage(
+    saved: Path,
+    picture: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    coverage: str,
+    members: int,
+) -> None:
+    limits = {"0.9": [0.0, 1e9], "0.95": [0.5, None], "0.99": [0.0, -1e9]}
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    change(folder, lambda record: record["calibration"].update(prediction_sets=limits))
+    monkeypatch.setenv("MODELS", str(folder))
+    monkeypatch.setenv("COVERAGE", coverage)
+    with TestClient(app) as client:
+        answer = client.post("/predict?top=10", files={"file": ("3.png", picture)}).json()
+    assert answer["probability"] > 0.5
+    assert answer["labels"] == [name for name, _ in answer["top"]][:members]
+
+
+def test_a_model_of_old_has_no_prediction_sets(
+    saved: Path, picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    change(folder, lambda record: record["calibration"].pop("prediction_sets"))
+    monkeypatch.setenv("MODELS", str(folder))
+    with TestClient(app) as client:
+        answer = client.post("/predict", files={"file": ("3.png", picture)}).json()
+    assert answer["labels"] is None
+
+
 def test_body_top_view_and_model_have_their_effects(
     client: TestClient, picture: bytes, saved: Path
 ) -> None:

@@ -214,7 +214,7 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     for logits, features in zip(given["torch"], given["onnx"], strict=True):
         assert logits == pytest.approx(features, abs=1e-4)
     for engine in inference.ENGINE_FILES:  # one score and one threshold fit all of them
-        _, uncertain = inference.load(tmp_path, name, engine=engine).read(images)
+        uncertain = inference.load(tmp_path, name, engine=engine).read(images).uncertain
         assert uncertain.mean() <= 2 * calibration.MAX_UNCERTAIN
 
 
@@ -287,7 +287,7 @@ def test_at_most_one_in_a_hundred_calibration_images_is_uncertain(
     exported = export.export(fresh(network, dataset), dataset)
     assert exported.calibration["score"] == score
     assert ("likeness" in exported.files) == (score == "likeness")
-    _, uncertain = exported.served.read(dataset.calibration.images.numpy())
+    uncertain = exported.served.read(dataset.calibration.images.numpy()).uncertain
     assert 0.005 < uncertain.mean() <= calibration.MAX_UNCERTAIN
     assert exported.calibration["uncertain_below"] == exported.served.uncertain_below
 
@@ -346,11 +346,18 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
     assert 0.1 < record["calibration"]["temperature"] < 10
     assert record["calibration"]["score"] == "likeness"
     assert record["calibration"]["uncertain_below"] < -1
+    sets = record["calibration"]["prediction_sets"]
+    probabilities = [probability for probability, _ in sets.values()]
+    assert probabilities == sorted(probabilities, reverse=True)
+    test = record["metrics"]["test"]
+    assert 0.9 < test["coverage"] <= 1 <= test["set_size"] < 5
     calibration = record["metrics"]["calibration"]
     assert calibration["served_errors"] <= calibration["errors"] + 1
     assert 0 <= calibration["ece"] < 0.5
     with np.load(registry.file(saved, name, "predictions")) as predictions:
-        assert set(predictions) == {"probabilities", "served", "labels", "mistakes", "images"}
+        assert set(predictions) == {
+            *("probabilities", "served", "sets", "labels", "mistakes", "images")
+        }
         wrong = metrics.count_errors(predictions["served"], predictions["labels"])
         assert record["metrics"]["test"]["served_errors"] == wrong
         assert predictions["served"].shape == predictions["probabilities"].shape == (257, 10)

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 LAYERS = (  # a module may import its own package and the layers before it
     {"mnist.disk", "mnist.process", "mnist.shell"},
-    {"mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
+    {"mnist.conformal", "mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
     | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.scores"},
     {"mnist.images", "mnist.models"},
     {"mnist.data", "mnist.inference"},
@@ -33,7 +33,8 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"serve.app"},
 )
 # All that the server may import.
-SERVED = {"mnist.disk", "mnist.images", "mnist.inference", "mnist.process", "mnist.registry"}
+SERVED = {"mnist.conformal", "mnist.disk", "mnist.images", "mnist.inference", "mnist.process"}
+SERVED |= {"mnist.registry"}
 
 
 def find_modules() -> dict[str, Path]:

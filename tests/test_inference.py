@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist import data, export, inference, models, registry
+from mnist import conformal, data, export, inference, models, registry
 from tests.conftest import ROOT
 from tests.test_export import fresh, small
 from tests.test_registry import entry
@@ -90,7 +90,9 @@ def test_every_engine_is_uncertain_of_the_same_pictures(
     classify = inference.load(saved, engine=engine)
     predicted = classify.scores(*classify.outputs(images))
     assert predicted == pytest.approx(wanted.scores(*wanted.outputs(images)), rel=0.1)
-    shares, uncertain = classify.read(images)
+    shares, uncertain, sets = classify.read(images)
+    assert classify.set_limits is not None
+    assert np.array_equal(sets, conformal.make_sets(shares, predicted, classify.set_limits))
     assert np.array_equal(shares, classify(images))
     assert np.array_equal(uncertain, predicted < classify.uncertain_below)
 
@@ -120,9 +122,9 @@ def test_on_a_gpu_auto_takes_torch(saved: Path, monkeypatch: pytest.MonkeyPatch)
 def test_torch_answers_several_threads_at_once(saved: Path, digits: data.Dataset) -> None:
     classify = inference.load(saved, engine="torch")
     images = digits.validation.images[:8].numpy()
-    expected, expected_uncertain = classify.read(images)
+    expected, expected_uncertain, _ = classify.read(images)
     with ThreadPoolExecutor(4) as threads:
-        for predicted, uncertain in threads.map(lambda _: classify.read(images), range(200)):
+        for predicted, uncertain, _ in threads.map(lambda _: classify.read(images), range(200)):
             assert predicted == pytest.approx(expected, abs=1e-6)
             assert (uncertain == expected_uncertain).all()
 

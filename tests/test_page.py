@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from benchmarks import load, servers
-from mnist import data, registry
+from mnist import data, images, inference, registry
 from serve.app import STATIC, app
 from tests.test_app import png
 from tests.test_engine import save_copy
@@ -333,6 +333,28 @@ def test_axe_finds_nothing_serious_and_nothing_shifts(
     violations = page.evaluate("axe.run()")["violations"]
     serious = [each for each in violations if each["impact"] in ("serious", "critical")]
     assert not serious, json.dumps(serious, indent=1)[:3000]
+
+
+@pytest.mark.slow
+def test_a_prediction_set_of_several_classes_is_named(
+    browser: Any, folder: Path, picture: bytes
+) -> None:
+    digit = images.normalise(picture)
+    ranked = np.sort(inference.load(folder)(digit[None])[0])[::-1]
+    for least, words in ((ranked[1:3].mean(), "{0} or {1}"), (0.0, "One of 10 classes")):
+        limits = {"uncertain_below": -1e9, "prediction_sets": {"0.999": [float(least), None]}}
+        change(folder, lambda record, to=limits: record["calibration"].update(to))
+        page = browser.new_page()
+        with servers.server(folder, load.request("/predict", picture)) as server:
+            page.goto(f"http://127.0.0.1:{server.port}/")
+            page.wait_for_selector("#state[data-state=ready]")
+            file = {"name": "3.png", "mimeType": "image/png", "buffer": picture}
+            page.set_input_files("#files", file)
+            page.wait_for_function(ANSWERED)
+            first, then = page.inner_text("#words").split("; most likely ")
+            other = then.split("Then ")[1][0]
+            assert first == words.format(then[0], other)
+        page.close()
 
 
 @pytest.mark.slow

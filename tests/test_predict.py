@@ -64,10 +64,25 @@ def test_an_uncertain_picture_is_marked_not_sure(
 ) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
     for limit, ending in ((-1e9, "%)\n"), (0.0, "%)  not sure\n")):
-        change(folder, lambda record, to=limit: record["calibration"].update(uncertain_below=to))
+        limits = {"uncertain_below": limit, "prediction_sets": {}}
+        change(folder, lambda record, to=limits: record["calibration"].update(to))
         assert ask("--models", folder, seven).stdout.endswith(ending)
         (answer,) = json.loads(ask("--models", folder, "--json", seven).stdout)
         assert answer["uncertain"] is (limit == 0)
+
+
+def test_a_prediction_set_of_several_classes_is_shown(
+    ask: Predict, seven: Path, saved: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "registry"))
+    (answer,) = json.loads(ask("--models", folder, "--json", seven).stdout)
+    first, second, third = answer["top"]
+    between = (second[1] + third[1]) / 2
+    limits = {"uncertain_below": -1e9, "prediction_sets": {"0.999": [between, None]}}
+    change(folder, lambda record: record["calibration"].update(limits))
+    (answer,) = json.loads(ask("--models", folder, "--json", seven).stdout)
+    assert answer["labels"] == [first[0], second[0]]
+    assert ask("--models", folder, seven).stdout.endswith(f"%)  {first[0]} or {second[0]}\n")
 
 
 def test_json_has_every_file_in_order(ask: Predict, seven: Path, blank: Path) -> None:

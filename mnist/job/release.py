@@ -146,10 +146,10 @@ def evaluate(
     of 16 (`parallel`, two cores of Zen 4).
 
     Returns `probabilities` (N, classes) float32, `served` those of the file that a server runs,
-    `labels` (N,) int64, and of the worst MAX_MISTAKES mistakes the indices `mistakes` (M,) int64
-    and `images` (M, channels, size, size) uint8. They are saved at `path` until the model is saved,
-    so that no process evaluates again after another one was killed in between. Raises NoRoom where
-    the disk or the quota has no room for them.
+    `sets` (N, classes) bool its prediction sets, `labels` (N,) int64, and of the worst MAX_MISTAKES
+    mistakes the indices `mistakes` (M,) int64 and `images` (M, channels, size, size) uint8. They
+    are saved at `path` until the model is saved, so that no process evaluates again after another
+    one was killed in between. Raises NoRoom where the disk or the quota has no room for them.
     """
     evaluation = checkpoints.load(path)
     if evaluation is None:
@@ -162,23 +162,30 @@ def evaluate(
             model.to(device), dataset, test.images.to(device), exported.calibration["temperature"]
         )
         worst = metrics.worst_mistakes(probabilities, test.labels, MAX_MISTAKES)
+        served = exported.served.read(test.images.numpy())
         evaluation = {
             "probabilities": probabilities,
-            "served": torch.from_numpy(exported.served(test.images.numpy())),
+            "served": torch.from_numpy(served.probabilities),
             "labels": test.labels,
             "mistakes": worst,
             "images": test.images[worst],
         }
+        if served.sets is not None:
+            evaluation["sets"] = torch.from_numpy(served.sets)
         checkpoints.save(evaluation, path)
     return evaluation
 
 
 def test_metrics(evaluation: dict[str, torch.Tensor], dataset: Dataset) -> dict[str, Any]:
-    """The scores of the weights, and the errors of the file that a server runs."""
+    """The scores of the weights, and the errors and sets of the file that a server runs."""
     labels = evaluation["labels"]
     scores = metrics.classification_scores(evaluation["probabilities"], labels, dataset.classes)
-    served_errors = metrics.count_errors(evaluation["served"].numpy(), labels.numpy())
-    return scores | {"served_errors": served_errors}
+    scores["served_errors"] = metrics.count_errors(evaluation["served"].numpy(), labels.numpy())
+    if "sets" in evaluation:
+        sets = evaluation["sets"]
+        scores["coverage"] = float(sets[torch.arange(len(labels)), labels].float().mean())
+        scores["set_size"] = float(sets.sum(1).float().mean())
+    return scores
 
 
 def describe_study(member: Member, best: FrozenTrial) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import collections
 import io
 import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist import registry
+from mnist.conformal import DEFAULT_COVERAGE
 from mnist.report import model_plots, plots
 from mnist.report.text import describe_gain, format_params
 from mnist.scores import calibration_error
@@ -120,11 +122,22 @@ def describe_result(report: Report) -> list[str]:
         f"{test['errors']:,} of {test['n']:,} test images are read wrong: {test['accuracy']:.2%} "
         f"are right (95 % interval {low:.2%} to {high:.2%}).",
         *([] if engine == "torch" else [served]),
+        *describe_sets(report.record["metrics"]["test"]),
         describe_winner(summary["best"], report.record["metrics"]["validation"]),
         describe_first(summary["best"], summary["first"]),
         *([f"{text[0].upper()}{text[1:]}."] if (text := describe_gain(report.record)) else []),
         f"{counts['complete']} trials were completed, {counts['pruned']} pruned, "
         f"{counts['fail']} failed.",
+    ]
+
+
+def describe_sets(test: Mapping[str, Any]) -> list[str]:
+    """A sentence about the prediction sets; none for old records."""
+    if "coverage" not in test:
+        return []
+    return [
+        f"Its prediction sets hold the true class of {test['coverage']:.2%} of the test images "
+        f"({DEFAULT_COVERAGE:.1%} is wanted), and have {test['set_size']:.3f} classes in the mean."
     ]
 
 

@@ -70,6 +70,10 @@ function percent(share) {
   return `${(100 * share).toFixed(share > 0 && share < 1 ? 1 : 0)}%`;
 }
 
+function either(labels) {
+  return labels.length > 4 ? `One of ${labels.length} classes` : labels.join(" or ");
+}
+
 function show(answer) {
   if (answer instanceof Error) {
     clearAnswer(handleError(answer));
@@ -77,12 +81,13 @@ function show(answer) {
   }
   answered = answer;
   state("ready");
-  const { prediction, probability, probabilities, top, uncertain, view, model } = answer;
+  const { prediction, probability, probabilities, top, uncertain, labels, view, model } = answer;
   $("class").textContent = prediction;
   $("class").classList.toggle("long", prediction.length > 2);
   $("class").classList.toggle("unsure", uncertain);
   const others = top.slice(1).map(([name, share]) => `${name}\u00a0(${percent(share)})`);
-  const sure = uncertain ? `Not sure; most like ${prediction}` : prediction;
+  const several = labels?.length > 1 ? `${either(labels)}; most likely ` : "";
+  const sure = uncertain ? `Not sure; most like ${prediction}` : several + prediction;
   const then = others.length ? ` Then ${others.join(" and ")}.` : "";
   $("words").textContent = `${sure}, ${percent(probability)}.${then}`;
   const other = model === described ? "" : `, by ${model}`; // a canary, or a new model
@@ -214,7 +219,8 @@ function fill(line, answer) {
     return;
   }
   view.append(Object.assign(new Image(56, 56), { alt: "", src: answer.view }));
-  prediction.textContent = answer.prediction + (answer.uncertain ? " (not sure)" : "");
+  const set = answer.labels?.length > 1 ? either(answer.labels) : answer.prediction;
+  prediction.textContent = answer.uncertain ? `${answer.prediction} (not sure)` : set;
   top.textContent = answer.top.map(([name, share]) => `${name}\u00a0${percent(share)}`).join(", ");
 }
 

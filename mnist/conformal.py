@@ -1,0 +1,59 @@
+"""Prediction sets: classes that hold the true one with a stated coverage (split conformal)."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+# Coverages whose limits a record keeps. For others, the limits of the next higher one hold, too.
+COVERAGES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+DEFAULT_COVERAGE = 0.999
+
+
+class Limits(NamedTuple):
+    """A class is in the set of a picture if its probability is at least `probability`. The set is
+    empty if the picture's score is below `score`, if any."""
+
+    probability: float
+    score: float | None
+
+
+def fit(
+    probabilities: np.ndarray, scores: np.ndarray, labels: np.ndarray
+) -> dict[str, list[float | None]]:
+    """Limits by coverage, from probabilities (N, classes), scores (N,), high for pictures that look
+    like a class, and labels (N,), all of the calibration split.
+
+    The set of another picture of the same kind misses its true class with a probability of at most
+    1 - coverage (Sadinle et al. 2019, arXiv 1609.00451). Half of these misses may be empty sets.
+    Coverages that N pictures cannot guarantee are left out.
+    """
+    n = len(labels)
+    of_true_class = np.sort(probabilities[np.arange(n), labels])
+    ordered_scores = np.sort(scores)
+    limits: dict[str, list[float | None]] = {}
+    for coverage in COVERAGES:
+        misses = int((1 - coverage) * (n + 1) + 1e-9)
+        empty = misses // 2
+        if misses:
+            probability = float(of_true_class[misses - empty - 1])
+            limits[str(coverage)] = [
+                probability,
+                float(ordered_scores[empty - 1]) if empty else None,
+            ]
+    return limits
+
+
+def choose(limits: Mapping[str, list[float | None]], coverage: float) -> Limits | None:
+    """The limits for a coverage or, where there are none, for the highest one below it."""
+    known = sorted((float(key), pair) for key, pair in limits.items())
+    if not known:
+        return None
+    probability, score = next((pair for key, pair in known if key >= coverage), known[-1][1])
+    return Limits(probability or 0.0, score)
+
+
+def make_sets(probabilities: np.ndarray, scores: np.ndarray, limits: Limits) -> np.ndarray:
+    """Which classes are in the set of each picture: (N, classes) bool."""
+    sets = probabilities >= limits.probability
+    return sets if limits.score is None else sets & (scores >= limits.score)[:, None]
