@@ -174,7 +174,7 @@ def build(name: str, channels: int, size: int, classes: int) -> nn.Module:
 
 # Share flagged of noise with 1, 2, 3, 4 and 5 layers (MAX_FEATURES 512): 91, 95, 95, 96 and 96 %;
 # of letters: 67, 71, 78, 79 and 80 %; of Fashion-MNIST: 61, 62, 67, 70 and 69 % (`parallel`, seed 0
-# of benchmarks/uncertain.py, 2026-11-21). In `cnn` and `compact`, too, 4 did better than 3.
+# of benchmarks/ood.py, 2026-11-21). In `cnn` and `compact`, too, 4 did better than 3.
 FEATURE_LAYERS = 4
 # Features of one layer. With 128, 256 and 512: 95, 96, 96 %; 81, 78, 79 %; 72, 71, 70 %.
 MAX_FEATURES = 256

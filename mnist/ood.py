@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 # others is close to zero. RIDGE: share of the mean variance that is added in every direction.
 # Flagged of noise, letters and Fashion-MNIST: 64 directions and 0.1: 94, 82 and 82 %; 128 and 0.03:
 # 95, 84 and 83 %; 128 and 0.01: the same; 192 and 256 with any of these ridges: no more
-# (`parallel` in int8, three seeds of benchmarks/uncertain.py, 2026-11-28).
+# (`parallel` in int8, three seeds of benchmarks/ood.py, 2026-11-28).
 DIRECTIONS, RIDGE = 128, 0.03
 
 

@@ -1,5 +1,6 @@
 """benchmarks/: pictures show what their names say, tables are printed, the load is correct."""
 
+import gzip
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
 
-from benchmarks import load, robustness, uncertain
+from benchmarks import hands, load, ood, robustness
 from mnist import data, images
 from tests.test_images import recipe_digits, similarity
 
@@ -64,21 +65,53 @@ def test_robustness_prints_every_suite_and_the_wild_pictures(
     assert int(lines[0].split()[2]) <= 6  # errors of 20 that are unchanged
 
 
-@pytest.mark.parametrize("kind", uncertain.NOISE)
-@pytest.mark.parametrize("side", uncertain.SIDES)
+@pytest.mark.parametrize("kind", ood.NOISE)
+@pytest.mark.parametrize("side", ood.SIDES)
 def test_noise_is_a_picture_that_the_server_reads(kind: str, side: int) -> None:
-    picture = uncertain.NOISE[kind](np.random.default_rng(0), side)
+    picture = ood.NOISE[kind](np.random.default_rng(0), side)
     assert (picture.dtype, picture.shape) == (np.uint8, (side, side))
     assert images.normalise(robustness.encode(picture)).shape == (1, 28, 28)
 
 
 def test_letters_are_drawn_dark_on_light() -> None:
-    pictures = [*uncertain.draw_letters(np.random.default_rng(0))]
-    assert len(pictures) == uncertain.LETTER_PICTURES
+    pictures = [*ood.draw_letters(np.random.default_rng(0))]
+    assert len(pictures) == ood.LETTER_PICTURES
     assert all(picture[0, 0] == 255 and picture.min() < 100 for picture in pictures)
     files = [robustness.encode(picture) for picture in (pictures[0], pictures[0] * 0)]
-    inputs, refused = uncertain.normalise_all(files)
+    inputs, refused = ood.normalise_all(files)
     assert (len(inputs), refused) == (1, 1)
+
+
+def test_scores_that_tell_all_and_nothing_have_the_known_measures() -> None:
+    known = {group: np.linspace(0, 1, 101) for group in ("calibration", "validation")}
+    far, alike = np.full(50, -1.0), np.linspace(0, 1, 101)
+    assert ood.flag(known, far) == ood.compute_auroc(known, far) == 100
+    assert ood.compute_fpr95(known, far) == 0
+    assert ood.flag(known, alike) == pytest.approx(1, abs=0.1)
+    assert ood.compute_auroc(known, alike) == pytest.approx(50)
+    assert ood.compute_fpr95(known, alike) == pytest.approx(95, abs=1)
+
+
+def test_hands_reads_a_collection_as_the_server_does(
+    saved: Path, tmp_path: Path, digits: data.Dataset
+) -> None:
+    lines = []
+    for image, label in zip(digits.train.images[:30, 0], digits.train.labels[:30], strict=True):
+        small = np.asarray(Image.fromarray(image.numpy()).resize((16, 16)), float)
+        lines.append(" ".join([f"{label}.0000", *map(str, (small / 127.5 - 1).ravel())]))
+    (tmp_path / "usps").mkdir()
+    with gzip.open(tmp_path / "usps" / "zip.train.gz", "wt") as file:
+        file.write("\n".join(lines))
+    files, labels = hands.load_usps(tmp_path / "usps" / "zip.train.gz")
+    assert labels.tolist() == digits.train.labels[:30].tolist()
+    for file, image in zip(files, digits.train.images[:30, 0].numpy(), strict=True):
+        assert similarity(images.normalise(file)[0], image) > 0.7
+    result = CliRunner().invoke(hands.main, ["--folder", str(saved), "--data-dir", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    name, n, right, uncertain, *_ = result.output.splitlines()[-1].split()
+    assert (name, n) == ("usps", "30")
+    assert float(right.strip("%")) > 75
+    assert float(uncertain.strip("%")) < 30
 
 
 def test_the_load_distinguishes_a_connection_closed_before_a_response_from_one_within_it() -> None:

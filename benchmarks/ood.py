@@ -1,13 +1,16 @@
-"""Pictures flagged as uncertain, by the score that a model is served with and by other scores.
+"""How well a model tells pictures that show no digit: its own score, and other scores beside it.
 
-python -m benchmarks.uncertain     # the current model of saved_models, of digits; two minutes
+python -m benchmarks.ood     # the current model of saved_models, of digits; two minutes
 
-Compares the shares that softmax, energy, ViM, Mahalanobis and other scores flag of noise, letters,
-clothes, pictures in `wild/` and validation images. Each score's threshold flags 1 % of the
-calibration images. Every picture goes through images.normalise as on the server. Pictures that it
-refuses as blank get no answer, and are left out of the shares.
+Compares softmax, energy, ViM, Mahalanobis and other scores with that of the served model, on noise,
+letters, Omniglot's characters, clothes, photos of hands, pictures in `wild/` and validation images.
+Three tables: the share that is flagged where 1 % of the calibration images are, the area under the
+ROC curve (AUROC) against validation images, and the share that passes where 95 % of the validation
+images do (FPR95). Every picture goes through images.normalise as on the server. Pictures that it
+refuses as blank get no answer, and are left out.
 """
 
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from scipy.special import logsumexp, softmax
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from benchmarks.robustness import encode, load_wild
@@ -28,8 +32,7 @@ SIDES = (28, 140)  # of noise pictures
 NOISE_PICTURES = 100  # of each kind and side
 LETTERS = "AEFHKMNPRTUVWXaefhkmnrtuvwx"  # no B, C, D, G, I, J, L, O, Q, S, Y, Z: too like digits
 LETTER_PICTURES = 20 * len(LETTERS)
-FASHION_IMAGES = 500  # Fashion-MNIST's training images
-VALIDATION_IMAGES = 1_500
+PICTURES = 1_000  # of Omniglot, of photos and of Fashion-MNIST's training images, at most
 VIM_DIMENSIONS = 32
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -103,14 +106,33 @@ def normalise_all(files: Iterable[bytes]) -> tuple[np.ndarray, int]:
 
 
 def make_unfamiliar(rng: Generator, data_dir: Path | None) -> dict[str, list[bytes]]:
-    """Make the files of pictures that show no digit, in groups by name."""
-    groups = {}
-    for kind, draw in NOISE.items():
-        for side in SIDES:
-            groups[f"{kind} {side}"] = [encode(draw(rng, side)) for _ in range(NOISE_PICTURES)]
-    groups["letters"] = [encode(picture) for picture in draw_letters(rng)]
-    clothes = data.load("fashion", data_dir).train.images[:FASHION_IMAGES, 0].numpy()
-    groups["fashion"] = [encode(picture) for picture in clothes]
+    """Make or read the files of pictures that show no digit, in groups by name.
+
+    Under the data directory, `omniglot/*.zip` has PNG files and `sign-digits/` photos in folders.
+    """
+    noise = [
+        encode(draw(rng, side))
+        for draw in NOISE.values()
+        for side in SIDES
+        for _ in range(NOISE_PICTURES)
+    ]
+    clothes = data.load("fashion", data_dir).train.images[:PICTURES, 0].numpy()
+    groups = {
+        "noise": noise,
+        "letters": [encode(picture) for picture in draw_letters(rng)],
+        "fashion": [encode(picture) for picture in clothes],
+    }
+    folder = data_dir or Path("data")
+    for archive in sorted((folder / "omniglot").glob("*.zip")):
+        with zipfile.ZipFile(archive) as files:
+            names = sorted(name for name in files.namelist() if name.endswith(".png"))
+            chosen = rng.permutation(names)[:PICTURES]
+            groups["omniglot"] = [files.read(name) for name in chosen]
+    if photos := sorted((folder / "sign-digits").glob("*/*")):
+        chosen = rng.permutation(len(photos))[:PICTURES]
+        groups["photos"] = [photos[i].read_bytes() for i in chosen]
+    if (table := folder / "wild" / "labels.csv").exists():
+        groups["wild"] = load_wild(table)[0]
     return groups
 
 
@@ -174,62 +196,73 @@ def compute_outputs(
     return logits, features
 
 
-# --- the table
+# --- the tables
 
 
-def print_row(name: str, scores: dict[str, np.ndarray], columns: dict[str, list[str]]) -> None:
-    """Print the per cent flagged in each column, which joins groups, from the scores by group."""
-    threshold = calibration.fit_threshold(scores["calibration"])
-    flagged = [
-        np.concatenate([scores[group] for group in groups]) < threshold
-        for groups in columns.values()
-    ]
-    click.echo(f"{name:18}" + "".join(f"{100 * column.mean():10.1f}" for column in flagged))
+def flag(known: dict[str, np.ndarray], scores: np.ndarray) -> float:
+    """The per cent of scores below the one that flags 1 % of the calibration images."""
+    return 100 * float((scores < calibration.fit_threshold(known["calibration"])).mean())
 
 
-def print_head(inputs: dict[str, np.ndarray], columns: dict[str, list[str]]) -> None:
-    """Print the columns' names and their numbers of pictures."""
-    click.echo(f"{'% flagged':18}" + "".join(f"{column[:9]:>10}" for column in columns))
-    counts = (sum(len(inputs[group]) for group in groups) for groups in columns.values())
-    click.echo(f"{'n':18}" + "".join(f"{count:10}" for count in counts))
+def compute_auroc(known: dict[str, np.ndarray], scores: np.ndarray) -> float:
+    """The per cent of pairs of a validation image and a picture where the image scores higher."""
+    both = np.concatenate([known["validation"], scores])
+    return 100 * float(roc_auc_score(np.arange(len(both)) < len(known["validation"]), both))
+
+
+def compute_fpr95(known: dict[str, np.ndarray], scores: np.ndarray) -> float:
+    """The per cent of scores above the one that 95 % of the validation images reach."""
+    return 100 * float((scores >= np.quantile(known["validation"], 0.05)).mean())
+
+
+TABLES = {"% flagged": flag, "AUROC, %": compute_auroc, "FPR95, %": compute_fpr95}
+KNOWN = ("validation", "calibration")
+
+
+def print_tables(rows: dict[str, dict[str, np.ndarray]]) -> None:
+    """Print each table, with a row for each score and a column for each group of pictures."""
+    groups = [group for group in next(iter(rows.values())) if group != "calibration"]
+    for title, measure in TABLES.items():
+        click.echo(f"\n{title:18}" + "".join(f"{group:>11}" for group in groups))
+        for name, scores in rows.items():
+            known = {group: scores[group] for group in KNOWN}
+            cells = (f"{measure(known, scores[group]):11.1f}" for group in groups)
+            click.echo(f"{name:18}" + "".join(cells))
 
 
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("saved_models"))
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
-@click.option("--seed", default=0, show_default=True, help="Of the noise and the letters.")
+@click.option("--seed", default=0, show_default=True, help="Of the pictures.")
 def main(folder: Path, data_dir: Path | None, seed: int) -> None:
-    """Print the per cent of pictures that each score flags."""
+    """Print how well each score tells pictures without a digit."""
     name, record = registry.record(folder)
     dataset = data.load(record["dataset"]["name"], data_dir)
     files = make_unfamiliar(np.random.default_rng(seed), data_dir)
-    if (table := (data_dir or Path("data")) / "wild" / "labels.csv").exists():
-        files["wild"] = load_wild(table)[0]
     normalised = {group: normalise_all(pictures) for group, pictures in files.items()}
-    refused = sum(n for _, n in normalised.values())
-    click.echo(
-        f"{name}: {record['model']['name']}; {refused} pictures refused as blank; seed {seed}"
-    )
+    click.echo(f"{name}: {record['model']['name']}; seed {seed}")
+    for group, (group_inputs, refused) in normalised.items():
+        click.echo(f"{group}: {len(group_inputs):,} pictures, {refused} refused as blank")
     inputs = {group: group_inputs for group, (group_inputs, _) in normalised.items()}
-    inputs["validation"] = dataset.validation.images[:VALIDATION_IMAGES].numpy()
-    inputs["calibration"] = dataset.calibration.images.numpy()
-    noise = [group for group in inputs if group.split()[0] in NOISE]
-    columns = {"noise": noise} | {group: [group] for group in inputs}
-    print_head(inputs, columns)
+    inputs |= {split: getattr(dataset, split).images.numpy() for split in KNOWN}
     model, known = load_network(folder, name, dataset), dataset.train.head(calibration.OOD_IMAGES)
     outputs = {group: compute_outputs(model, dataset, inputs[group]) for group in inputs}
     known_outputs = compute_outputs(model, dataset, known.images.numpy())
-    for score_name, score in fit_scores(*known_outputs, known.labels.numpy()).items():
-        print_row(score_name, {group: score(*outputs[group]) for group in inputs}, columns)
+    rows = {
+        score_name: {group: score(*outputs[group]) for group in inputs}
+        for score_name, score in fit_scores(*known_outputs, known.labels.numpy()).items()
+    }
     for engine, kind in inference.ENGINE_FILES.items():
         if kind in record["files"]:
             classify = inference.load(folder, name, threads=1, engine=engine)
-            scores = {group: classify.scores(*classify.outputs(inputs[group])) for group in inputs}
-            print_row(f"served: {engine}", scores, columns)
+            rows[f"served: {engine}"] = {
+                group: classify.scores(*classify.outputs(inputs[group])) for group in inputs
+            }
+    print_tables(rows)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (registry.RegistryError, data.DataError) as error:
-        raise SystemExit(f"uncertain: {error}") from error
+        raise SystemExit(f"ood: {error}") from error
