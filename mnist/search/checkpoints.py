@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import shutil
+import stat
 import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def used_bytes(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # another process renamed or removed it
-            total += path.stat().st_size
+            status = path.stat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) else 0  # no folders
     return total
 
 
