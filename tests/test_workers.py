@@ -14,10 +14,10 @@ import torch
 
 from mnist import data, models, optimizers, training
 from mnist.data import Dataset
-from mnist.search import checkpoints, runs
+from mnist.search import checkpoints, runs, workers
 from mnist.search.checkpoints import QuotaExceeded
 from mnist.search.runs import Report, Run, RunResult, Setup
-from mnist.search.workers import Pool
+from mnist.search.workers import Pool, Worker
 from tests.conftest import ROOT, Disk
 from tests.gates import until
 
@@ -281,7 +281,7 @@ def test_workers_end_with_the_command_that_started_them(tmp_path: Path) -> None:
 import functools, os, signal
 from mnist import data
 from mnist.search.runs import Run, Setup
-from mnist.search.workers import Pool
+from mnist.search.workers import Pool, Worker
 with Pool(2, Setup(functools.partial(data.load, "digits"), "cpu", 1)) as pool:
     for worker in pool.workers:
         worker.start(Run("linear", {PARAMS!r}, 10**7, 0))
@@ -301,3 +301,139 @@ with Pool(2, Setup(functools.partial(data.load, "digits"), "cpu", 1)) as pool:
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     until(lambda: not any(map(alive, pids)), "they are gone", 60)
+
+
+# --- parts of a pool and of a worker, without processes -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (-signal.SIGKILL, "its process ended by SIGKILL (out of memory?)"),
+        (-signal.SIGSEGV, "its process ended by SIGSEGV"),
+        (1, "its process ended by exit status 1"),
+        (0, "its process ended by exit status 0"),
+        (None, "its process ended by exit status None"),
+    ],
+)
+def test_the_end_of_a_process_is_named(code: int | None, text: str) -> None:
+    assert workers._describe_exit(code) == text
+
+
+@pytest.mark.parametrize(
+    ("setting", "threads"), [("3", 3), ("0", 1), ("many", 1), ("", 7), (None, 7)]
+)
+def test_training_has_a_thread_for_each_core_or_as_many_as_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, setting: str | None, threads: int
+) -> None:
+    monkeypatch.setattr(workers, "available_cores", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    assert workers.training_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("device", "devices"), [("cpu", ["cpu"] * 3), ("cuda", ["cuda:0", "cuda:1", "cuda:0"])]
+)
+def test_the_workers_of_a_pool_share_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, device: str, devices: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(workers, "_start_forkserver", lambda threads: threads)
+    pool = Pool(3, replace(SETUP, device=device))
+    assert [setup.device for setup in pool.setups] == devices
+    assert [setup.index for setup in pool.setups] == [0, 1, 2]
+    assert pool._context == SETUP.threads
+
+
+@pytest.mark.parametrize(
+    ("device", "failure", "is_unusable"),
+    [("cuda:1", "memory", True), ("cuda:1", None, False), ("cpu", "memory", False)],
+)
+def test_a_worker_is_replaced_after_a_failure_on_a_gpu(
+    device: str, failure: str | None, is_unusable: bool
+) -> None:
+    worker = Worker.__new__(Worker)  # without a process
+    worker.setup = replace(SETUP, device=device)
+    assert worker.is_unusable(RunResult(failure=failure)) == is_unusable
+
+
+def test_signals_are_blocked_only_while_a_process_starts() -> None:
+    def blocked() -> set[int]:
+        return {*signal.pthread_sigmask(signal.SIG_BLOCK, set())}
+
+    before = blocked()
+    with workers.block_signals():
+        assert blocked() == before | {signal.SIGINT, signal.SIGTERM}
+    assert blocked() == before
+
+
+class RunsOfACommand:
+    """The worker's end of its pipe, from which it receives these runs, until the command ends."""
+
+    def __init__(self, *received: Run) -> None:
+        self.received, self.sent = list(received), list[Any]()
+
+    def recv(self) -> Run:
+        if not self.received:
+            raise EOFError
+        return self.received.pop(0)
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What a worker in this process does: its arguments of run_safely(), and calls of others."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(workers, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: calls.append(("threads", n)))
+    for name in ("keep_freed_memory", "return_freed_memory"):
+        monkeypatch.setattr(workers.memory, name, lambda name=name: calls.append((name,)))
+
+    def run_safely(run: Run, *others: Any) -> RunResult:
+        calls.append((run, *others))
+        return RunResult(accuracy=run.seed / 4)
+
+    monkeypatch.setattr(runs, "run_safely", run_safely)
+    return calls
+
+
+def test_a_worker_loads_its_plugins_and_data_once(
+    digits: Dataset, executed: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(workers.plugins, "load", loaded.append)
+    setup = Setup(
+        lambda: loaded.append("data") or digits, "cpu", threads=3, imports=(Path("a"), Path("b"))
+    )
+    other = replace(RUN, seed=1)
+    pipe = RunsOfACommand(RUN, other)
+    workers._serve_runs(pipe, setup)
+    assert loaded == [Path("a"), Path("b"), "data"]
+    assert pipe.sent == [RunResult(accuracy=0.0), RunResult(accuracy=0.25)]
+    first, second = (call for call in executed if isinstance(call[0], Run))
+    for run, call in ((RUN, first), (other, second)):
+        assert (call[0], *call[2:]) == (run, setup, pipe)
+        assert torch.equal(call[1].train.labels, digits.train.labels)
+    freed = ("return_freed_memory",)
+    assert executed == [("threads", 3), ("keep_freed_memory",), first, freed, second, freed]
+
+
+def test_a_worker_that_cannot_load_its_data_says_so_and_tries_again(
+    digits: Dataset, executed: list[tuple[Any, ...]]
+) -> None:
+    attempts: list[int] = []
+
+    def load() -> Dataset:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise FileNotFoundError("no images\nat all")
+        return digits
+
+    pipe = RunsOfACommand(RUN, RUN)
+    workers._serve_runs(pipe, Setup(load, "cpu", threads=1))
+    reason = "FileNotFoundError: no images"
+    assert pipe.sent == [RunResult(failure="error", reason=reason), RunResult(accuracy=0.0)]
