@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from mnist.search import budget, liveness, locks
+from mnist.search import budget, liveness, locks, members
 from mnist.search import storage as storages
 from mnist.search import study as studies
 from mnist.search.claims import Claim, ClaimLost
@@ -453,3 +453,85 @@ def test_a_member_leaves_no_lock_behind(storage: str) -> None:
         with pytest.raises(Timeout):
             FileLock(file).acquire(timeout=0)
     assert not file.exists()
+
+
+sqlite_only = pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
+
+
+@sqlite_only
+def test_a_member_takes_the_lead_of_one_that_is_gone(one: Member, two: Member) -> None:
+    one.run_locked(lambda study: study.set_user_attr("finisher", "gone"))
+    assert two.become_leader()
+    assert one.study.user_attrs["finisher"] == two.id
+    assert not one.become_leader()
+
+
+@sqlite_only
+def test_a_member_that_was_taken_for_dead_leads_again_after_its_next_poll(one: Member) -> None:
+    assert one.become_leader()
+    one.run_locked(lambda study: study.set_user_attr("members", {}))
+    assert not one.become_leader()
+    one.poll()
+    assert one.become_leader()
+    assert one.study.user_attrs["finisher"] == one.id
+
+
+@sqlite_only
+def test_heartbeats_go_on_after_an_error(
+    storage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(liveness, "HEARTBEAT_S", 0.01)
+    caplog.set_level("DEBUG", "mnist.search.members")
+    member = Member(storage, "study", threads=1)
+    real, beats = member._poll_once, []
+
+    def fail_once() -> None:
+        beats.append(True)
+        if len(beats) == 1:
+            raise StorageError("the server is restarted")
+        real()
+
+    monkeypatch.setattr(member, "_poll_once", fail_once)
+    with member:
+        until(lambda: member.entries()[member.id]["beat"] > 2, "it has sent heartbeats", 60)
+    assert "no heartbeat: the server is restarted" in caplog.text
+    assert not member._heartbeat.is_alive()
+
+
+@sqlite_only
+def test_a_member_that_leaves_requeues_its_trials_and_no_other(one: Member, storage: str) -> None:
+    with Member(storage, "study", threads=3) as leaving:
+        claims = [one.trials.ask(9, seed=0), leaving.trials.ask(9, seed=0)]
+        assert [claim.threads for claim in claims if claim] == [1, 3]
+        assert (leaving.name, leaving.study_id) == ("study", one.study.user_attrs["id"])
+        assert {*one.entries()} == {one.id, leaving.id}
+    assert states(one) == [TrialState.RUNNING, TrialState.WAITING]
+    assert {*one.entries()} == {one.id}
+
+
+@sqlite_only
+def test_a_command_that_ends_requeues_its_trials_while_it_is_a_member(one: Member) -> None:
+    assert one.trials.ask(9, seed=0)
+    one.requeue_all()
+    assert states(one) == [TrialState.WAITING]
+    assert one.id in one.entries()
+
+
+@sqlite_only
+def test_a_command_that_ends_after_the_removal_of_its_study_raises_nothing(storage: str) -> None:
+    with Member(storage, "study", threads=1) as member:
+        delete(storage)
+        member.requeue_all()
+
+
+@sqlite_only
+def test_a_folder_without_room_for_the_lock_is_named(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(members, "Liveness", fail)
+    with pytest.raises(storages.StudyError, match="read-only file system") as caught:
+        Member(storage, "study", threads=1)
+    assert storage in str(caught.value)
