@@ -265,6 +265,55 @@ def test_a_form_s_type_is_read_in_any_case_and_a_broken_form_is_an_error(
         refused(client.post("/predict", content=broken, headers=headers), 400, "bad_request")
 
 
+SEVEN = drawn_seven()
+
+
+def test_a_picture_of_just_the_limit_is_read_by_each_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: dict[str, dict[str, Any]] = {
+        "/predict": {"files": {"file": SEVEN}},
+        "/predict/batch": {"files": {"files": SEVEN}},
+        "/predict/base64": {"json": {"image": base64.b64encode(SEVEN).decode()}},
+    }
+    monkeypatch.setenv("MODELS", str(registry.SAMPLE))
+    monkeypatch.setenv("MAX_UPLOAD_BYTES", str(len(SEVEN)))
+    with TestClient(app) as client:
+        for path, request in requests.items():
+            assert "prediction" in client.post(path, **request).text
+    monkeypatch.setenv("MAX_UPLOAD_BYTES", str(len(SEVEN) - 1))
+    remedy = f"the upload is too large: a picture may have {len(SEVEN) - 1} bytes"
+    with TestClient(app) as client:
+        for path, request in requests.items():
+            assert f"{remedy} (MAX_UPLOAD_BYTES)" in client.post(path, **request).text
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "words"),
+    [
+        ({"label": b"7", "file": SEVEN}, 201, '{"label":"7"}'),
+        ({"file": SEVEN, "label": b"\xff7"}, 400, 'the label is \\"\ufffd7\\"; it must be'),
+        ({"file": SEVEN}, 400, "no label was sent; it must be a class of "),
+        ({"file": b"", "label": b"7"}, 422, "send it as `file` or as the body"),
+        ({"files": SEVEN, "label": b"7"}, 422, "as the field `file`"),
+    ],
+)
+def test_a_correction_is_a_picture_and_its_label(
+    files: dict[str, bytes],
+    status: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MODELS", str(registry.SAMPLE))
+    monkeypatch.setenv("FEEDBACK_DIR", str(tmp_path))
+    parts = [
+        (name, (None if name == "label" else "7.png", content)) for name, content in files.items()
+    ]
+    with TestClient(app) as client:
+        response = client.post("/feedback", files=parts)
+    assert (response.status_code, words in response.text) == (status, True)
+    assert len([*tmp_path.rglob("*.png")]) == (status == 201)
+
+
 FORM = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="7.png"\r\n\r\n'
 LIMIT, CHUNK = 20_000, 1_000  # bytes
 
