@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from mnist import images
 from mnist.images import ImageError, centre, is_small, normalise
 
 
@@ -540,3 +541,157 @@ def test_a_plain_photo_is_read_and_refused_like_a_digit():
     assert normalise(data, recipe="plain", channels=3).shape == (3, 28, 28)
     assert refused(data, recipe="plain", max_pixels=1_000).code == "too_many_pixels"
     assert refused(data[:900], recipe="plain").code == "not_an_image"
+
+
+def png_of(length, width=30, height=30):
+    """Bytes that begin like a PNG of this size."""
+    head = images.PNG_HEADER + width.to_bytes(4) + height.to_bytes(4)
+    return (head + bytes(length))[:length]
+
+
+@pytest.mark.parametrize(
+    ("data", "small"),
+    [
+        (png_of(25), True),
+        (png_of(24), False),
+        (png_of(16_000), True),
+        (png_of(16_001), False),
+        (png_of(99, 300, 300), True),
+        (png_of(99, 301, 300), False),
+        (png_of(99, 1, 90_000), True),
+        (png_of(99, 90_001, 1), False),
+        (b"\0" + png_of(99)[1:], False),
+        (png_of(99).replace(b"IHDR", b"CgBI"), False),
+    ],
+)
+def test_a_small_png_has_few_bytes_and_few_pixels(data, small):
+    assert is_small(data) == small
+
+
+def bar(top, bottom, left=12, right=16, level=200):
+    """28x28; pale, so that an array that is not returned as it is gets a peak of 255."""
+    grey = np.zeros((28, 28), np.uint8)
+    grey[top:bottom, left:right] = level
+    return grey
+
+
+@pytest.mark.parametrize(
+    ("grey", "follows"),
+    [
+        (bar(4, 24), True),
+        (bar(4, 25), False),  # too long
+        (bar(7, 21), True),
+        (bar(7, 20), False),  # too short
+        (bar(5, 25), True),  # its mass is half a pixel off
+        (bar(6, 26), False),  # one and a half
+        (bar(4, 24, 11, 16), True),
+        (bar(4, 24, 13, 18), True),  # one pixel
+        (bar(4, 24, 14, 18), False),  # one and a half
+        (bar(4, 24, 10, 14), False),
+        (bar(4, 24, 5, 24), True),  # 380 pixels of 784
+        (bar(4, 24, 4, 24), False),  # over half of the picture
+        (bar(4, 24).repeat(2, 0).repeat(2, 1), False),
+    ],
+)
+def test_only_an_array_in_the_recipe_s_form_is_returned_as_it_is(grey, follows):
+    found = centre(grey)
+    assert found.shape == (28, 28)
+    assert np.array_equal(found, grey) == follows
+    if follows:
+        assert not np.shares_memory(found, grey)
+    else:
+        assert found.max() == 255
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 1), (100, 3), (1, 100), (60, 2)])
+def test_a_thin_stroke_gets_about_the_width_of_mnist_s(height, width):
+    ink = np.full((height, width), 255, np.uint8)
+    thick = images._thicken(ink)
+    # Its box becomes 20 pixels long, its width at least 1.8 of them.
+    rows, columns = extent(thick)
+    assert min(rows, columns) == pytest.approx(images.MIN_STROKE * max(height, width) / 20, abs=1)
+    assert rows - height == columns - width
+    assert np.count_nonzero(thick) == rows * columns
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 10), (40, 4), (20, 20), (1, 1)])
+def test_a_stroke_of_that_width_stays_as_it_is(height, width):
+    ink = np.full((height, width), 255, np.uint8)
+    assert np.array_equal(images._thicken(ink), ink)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_ink_whose_mass_is_far_from_its_middle_stays_inside_the_picture(corner):
+    """A thin L with a heavy corner."""
+    ink = np.zeros((200, 200), np.uint8)
+    ink[:, :14] = ink[:14] = 255
+    ink[:90, :90] = 255
+    ink = np.rot90(ink, {(0, 0): 0, (1, 0): 1, (1, 1): 2, (0, 1): 3}[corner])
+    found = centre(np.ascontiguousarray(ink))
+    assert extent(found) == (20, 20)
+    y, x = np.nonzero(found)
+    assert (y.min() == 8, x.min() == 8) == (corner[0] == 0, corner[1] == 0)
+    assert (y.max() == 19, x.max() == 19) == (corner[0] == 1, corner[1] == 1)
+
+
+@pytest.mark.parametrize(
+    ("level", "shown_on"), [(0, 255), (100, 255), (127, 255), (128, 0), (255, 0)]
+)
+def test_strokes_on_a_transparent_canvas_get_the_opposite_ground(level, shown_on):
+    canvas = Image.new("RGBA", (60, 60), (255 - level, 0, 0, 0))
+    ImageDraw.Draw(canvas).rectangle((20, 10, 30, 50), fill=(level, level, level, 255))
+    grey = np.asarray(images._composite_ink(canvas))
+    assert (grey[10:51, 20:31] == level).all()
+    grey = grey.copy()
+    grey[10:51, 20:31] = shown_on
+    assert (grey == shown_on).all()
+
+
+def test_half_transparent_strokes_are_mixed_with_their_ground():
+    canvas = Image.new("RGBA", (60, 60))
+    ImageDraw.Draw(canvas).rectangle((20, 10, 30, 50), fill=(40, 40, 40, 100))
+    grey = np.asarray(images._composite_ink(canvas))
+    assert grey[30, 25] == round((40 * 100 + 255 * 155) / 255)
+    assert grey[0, 0] == 255
+
+
+def test_a_card_is_mostly_opaque_and_its_ground_is_its_most_frequent_level():
+    card = Image.new("RGBA", (60, 60), (90, 90, 90, 255))
+    pen = ImageDraw.Draw(card)
+    pen.rectangle((20, 10, 30, 50), fill=(200, 200, 200, 255))
+    pen.rectangle((0, 0, 59, 5), fill=(0, 0, 0, 0))
+    grey = np.asarray(images._composite_ink(card))
+    assert (grey[0, 0], grey[55, 55], grey[30, 25]) == (90, 90, 200)
+
+
+@pytest.mark.parametrize(("level", "ground"), [(191, 255), (192, 0)])
+def test_a_cut_out_gets_a_black_page_only_if_it_is_light(level, ground):
+    cut_out = Image.new("RGBA", (60, 60))
+    ImageDraw.Draw(cut_out).rectangle((20, 20, 39, 39), fill=(level,) * 3)
+    assert plain(cut_out, 60)[:, 0, 0].tolist() == [ground] * 3
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"), [((40, 20), (7, 21), (0, 28)), ((20, 40), (0, 28), (7, 21))]
+)
+def test_a_plain_picture_is_centred_on_the_median_of_its_rim(size, rows, columns):
+    image = Image.new("L", size, 100)
+    ImageDraw.Draw(image).rectangle(
+        (size[0] // 4, size[1] // 4, size[0] * 3 // 4, size[1] * 3 // 4), fill=250
+    )
+    image.putpixel((0, 0), 0)
+    found = plain(image, channels=1)[0].astype(int)
+    inside = np.zeros((28, 28), bool)
+    inside[slice(*rows), slice(*columns)] = True
+    assert (found[~inside] == 100).all()
+    assert found[14, 14] == 250
+    centre_of_mass = mass_centre(np.where(found > 150, found, 0))
+    assert centre_of_mass == pytest.approx((13.5, 13.5), abs=0.6)
+
+
+def test_a_recipe_is_known_with_its_channels_only():
+    for recipe, channels in (("digit", 3), ("plain", 2), ("sepia", 1)):
+        with pytest.raises(
+            ValueError, match=f"'{recipe}' with {channels} channels; known: 'digit' with 1, "
+        ):
+            normalise(encode(seven()), recipe=recipe, channels=channels)
