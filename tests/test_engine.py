@@ -1,5 +1,9 @@
 """serve/engine.py: new models take over without a pause, bad ones never."""
 
+import asyncio
+import base64
+import io
+import math
 import os
 import shutil
 import sys
@@ -8,14 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from mnist import inference, registry
 from serve import engine, preflight
+from serve.admission import Busy
 from serve.app import app
+from serve.loading import RETRY_S, LoadedModel, NamedModels
+from serve.metrics import Metrics
+from serve.settings import Settings
 from tests.test_app import png
 from tests.test_inference import change, other_golden
 
@@ -290,3 +301,254 @@ def test_a_canary_that_cannot_be_loaded_is_refused_and_the_current_model_answers
         ready = client.get("/ready").json()
     assert ready["status"] == "ready"
     assert "no model '20000101-000000'" in ready["refused"]["canary"]
+
+
+# --- the engine alone, with models that are not loaded from files --------------------------------
+
+
+def make_model(name: str, classes: tuple[str, ...] = ("a", "b")) -> LoadedModel:
+    record: Any = {"dataset": {"classes": classes}, "study": {"name": "study", "trial": 3}}
+    return LoadedModel(name, record, SimpleNamespace(engine="onnx"), 1)  # type: ignore[arg-type]
+
+
+class FakeLoader:
+    """In place of serve.loading.Loader; `results` has a model or an error for each name."""
+
+    def __init__(self, *names: str) -> None:
+        self.results: dict[str, LoadedModel | Exception] = {
+            name: make_model(name) for name in names
+        }
+        self.current: str | Exception = "one"
+        self.has_changed = True
+        self.checks = 0
+        self.canary: str | None = None  # of the last changed()
+        self.loaded: list[tuple[str, bool]] = []  # names, and whether after a preflight check
+        self.needs_preflight, self.retry_at, self.folder = False, math.inf, Path("registry")
+
+    async def changed(self, canary: str | None) -> bool:
+        self.checks, self.canary = self.checks + 1, canary
+        return self.has_changed
+
+    async def record(self, name: str | None) -> tuple[str, Any]:
+        name = name or raise_errors(self.current)
+        return name, {}
+
+    async def load(self, name: str) -> LoadedModel:
+        self.loaded.append((name, self.needs_preflight))
+        return raise_errors(self.results[name])
+
+    load_named = load
+
+    def stop(self) -> None:
+        self.has_stopped = True
+
+
+def raise_errors(result: Any) -> Any:
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def run_engine(scenario: Any, loader: FakeLoader, **settings: Any) -> Any:
+    """Run scenario(engine) with this loader; returns its result."""
+
+    async def start_and_stop() -> Any:
+        live = engine.Engine(Settings(**settings), Metrics())
+        live._loader.stop()
+        live._loader = loader  # type: ignore[assignment]
+        live._named = NamedModels(loader, 9)  # type: ignore[arg-type]
+        try:
+            return await scenario(live)
+        finally:
+            await live.stop()
+
+    return asyncio.run(start_and_stop())
+
+
+def metric(live: engine.Engine, line: str) -> bool:
+    return f"{line}\n" in live.metrics.text().decode()
+
+
+def test_only_a_model_after_the_first_has_a_preflight_check(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario(live: engine.Engine) -> None:
+        assert live.reason == "starting"
+        await live.start()
+        assert live.current is loader.results["one"]
+        assert live.folder == loader.folder
+        loader.has_changed = False
+        await live._check_registry()
+        loader.has_changed = True
+        await live._check_registry()  # of another model
+        assert loader.loaded == [("one", False)]
+        loader.current = "two"
+        await live._check_registry()
+        assert live.current is loader.results["two"]
+        assert loader.loaded == [("one", False), ("two", True)]
+        for name, n in (("one", 0), ("two", 1)):
+            labels = f'engine="onnx",model="{name}",role="current"'
+            assert metric(live, f"model_in_use{{{labels}}} {n}.0")
+        assert metric(live, "model_swaps_total 1.0")
+
+    loader = FakeLoader("one", "two")
+    with caplog.at_level("INFO", "serve"):
+        run_engine(scenario, loader)
+    swaps = [vars(record) for record in caplog.records if record.message == "swapped"]
+    fields = [tuple(swap[key] for key in ("role", "model", "engine")) for swap in swaps]
+    assert fields == [("current", "one", "onnx"), ("current", "two", "onnx")]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "tracebacks"),
+    [
+        (registry.RegistryError("its weights were altered"), "two: its weights were altered", 0),
+        (registry.RegistryError("two.pth was altered"), "two.pth was altered", 0),
+        (OSError("it is offline"), "two: the model cannot be used: it is offline", 1),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_refused_until_it_can(
+    error: Exception, reason: str, tracebacks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(live: engine.Engine) -> None:
+        await live.start()
+        loader.current = "two"
+        for n in (1, 2):
+            before = time.monotonic()
+            await live._check_registry()
+            assert live.current is loader.results["one"]
+            assert live.refused == {"current": reason}
+            assert reason.endswith(live.reason)
+            assert before + RETRY_S <= loader.retry_at <= time.monotonic() + RETRY_S
+            assert metric(live, f'models_refused_total{{model="two"}} {n}.0')
+        loader.results["two"] = make_model("two")
+        await live._check_registry()
+        assert live.current is loader.results["two"]
+        assert (live.refused, loader.retry_at) == ({}, math.inf)
+
+    loader = FakeLoader("one")
+    loader.results["two"] = error
+    run_engine(scenario, loader)
+    refusals = [vars(record) for record in caplog.records if record.message == "refused"]
+    expected = ("current", "two", "ERROR")
+    fields = [tuple(entry[key] for key in ("role", "model", "levelname")) for entry in refusals]
+    assert fields == [expected] * 2
+    unexpected = [record for record in caplog.records if record.message == "unexpected error"]
+    assert len(unexpected) == 2 * tracebacks
+
+
+def test_without_a_current_model_each_request_gets_the_reason() -> None:
+    async def scenario(live: engine.Engine) -> None:
+        with pytest.raises(registry.RegistryError, match="starting"):
+            await live.choose_model(None)
+        await live.start()
+        assert live.refused == {"current": "there is none"}
+        assert metric(live, 'models_refused_total{model=""} 1.0')
+        with pytest.raises(registry.RegistryError, match="there is none"):
+            await live.choose_model(None)
+        assert not loader.needs_preflight  # no model answers yet
+
+    loader = FakeLoader()
+    loader.current = registry.RegistryError("there is none")
+    run_engine(scenario, loader)
+
+
+def test_a_canary_has_its_share_and_its_own_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(live: engine.Engine) -> None:
+        await live.start()
+        assert loader.canary == new
+        assert "canary" in live.refused
+        assert live.reason == "starting"  # there is a current model
+        loader.results[new] = make_model(new)
+        await live._check_registry()
+        assert live.refused == {}
+        for draw, name in ((0.0, new), (0.2, new), (0.25, "one"), (0.9, "one")):
+            monkeypatch.setattr(engine.random, "random", lambda draw=draw: draw)
+            assert (await live.choose_model(None)).name == name
+        for name in ("one", new):
+            assert await live.choose_model(name) is loader.results[name]
+        assert metric(live, f'model_in_use{{engine="onnx",model="{new}",role="canary"}} 1.0')
+        assert metric(live, "model_swaps_total 0.0")
+
+    new, loader = "20261130-000000", FakeLoader("one")
+    loader.results[new] = registry.RegistryError("its weights were altered")
+    run_engine(scenario, loader, canary=f"{new}:0.25")
+
+
+def test_a_named_model_that_becomes_current_is_not_loaded_again() -> None:
+    async def scenario(live: engine.Engine) -> None:
+        await live.start()
+        named = await live.choose_model("two")
+        assert loader.canary is None
+        loader.current = "two"
+        await live._check_registry()
+        assert live.current is named
+        assert [name for name, _ in loader.loaded] == ["one", "two"]
+
+    loader = FakeLoader("one", "two")
+    run_engine(scenario, loader)
+
+
+def test_polling_survives_errors_and_ends_with_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(live: engine.Engine) -> list[asyncio.Task[None]]:
+        await live.start()
+        monkeypatch.setattr(loader, "changed", fail_once)
+        while len(calls) < 3:
+            await asyncio.sleep(0.001)
+        live.admission.count_rejected(Busy("queue", "it is full"))
+        return live._tasks
+
+    async def fail_once(_: str | None) -> bool:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("it is offline")
+        return False
+
+    calls: list[int] = []
+    monkeypatch.setattr(engine, "POLL_S", 0.001)
+    loader = FakeLoader("one")
+    tasks = run_engine(scenario, loader)
+    assert len(tasks) == 2
+    assert all(task.cancelled() for task in tasks)
+    assert loader.has_stopped
+    messages = [record.message for record in caplog.records]
+    assert messages.count("unexpected error") == 1
+    assert messages.count("rejected") == 1  # those that are not reported yet
+
+
+def test_an_answer_is_counted_by_its_class_with_its_probability() -> None:
+    async def scenario(live: engine.Engine) -> dict[str, Any]:
+        async def classify(data: bytes, model: LoadedModel) -> Any:
+            assert (data, model.name) == (b"picture", "one")
+            return np.zeros((1, 2, 3), np.uint8), ([0.25, 0.75], True)
+
+        live.batcher.classify = classify  # type: ignore[method-assign]
+        answer = await live.answer(make_model("one"), b"picture", "7.png")
+        labels = 'model="one",prediction="b",uncertain="true"'
+        assert metric(live, f"predictions_total{{{labels}}} 1.0")
+        assert metric(live, 'prediction_probability_sum{model="one"} 0.75')
+        return answer
+
+    assert run_engine(scenario, FakeLoader()) == {
+        "filename": "7.png",
+        "prediction": "b",
+        "probability": 0.75,
+        "probabilities": {"a": 0.25, "b": 0.75},
+        "top": [("b", 0.75), ("a", 0.25)],
+        "uncertain": True,
+        "model": "one",
+        "study": "study",
+        "trial": 3,
+    }
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_view_shows_the_model_s_input(channels: int) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (channels, 5, 4), np.uint8)
+    scheme, encoded = engine._png_url(picture).split(",")
+    assert scheme == "data:image/png;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    assert image.format == "PNG"
+    assert np.array_equal(np.asarray(image).reshape(5, 4, channels), picture.transpose(1, 2, 0))
