@@ -1,5 +1,6 @@
 """serve/middleware.py: ids, keys, origins, admission, log."""
 
+import asyncio
 import base64
 import io
 import json
@@ -8,12 +9,14 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from serve import admission, middleware
+from mnist.registry import SAMPLE
+from serve import admission, middleware, uploads
 from serve.admission import Admission, Busy
 from serve.app import app
 from serve.loading import LoadedModel
@@ -279,3 +282,174 @@ def test_pictures_of_a_batch_miss_the_deadline_only_because_of_other_requests(
         assert 0 < rejected < 120
         metric = f'turned_away_total{{why="deadline"}} {rejected}.0'
         assert metric in client.get("/metrics").text
+
+
+# --- with the sample model, which is loaded faster ------------------------------------------------
+
+
+@pytest.fixture
+def sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS", str(SAMPLE))
+
+
+def test_every_answer_forbids_what_browsers_would_guess_frame_tell_or_cache(sample: None) -> None:
+    expected = {
+        "x-content-type-options": "nosniff",
+        "x-frame-options": "DENY",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+    with TestClient(app) as client:
+        for answer in (client.get("/"), client.get("/health"), client.post("/predict")):
+            assert expected.items() <= answer.headers.items()
+            assert len(answer.headers["x-request-id"]) == 32
+
+
+def test_each_request_gets_an_id_of_its_own_unless_it_sends_one(sample: None) -> None:
+    def request_id(sent: str | None) -> str:
+        headers = {} if sent is None else {"X-Request-ID": sent}
+        return client.get("/health", headers=headers).headers["x-request-id"]
+
+    with TestClient(app) as client:
+        assert len({request_id(None) for _ in range(3)}) == 3
+        for usable in ("!", "~" * 128):
+            assert request_id(usable) == usable
+        for other in ("", "x" * 129, "a b", "a\tb"):
+            assert len(request_id(other)) == 32
+
+
+def test_a_browser_may_send_what_the_page_sends_from_an_allowed_origin(
+    sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORS_ORIGINS", "https://a.example")
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    with TestClient(app) as client:
+        answer = client.options("/predict", headers=asked | {"Origin": "https://a.example"})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-methods"] == "GET, POST"
+        assert answer.headers["access-control-allow-headers"] == "x-api-key"
+        asked["Access-Control-Request-Method"] = "DELETE"
+        answer = client.options("/predict", headers=asked | {"Origin": "https://a.example"})
+        assert answer.status_code == 400
+
+
+def call(*scopes: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the application sends for these scopes."""
+    sent: list[dict[str, Any]] = []
+    received = []
+
+    async def receive() -> dict[str, Any]:
+        received.append(1)
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        for scope in scopes:
+            await app(scope, receive, send)
+
+    asyncio.run(run())
+    assert len(received) == len(scopes)
+    return sent
+
+
+def test_a_wrong_setting_or_folder_stops_the_start_in_one_line(
+    sample: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MAX_QUEUE", "0")
+    (message,) = call({"type": "lifespan"})
+    assert message["type"] == "lifespan.startup.failed"
+    assert "MAX_QUEUE" in message["message"]
+    monkeypatch.delenv("MAX_QUEUE")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "file"))
+    (message,) = call({"type": "lifespan"})
+    assert message["type"] == "lifespan.startup.failed"
+    assert message["message"].startswith(f"PROMETHEUS_MULTIPROC_DIR={tmp_path}/file: ")
+
+
+def test_a_log_line_and_the_metrics_have_the_time_of_a_request(
+    sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([10.0, 10.25])
+    stream = io.StringIO()
+    with TestClient(app) as client:
+        monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(middleware, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+            client.get("/health", headers={"X-Request-ID": "mine"})
+        metrics = client.get("/metrics").text
+    line = json.loads(stream.getvalue().splitlines()[0])
+    assert line.pop("time")
+    assert line == {
+        "level": "INFO",
+        "event": "request",
+        "request_id": "mine",
+        "method": "GET",
+        "path": "/health",
+        "status": 200,
+        "ms": 250.0,
+    }
+    assert 'request_seconds_sum{route="/health"} 0.25' in metrics
+    assert 'requests_total{method="GET",route="/health",status="200"} 1.0' in metrics
+
+
+def test_a_rejected_request_has_the_whole_error_and_is_not_logged_by_itself(
+    sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raise_busy(*_: Any) -> None:
+        raise Busy("queue", "it is full", 7)
+
+    stream = io.StringIO()
+    with TestClient(app) as client:
+        monkeypatch.setattr(Admission, "admit", raise_busy)
+        monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
+        for path in ("/predict", "/predict/batch", "/feedback"):
+            answer = client.post(path, headers={"X-Request-ID": "mine"})
+            message = refused(answer, 429, "busy")
+            assert message == "the server is busy: it is full; try again in 7 s"
+            assert answer.headers["content-type"] == "application/json"
+            assert answer.headers["content-length"] == str(len(answer.content))
+        assert not stream.getvalue()
+        refused(client.post("/models"), 405, "bad_request")  # a route without admission
+
+
+def test_behind_a_prefix_requests_are_admitted_as_without(
+    sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raise_busy(*_: Any) -> None:
+        raise Busy("queue", "it is full", 7)
+
+    with TestClient(app, root_path="/digits") as client:
+        monkeypatch.setattr(Admission, "admit", raise_busy)
+        for path in ("/predict", "/digits/predict", "/digits/predict/"):
+            refused(client.post(path), 429, "busy")
+
+
+def test_an_unexpected_error_is_logged_and_counted_as_500(
+    sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any) -> None:
+        raise OSError("it is offline")
+
+    stream = io.StringIO()
+    with TestClient(app, raise_server_exceptions=False) as client:
+        monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
+        monkeypatch.setattr(uploads, "read_picture", fail)
+        refused(client.post("/predict", content=b"x"), 500, "internal")
+        metrics = client.get("/metrics").text
+    assert json.loads(stream.getvalue().splitlines()[0])["code"] == "internal"
+    assert 'requests_total{method="POST",route="/predict",status="500"} 1.0' in metrics
+
+
+def test_log_lines_are_not_written_twice_by_a_second_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(middleware.log, "handlers", [])
+    for _ in range(2):
+        middleware.log_as_json()
+    assert len(middleware.log.handlers) == 1
+    assert (middleware.log.level, middleware.log.propagate) == (logging.INFO, False)
+    access = logging.getLogger("uvicorn.access")
+    assert (access.handlers, access.propagate) == ([], False)
