@@ -1,7 +1,9 @@
 """mnist.training: a run, its progress, its evaluation."""
 
+import inspect
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from torch import nn
 
 from mnist import augmentation, folding, metrics, models, optimizers, training
 from mnist.data import Dataset, Split
+from mnist.search.study import FIRST_PARAMS
+from tests.conftest import Clock
 
 
 def build(digits: Dataset, name: str = "linear", seed: int = 0) -> nn.Module:
@@ -284,3 +288,119 @@ def test_validation_has_the_precision_of_the_training(digits: Dataset, bfloat16:
     )
     fit(model, digits, samples=200, bfloat16=bfloat16)
     assert set(dtypes) == {torch.bfloat16 if bfloat16 else torch.float32}
+
+
+def test_the_defaults_are_the_published_best() -> None:
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(training.fit).parameters.items()
+    }
+    assert {name: defaults[name] for name in FIRST_PARAMS} == FIRST_PARAMS
+
+
+def test_an_accuracy_needs_validation_images() -> None:
+    progress = training.Progress(10, 100, 0.5)
+    assert progress.accuracy is None
+    assert replace(progress, errors=0, n=0).accuracy is None
+    assert replace(progress, errors=0, n=4).accuracy == 1
+    assert replace(progress, errors=3, n=4).accuracy == 0.25
+
+
+@pytest.mark.parametrize(
+    ("usable", "expected"),
+    [({"cuda", "mps"}, "cuda"), ({"mps"}, "mps"), (set(), "cpu")],
+)
+def test_the_fastest_device_of_the_machine_is_preferred(
+    monkeypatch: pytest.MonkeyPatch, usable: set[str], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in usable)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in usable)
+    assert training.select_device() == torch.device(expected)
+    assert training.select_device("cpu") == torch.device("cpu")
+    for name in {"cuda", "mps", "tpu"} - usable:
+        with pytest.raises(ValueError, match=f"device '{name}' is not on this machine"):
+            training.select_device(name)
+
+
+def test_a_run_has_about_the_images_asked_for_and_a_hundred_reports(digits: Dataset) -> None:
+    reports = fit(build(digits), digits, samples=3_000, batch_size=8)
+    assert reports[-1].samples == 3_000
+    assert len(reports) == 100
+    assert {report.total for report in reports} == {3_000}
+    samples = [report.samples for report in reports]
+    assert samples == [8 * math.ceil(375 * i / 100) for i in range(1, 101)]
+    rounded = fit(build(digits), digits, samples=44, batch_size=8)  # 5.5 batches
+    assert rounded[-1].samples == 48
+    assert [report.samples for report in fit(build(digits), digits, samples=1, batch_size=8)] == [8]
+    few = digits.train.head(5)
+    run = training.fit(build(digits), digits, few, batch_size=8, samples=10)
+    assert [progress.samples for progress in run] == [5, 10]
+
+
+def test_a_report_s_loss_is_the_mean_since_the_last_one(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([*range(1, 199), math.inf, 200])
+    monkeypatch.setattr(training, "_backward", lambda *_: torch.tensor(float(next(losses))))
+    run = training.fit(build(digits), digits, digits.train, batch_size=8, samples=200 * 8)
+    assert [next(run).loss for _ in range(99)] == [2 * i + 1.5 for i in range(99)]
+    with pytest.raises(training.Diverged, match="the loss is inf after 1600 samples"):
+        next(run)
+
+
+def test_validation_at_no_images_or_past_the_end_is_left_out(digits: Dataset) -> None:
+    reports = fit(build(digits), digits, samples=320, batch_size=32, validate_at=[0, 64, 10_000])
+    assert [report.samples for report in reports if report.n] == [64, 320]
+
+
+def test_batch_norms_get_the_statistics_of_images_as_they_are(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole evaluation batches of the first training images, with dropout off."""
+    monkeypatch.setattr(training, "NORM_IMAGES", 250)
+    monkeypatch.setattr(metrics, "EVAL_BATCH", 100)
+    norm = nn.BatchNorm1d(28 * 28, momentum=0.3)
+    untracked = nn.BatchNorm1d(28 * 28, track_running_stats=False)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), norm, untracked)
+    norm.running_mean.fill_(7)  # type: ignore[union-attr]
+    training.recompute_batch_norms(model, digits, digits.train)
+    inputs = digits.standardise(digits.train.images[:200]).flatten(1)
+    expected = torch.stack([batch.mean(0) for batch in inputs.split(100)]).mean(0)
+    assert torch.allclose(norm.running_mean, expected, atol=1e-5)  # type: ignore[arg-type]
+    assert (norm.momentum, norm.training, model.training) == (0.3, True, True)
+    assert training.batch_norms(model) == [norm]
+
+
+def test_a_network_without_batch_norms_is_left_as_it_is(digits: Dataset) -> None:
+    model = build(digits).eval()
+    training.recompute_batch_norms(model, digits, digits.train)
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("first_s", "step_s", "steps"),
+    [
+        (100.0, 0.25, 4),
+        (0.25, 0.25, 12),  # until 2.5 s have passed
+        (0.01, 0.01, 100),  # the last step, with the validation, does not count
+    ],
+)
+def test_a_speed_is_that_of_the_second_half_of_the_steps(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, first_s: float, step_s: float, steps: int
+) -> None:
+    clock, taken = Clock(), []
+
+    def fake_fit(*arguments: Any, **settings: Any) -> Any:
+        assert arguments == (model, digits, digits.train)
+        assert settings == {"batch_size": 8, "samples": 800, "lr": 0.1}
+        for i in range(1, 101):
+            clock.now_s += {2: first_s, 100: 50.0}.get(i, step_s)
+            taken.append(i)
+            yield training.Progress(8 * i, 800, 0.5)
+
+    model = build(digits)
+    monkeypatch.setattr(training, "fit", fake_fit)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock.monotonic))
+    speed = training.measure_speed(model, digits, batch_size=8, lr=0.1)
+    assert speed == pytest.approx(8 / step_s)
+    assert len(taken) == steps
