@@ -219,19 +219,32 @@ def test_a_claim_under_a_former_id_of_this_member_is_an_orphan(
     assert states(shared) == ["WAITING"]
 
 
-def test_a_claim_whose_transaction_failed_is_none(
-    shared: SharedStudy, mine: Trials, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, run_locked = ask(mine), shared.run_locked
+def ask_in_a_transaction_that_fails(trials: Trials) -> None:
+    """Ask for a trial; the connection is lost once the trial is recorded."""
+    run_locked = trials._shared.run_locked
 
     def fail_at_the_end(action: Any) -> None:
         run_locked(action)
         raise ConnectionError("the server is gone")
 
-    monkeypatch.setattr(shared, "run_locked", fail_at_the_end)
-    with pytest.raises(ConnectionError):
-        mine.ask(9, 0)
-    monkeypatch.setattr(shared, "run_locked", run_locked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials._shared, "run_locked", fail_at_the_end)
+        with pytest.raises(ConnectionError):
+            trials.ask(9, 0)
+
+
+def test_a_claim_whose_transaction_failed_is_none(shared: SharedStudy, mine: Trials) -> None:
+    kept = ask(mine)
+    ask_in_a_transaction_that_fails(mine)
     assert states(shared) == ["RUNNING", "RUNNING"]
     assert ask(mine, 2).number == 1  # not a third one
     mine.tell(kept, TrialState.COMPLETE, 0.5)
+
+
+def test_a_requeued_trial_is_claimed_again_after_a_failed_transaction(
+    shared: SharedStudy, mine: Trials
+) -> None:
+    mine.requeue(ask(mine))
+    ask_in_a_transaction_that_fails(mine)
+    assert states(shared) == ["RUNNING"]
+    assert ask(mine, 1).number == 0
