@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from serve import batching
 from serve.admission import Admission, Busy
-from serve.batching import Batcher
+from serve.batching import Batcher, Job
 from serve.metrics import Metrics
 from serve.settings import Settings
 from tests.conftest import Clock
@@ -291,3 +292,22 @@ def test_one_slow_picture_rejects_no_other(clock: Clock) -> None:
         await asyncio.gather(*waiting)
 
     run(scenario)
+
+
+def test_a_picture_s_wait_begins_with_its_job() -> None:
+    async def make_job() -> Job:
+        return Job(b"\1", Sums(), asyncio.get_running_loop().create_future())
+
+    before = time.monotonic()
+    assert before <= asyncio.run(make_job()).queued_at <= time.monotonic()
+
+
+def test_a_stopped_queue_has_no_threads() -> None:
+    async def scenario(queue: Batcher, model: Sums) -> tuple[Batcher, set[threading.Thread]]:
+        await gather_results(*(queue.classify(b"\1", model) for _ in range(3)))
+        return queue, {*threading.enumerate()} - before
+
+    before = {*threading.enumerate()}
+    _, threads = run(scenario, threads=2)
+    assert threads
+    assert not any(thread.is_alive() for thread in threads)
