@@ -325,3 +325,25 @@ def test_the_micro_batch_is_that_of_a_trial_s_last_attempt(study: optuna.Study) 
     trial = study.ask()
     trial.set_user_attr("again", {"micro_batch": 8, "deaths": 0})
     assert studies.micro_batch(study.trials[1]) == 8
+
+
+def test_one_of_three_trials_survives_a_rung(study: optuna.Study) -> None:
+    study.pruner, rung = studies.PRUNERS["halving"](9_000), budget.rungs(9_000)[0]
+    pruned = []
+    for value in (0.9, 0.8, 0.7, 0.6, 0.5, 0.85):
+        trial = study.ask()
+        trial.report(value, rung)
+        pruned.append(trial.should_prune())
+    assert pruned == [False, True, True, True, True, False]  # the last one is second of six
+
+
+def test_baselines_are_finished_trials(study: optuna.Study) -> None:
+    add(study, 0.9, "FAIL")
+    studies.ask(study, 0).report(0.8, 1)  # it still runs
+    assert studies.select_baselines(study) == {}
+    number = add(study, 0.5, "PRUNED")
+    baselines = studies.select_baselines(study)
+    assert {name: trial.number for name, trial in baselines.items()} == {
+        "first": number,
+        "median": number,
+    }
