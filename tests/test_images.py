@@ -603,14 +603,14 @@ def test_only_an_array_in_the_recipe_s_form_is_returned_as_it_is(grey, follows):
         assert found.max() == 255
 
 
-@pytest.mark.parametrize(("height", "width"), [(100, 1), (100, 3), (1, 100), (60, 2)])
+@pytest.mark.parametrize(("height", "width"), [(100, 1), (100, 3), (1, 100), (60, 2), (100, 9)])
 def test_a_thin_stroke_gets_about_the_width_of_mnist_s(height, width):
     ink = np.full((height, width), 255, np.uint8)
     thick = images._thicken(ink)
     # Its box becomes 20 pixels long, its width at least 1.8 of them.
     rows, columns = extent(thick)
     assert min(rows, columns) == pytest.approx(images.MIN_STROKE * max(height, width) / 20, abs=1)
-    assert rows - height == columns - width
+    assert rows - height == columns - width > 0
     assert np.count_nonzero(thick) == rows * columns
 
 
@@ -695,3 +695,21 @@ def test_a_recipe_is_known_with_its_channels_only():
             ValueError, match=f"'{recipe}' with {channels} channels; known: 'digit' with 1, "
         ):
             normalise(encode(seven()), recipe=recipe, channels=channels)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_ground_of_a_plain_picture_is_that_of_its_longer_edges(transposed):
+    picture = np.full((14, 28), 200, np.uint8)
+    picture[[0, -1]] = 10
+    picture = picture.T if transposed else picture
+    found = plain(Image.fromarray(picture), channels=1)[0]
+    found = found.T if transposed else found
+    assert np.array_equal(found[7:21], picture.T if transposed else picture)
+    assert set(found[[*range(7), *range(21, 28)]].ravel()) == {10}
+
+
+@pytest.mark.parametrize(("opaque", "ground"), [(40, 255), (49, 255), (51, 60), (60, 60)])
+def test_a_picture_that_is_mostly_opaque_is_a_card(opaque, ground):
+    picture = Image.new("RGBA", (100, 100))
+    ImageDraw.Draw(picture).rectangle((0, 0, 99, opaque - 1), fill=(60, 60, 60, 255))
+    assert np.asarray(images._composite_ink(picture))[99, 99] == ground
