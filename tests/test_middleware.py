@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from mnist.registry import SAMPLE
 from serve import admission, middleware, uploads
@@ -453,3 +454,25 @@ def test_log_lines_are_not_written_twice_by_a_second_start(
     assert (middleware.log.level, middleware.log.propagate) == (logging.INFO, False)
     access = logging.getLogger("uvicorn.access")
     assert (access.handlers, access.propagate) == ([], False)
+
+
+def test_a_request_that_is_rejected_after_its_admission_is_counted_by_the_reason(
+    sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "MAX_BODIES_BYTES", 1_000)
+    with TestClient(app) as client:
+        answer = client.post("/predict", content=bytes(2_000))
+        assert "large uploads" in refused(answer, 429, "busy")
+        assert answer.headers["retry-after"] == "1"
+        metrics = client.get("/metrics").text
+    assert 'turned_away_total{why="memory"} 1.0' in metrics
+    assert 'requests_total{method="POST",route="/predict",status="429"} 1.0' in metrics
+
+
+def test_a_websocket_finds_no_route(sample: None) -> None:
+    with (
+        TestClient(app) as client,
+        pytest.raises(WebSocketDisconnect),
+        client.websocket_connect("/predict"),
+    ):
+        pass
