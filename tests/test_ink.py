@@ -170,6 +170,30 @@ def test_grey_edges_of_ink_keep_their_share_of_its_contrast() -> None:
     assert 100 <= edges[0, 0] <= 130
 
 
+@pytest.mark.parametrize(
+    ("deviation", "tone"),
+    [
+        (0, 255 * (100 - 26) // (240 - 26)),  # ink begins 16 levels above the paper,
+        (2, 255 * (100 - 26) // (240 - 26)),
+        (4, 255 * (100 - 34) // (240 - 34)),  # or six deviations,
+        (9, 255 * (100 - 55) // (240 - 55)),  # or half-way to the threshold, 100
+    ],
+)
+def test_ink_begins_above_the_noise_of_the_paper(
+    deviation: int, tone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = np.array([10, 10 - deviation, 10 + deviation], np.uint8)
+    relief = np.resize(levels, (PAGE, PAGE))  # two thirds of the paper deviate by so much
+    relief[30:60, 30:60] = 240
+    relief[30:60, 60:62] = 100  # the edge of a stroke
+    monkeypatch.setattr(ink, "_subtract_background", lambda grey: grey)
+    found = ink.find_ink(relief)
+    assert found[30:60, 30:60].min() >= 254
+    assert set(found[30:60, 60:62].ravel().tolist()) <= {tone, tone - 1}
+    found[30:60, 30:62] = 0
+    assert not found.any()
+
+
 # --- rules
 
 
