@@ -522,15 +522,19 @@ def test_an_answer_is_counted_by_its_class_with_its_probability() -> None:
     async def scenario(live: engine.Engine) -> dict[str, Any]:
         async def classify(data: bytes, model: LoadedModel) -> Any:
             assert (data, model.name) == (b"picture", "one")
-            return np.zeros((1, 2, 3), np.uint8), ([0.25, 0.75], True)
+            return picture, ([0.25, 0.75], True)
 
         live.batcher.classify = classify  # type: ignore[method-assign]
         answer = await live.answer(make_model("one"), b"picture", "7.png")
         labels = 'model="one",prediction="b",uncertain="true"'
         assert metric(live, f"predictions_total{{{labels}}} 1.0")
         assert metric(live, 'prediction_probability_sum{model="one"} 0.75')
+        view = {"view": engine._png_url(picture)}
+        viewed = await live.answer(make_model("one"), b"picture", "7.png", top=1, view=True)
+        assert viewed == answer | {"top": answer["top"][:1]} | view
         return answer
 
+    picture = np.zeros((1, 2, 3), np.uint8)
     assert run_engine(scenario, FakeLoader()) == {
         "filename": "7.png",
         "prediction": "b",
