@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -10,8 +9,7 @@ from typing import Any
 
 import click
 
-# What may be a secret in the text of an error: before the @ of a URL, or behind a name.
-SECRETS = re.compile(r"(?<=://)[^\s'\"]+(?=@)|(?i:(?<=password=)|(?<=pwd=)|(?<=token=))[^\s&'\"]+")
+from mnist.masking import mask_text
 
 
 def expand_home(path: str | os.PathLike[str]) -> str:
@@ -46,8 +44,8 @@ def first_line(error: BaseException) -> str:
 def describe_crash(error: BaseException) -> str:
     """One line about an error that no part of the program expects, which names a file with its
     traceback; only the user can read that file."""
-    text = SECRETS.sub("***", "".join(traceback.format_exception(error)))
-    reason = SECRETS.sub("***", str(error).strip()).partition("\n")[0]
+    text = mask_text("".join(traceback.format_exception(error)))
+    reason = mask_text(str(error).strip()).partition("\n")[0]
     line = f"unexpected {type(error).__name__}" + (f": {reason}" if reason else "")
     try:
         file, name = tempfile.mkstemp(prefix="traceback-", suffix=".txt")

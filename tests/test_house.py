@@ -11,7 +11,8 @@ from serve.settings import Settings
 from tests.conftest import ROOT
 
 LAYERS = (  # a module may import its own package and the layers before it
-    {"mnist.disk", "mnist.process", "mnist.shell"},
+    {"mnist.disk", "mnist.masking"},
+    {"mnist.process", "mnist.shell"},
     {"mnist.conformal", "mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
     | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.scores"},
     {"mnist.images", "mnist.models"},

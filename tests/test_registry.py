@@ -592,3 +592,28 @@ def test_a_folder_is_made_and_checked_before_a_training(tmp_path: Path) -> None:
 def test_without_a_current_model_the_message_says_what_makes_one(tmp_path: Path) -> None:
     with pytest.raises(registry.RegistryError, match=r"no current model in .* `python run.py`"):
         registry.record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("storage", "shown"),
+    [
+        ("postgresql://me:s3cret@host/db", "postgresql://***@host/db"),
+        ("postgresql://me:s3@cret@host/db", "postgresql://***@host/db"),
+        ("postgresql://me:p?s3cret@host/db", "postgresql://***"),
+        (
+            "postgresql://h/db?sslmode=on&password=s3cret",
+            "postgresql://h/db?sslmode=on&password=***",
+        ),
+        ("postgresql://***@host/db?user=***", "postgresql://***@host/db?user=***"),
+        ("sqlite:////home/me@work/db.sqlite3", "sqlite:////home/me@work/db.sqlite3"),
+        ("***", "***"),
+        (None, None),
+    ],
+)
+def test_a_secret_in_a_record_of_old_is_not_shown(
+    storage: str | None, shown: str | None, tmp_path: Path
+) -> None:
+    name = save(tmp_path, entry(options={"storage": storage, "trials": 3}))
+    assert registry.record(tmp_path, name)[1]["options"] == {"storage": shown, "trials": 3}
+    registry.use(tmp_path, name)
+    assert "s3" not in (tmp_path / registry.INFO).read_text()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mnist import disk
 from mnist.registry.records import DatasetEntry as DatasetEntry
-from mnist.registry.records import Info, Record, find_fault
+from mnist.registry.records import Info, Record, find_fault, mask_secrets
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -36,7 +36,8 @@ class UnknownModel(RegistryError):
 def read(folder: Path) -> Info:
     """The content of model_info.json; without models where the file does not exist yet.
 
-    Raises RegistryError where it is not JSON or lacks a key that readers rely on.
+    Secrets in records of older versions are masked. Raises RegistryError where it is not JSON or
+    lacks a key that readers rely on.
     """
     try:
         info = json.loads((folder / INFO).read_text("utf-8"))
@@ -51,6 +52,7 @@ def read(folder: Path) -> Info:
         raise RegistryError(f"{text}; correct it, or put a copy back")
     if info["current"] not in (None, *info["models"]):
         raise RegistryError(f"{folder / INFO}: `current` names none of its models; correct it")
+    mask_secrets(info["models"])
     return info  # type: ignore[return-value]
 
 

@@ -10,6 +10,8 @@ from typing import Any, NotRequired
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
+from mnist.masking import mask_url
+
 
 class DatasetEntry(TypedDict):
     """What the network and images.normalise need of the data set."""
@@ -114,3 +116,11 @@ def find_fault(info: Mapping[str, Any]) -> str | None:
         if "weights" not in record["files"]:
             return f"models {name} files weights"
     return None
+
+
+def mask_secrets(records: Mapping[str, Record]) -> None:
+    """Mask the password of a storage in each record; an older version may have stored it."""
+    for record in records.values():
+        options = record.get("options", {})
+        if isinstance(storage := options.get("storage"), str):
+            options["storage"] = mask_url(storage)

@@ -7,14 +7,8 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from mnist.masking import MASK, mask_parameter
 from mnist.shell import expand_home
-
-# Parameters of a query that are shown; any other may be a secret of its driver.
-HARMLESS_PARAMETERS = (
-    *("host", "port", "dbname", "sslmode", "connect_timeout", "application_name", "charset"),
-    *("target_session_attrs", "mode", "uri", "cache", "timeout"),
-)
-MASK = "***"
 
 
 class StudyError(RuntimeError):
@@ -94,22 +88,15 @@ def mask_secrets(storage: str) -> str:
     location, mark, query = place.partition("?")
     if not scheme[0].startswith("sqlite") and re.search(r"[&;=\s]", unquote(location)):
         location = MASK  # a query without its question mark
-    parameters = "&".join(map(_mask_parameter, query.split("&"))) if query else ""
+    parameters = "&".join(map(mask_parameter, query.split("&"))) if query else ""
     return f"{scheme[0]}://{MASK + at if at else ''}{location}{mark}{parameters}"
-
-
-def _mask_parameter(parameter: str) -> str:
-    name, equals, value = parameter.partition("=")
-    if name in HARMLESS_PARAMETERS and re.fullmatch(r"[\w./,:-]*", value):
-        return parameter
-    return f"{name}={MASK}" if equals and re.fullmatch(r"\w+", name) else MASK
 
 
 def scrub(text: str, storage: str) -> str:
     """An error's text without the secrets of the URL, which a driver may repeat."""
     user, _, place = _split_user(normalise(storage))
     parameters = place.partition("?")[2].split("&")
-    raw = {part.partition("=")[2] for part in parameters if _mask_parameter(part) != part}
+    raw = {part.partition("=")[2] for part in parameters if mask_parameter(part) != part}
     raw.add(user.partition(":")[2])
     secrets = {*raw, *map(unquote, raw), *map(unquote_plus, raw)} - {""}
     for secret in sorted(secrets, key=len, reverse=True):

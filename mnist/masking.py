@@ -1,0 +1,41 @@
+"""Secrets in texts and URLs, and what is shown in their place."""
+
+import re
+
+MASK = "***"
+# What may be a secret in the text of an error: before the @ of a URL, or behind a name.
+SECRETS = re.compile(r"(?<=://)[^\s'\"]+(?=@)|(?i:(?<=password=)|(?<=pwd=)|(?<=token=))[^\s&'\"]+")
+# Parameters of a database's URL that are shown; any other may be a secret of its driver.
+HARMLESS_PARAMETERS = (
+    *("host", "port", "dbname", "sslmode", "connect_timeout", "application_name", "charset"),
+    *("target_session_attrs", "mode", "uri", "cache", "timeout"),
+)
+
+
+def mask_text(text: str) -> str:
+    """A text, such as that of an error, without what may be a secret."""
+    return SECRETS.sub(MASK, text)
+
+
+def mask_parameter(parameter: str) -> str:
+    """NAME=VALUE of a URL's query, without its value unless that is harmless."""
+    name, equals, value = parameter.partition("=")
+    if name in HARMLESS_PARAMETERS and re.fullmatch(r"[\w./,:-]*", value):
+        return parameter
+    return f"{name}={MASK}" if equals and re.fullmatch(r"\w+", name) else MASK
+
+
+def mask_url(url: str) -> str:
+    """The URL of a database in a record, which may be older than the masking of records.
+
+    A masked URL stays as it is, as does that of a file of SQLite: a path may have an @.
+    """
+    scheme, separator, place = url.partition("://")
+    if not separator or (scheme.startswith("sqlite") and place.startswith("/")):
+        return url
+    location, mark, query = place.partition("?")
+    if "@" in query:  # of a password with a ?
+        return f"{scheme}://{MASK}"
+    _, at, location = location.rpartition("@")
+    parameters = "&".join(map(mask_parameter, query.split("&"))) if query else ""
+    return f"{scheme}://{MASK + at if at else ''}{location}{mark}{parameters}"
