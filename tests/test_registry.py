@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -589,9 +590,20 @@ def test_a_folder_is_made_and_checked_before_a_training(tmp_path: Path) -> None:
         registry.check_writable(folder)
 
 
-def test_without_a_current_model_the_message_says_what_makes_one(tmp_path: Path) -> None:
+def test_without_a_current_model_the_message_says_what_makes_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(registry.RegistryError, match=r"no current model in .* `python run.py`"):
         registry.record(tmp_path)
+    folder = tmp_path / "my models"
+    name = save(folder, entry(), "never")
+    command = f"`python -m mnist.registry --folder '{folder}' use NAME` makes one current: {name}"
+    with pytest.raises(registry.RegistryError, match=re.escape(command)):
+        registry.record(folder)
+    monkeypatch.chdir(tmp_path)
+    name = save(registry.FOLDER, entry(), "never")
+    with pytest.raises(registry.RegistryError, match=f"registry use NAME` makes .*: {name}"):
+        registry.record(registry.FOLDER)
 
 
 @pytest.mark.parametrize(

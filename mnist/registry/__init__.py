@@ -6,6 +6,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,7 +70,7 @@ def record(folder: Path, name: str | None = None) -> tuple[str, Record]:
     info = read(folder)
     name = info["current"] if name is None else name
     if name is None:
-        raise RegistryError(f"no current model in {folder}; `python run.py` saves one")
+        raise RegistryError(f"no current model in {folder}; {_describe_remedy(folder, info)}")
     if not NAME.fullmatch(name) or name not in info["models"]:
         names = ", ".join(info["models"]) or "none"
         raise UnknownModel(f"no model {name!r} in {folder}; it has {names}")
@@ -201,6 +202,15 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise RegistryError(f"cannot write to {folder}: {error.strerror}; see --output") from error
     read(folder)
+
+
+def _describe_remedy(folder: Path, info: Info) -> str:
+    """What makes a model current where there is none."""
+    if not info["models"]:
+        return "`python run.py` saves one"
+    option = "" if folder == FOLDER else f"--folder {shlex.quote(str(folder))} "
+    names = ", ".join(info["models"])
+    return f"`python -m mnist.registry {option}use NAME` makes one current: {names}"
 
 
 def _remove_orphans(folder: Path, info: Info) -> None:
