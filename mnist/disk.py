@@ -1,5 +1,6 @@
 """Writing files so that no reader and no crash ever meets a part of one."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +25,9 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
+    except OSError as error:  # some network file systems sync no folders, as CIFS before Linux 4.17
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(directory)
 

@@ -1,5 +1,7 @@
 """mnist.registry and mnist.inference: what is saved stays whole, and is loaded only if it is."""
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -7,6 +9,7 @@ import pickle
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -581,7 +584,7 @@ def test_a_folder_is_made_and_checked_before_a_training(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     for _ in range(2):
         registry.check_writable(folder)
-        assert [*folder.iterdir()] == []
+        assert [path.name for path in folder.iterdir()] == [".lock"]
     (tmp_path / "file").touch()
     with pytest.raises(registry.RegistryError, match=r"cannot write to .*/file/b: Not a directory"):
         registry.check_writable(tmp_path / "file" / "b")
@@ -604,6 +607,34 @@ def test_without_a_current_model_the_message_says_what_makes_one(
     name = save(registry.FOLDER, entry(), "never")
     with pytest.raises(registry.RegistryError, match=f"registry use NAME` makes .*: {name}"):
         registry.record(registry.FOLDER)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_syncs_no_folders_will_do(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    if code == errno.EIO:  # of a failing disk
+        with pytest.raises(OSError, match="Input/output error"):
+            save(tmp_path, entry())
+    else:
+        name = save(tmp_path, entry())
+        assert current(tmp_path) == name
+
+
+def test_a_folder_that_cannot_be_locked_is_refused_before_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(registry.RegistryError, match=r"cannot write to .*: No locks available"):
+        registry.check_writable(tmp_path)
 
 
 @pytest.mark.parametrize(

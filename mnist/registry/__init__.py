@@ -196,9 +196,13 @@ def put_beside(folder: Path, name: str, suffix: str, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise RegistryError for a folder that save() could not write to, before the training."""
+    """Raise RegistryError for a folder that save() could not write to, before the training.
+
+    A network file system may refuse the lock alone.
+    """
     try:
-        disk.check_writable(folder)
+        with _lock(folder):
+            disk.check_writable(folder)
     except OSError as error:
         raise RegistryError(f"cannot write to {folder}: {error.strerror}; see --output") from error
     read(folder)
