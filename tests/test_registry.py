@@ -637,6 +637,13 @@ def test_a_folder_that_cannot_be_locked_is_refused_before_a_training(
         registry.check_writable(tmp_path)
 
 
+def test_info_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    name = save(tmp_path, entry())
+    info = tmp_path / registry.INFO
+    info.write_text("\ufeff" + info.read_text().replace("\n", "\r\n"))
+    assert registry.record(tmp_path)[0] == name
+
+
 @pytest.mark.parametrize(
     ("storage", "shown"),
     [

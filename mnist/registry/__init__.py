@@ -41,7 +41,7 @@ def read(folder: Path) -> Info:
     lacks a key that readers rely on.
     """
     try:
-        info = json.loads((folder / INFO).read_text("utf-8"))
+        info = json.loads((folder / INFO).read_text("utf-8-sig"))  # an editor may add a mark
     except FileNotFoundError:
         return {"schema": 1, "current": None, "models": {}}
     except (OSError, ValueError, RecursionError) as error:
