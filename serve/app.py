@@ -4,6 +4,7 @@ from serve import startup
 
 # isort: split
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -66,6 +67,12 @@ async def get_engine(request: Request) -> Engine:
     return request.app.state.engine
 
 
+def _json(content: Any) -> Response:
+    """A part of model_info.json: a name in it may not be UTF-8, and a number may be NaN."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return Response(json.dumps(finite), media_type="application/json")
+
+
 CurrentEngine = Annotated[Engine, Depends(get_engine)]
 Name = Annotated[str | None, Query(description="a saved model; by default the current one")]
 Top = Annotated[int, Query(ge=1, description="number of most likely classes to list")]
@@ -110,7 +117,7 @@ async def ready(request: Request, engine: CurrentEngine) -> JSONResponse:
 
 
 @app.get("/models", response_model=schemas.Models, responses=schemas.problems(503))
-def models(engine: CurrentEngine) -> JSONResponse:
+def models(engine: CurrentEngine) -> Response:
     """A summary of every saved model."""
     info = registry.read(engine.folder)
     summaries = [
@@ -123,14 +130,19 @@ def models(engine: CurrentEngine) -> JSONResponse:
         }
         for name, record in info["models"].items()
     ]
-    return JSONResponse({"current": info["current"], "models": summaries})
+    return _json({"current": info["current"], "models": summaries})
 
 
-@app.get("/models/{name}", openapi_extra=schemas.BY_NAME, responses=schemas.problems(404, 503))
-def model(request: Request, engine: CurrentEngine) -> dict[str, Any]:
+@app.get(
+    "/models/{name}",
+    openapi_extra=schemas.BY_NAME,
+    response_model=dict[str, Any],
+    responses=schemas.problems(404, 503),
+)
+def model(request: Request, engine: CurrentEngine) -> Response:
     """The record of one model; if API keys are set, its public part without one."""
     record = registry.record(engine.folder, request.path_params["name"])[1]
-    return visibility.record(request, record)
+    return _json(visibility.record(request, record))
 
 
 @app.get("/metrics", response_class=Response, responses=schemas.problems(401))

@@ -55,6 +55,22 @@ def test_without_keys_everybody_sees_the_whole_record(folder: Path) -> None:
         assert client.get(f"/models/{NAME}").json() == registry.record(folder)[1]
 
 
+def test_a_record_with_a_path_that_is_not_utf_8_and_without_a_number_is_shown(folder: Path) -> None:
+    info = registry.read(folder)
+    record: Any = info["models"][NAME]
+    record["dataset"]["name"] = record["options"]["data_dir"] = "folder:caf\udce9"
+    record["metrics"]["test"]["accuracy"] = record["options"]["timeout"] = float("nan")
+    (folder / registry.INFO).write_text(json.dumps(info))
+    with TestClient(app) as client:
+        shown = client.get(f"/models/{NAME}")
+        summary = client.get("/models")
+    for response in (shown, summary):
+        assert (response.status_code, b"NaN" in response.content) == (200, False)
+    assert shown.json()["options"]["data_dir"] == "folder:caf\udce9"
+    assert shown.json()["options"]["timeout"] is None
+    assert summary.json()["models"][0]["test_accuracy"] is None
+
+
 def test_a_reason_without_a_key_has_no_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / registry.INFO).write_text("{")
     monkeypatch.setenv("API_KEYS", "secret")
