@@ -5,6 +5,7 @@ from serve import startup
 # isort: split
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ PAGE_POLICY = (  # nothing from other origins, nothing inline
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 ERRORS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
+
+log = logging.getLogger("serve")
 
 
 @asynccontextmanager
@@ -232,6 +235,12 @@ async def put_right(request: Request, engine: CurrentEngine, model: ChosenModel)
         )
     except feedback.Full as error:
         raise ApiError(413, "full", str(error)) from error
+    except OSError as error:
+        log.error("not kept", extra={"reason": str(error)})
+        message = (
+            f"the correction was not kept: {error.strerror} (FEEDBACK_DIR); the log says where"
+        )
+        raise ApiError(503, "not_kept", message) from error
     return JSONResponse({"label": label}, 201)
 
 

@@ -15,7 +15,7 @@ def keep(folder: Path, max_bytes: int, picture: bytes, label: str, max_pixels: i
 
     The same picture is kept once, under the last label. `run.py --dataset folder:FOLDER` trains on
     the folder. Raises images.ImageError if the bytes are no picture, Full if the folder would
-    exceed `max_bytes`.
+    exceed `max_bytes`, OSError if it cannot be written to.
     """
     from filelock import FileLock  # most servers keep no corrections, and start faster without it
 

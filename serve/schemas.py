@@ -111,7 +111,7 @@ CODES = {
     415: "not_an_image: no decoder reads it, or it ends early",
     422: "blank: nothing is drawn; missing_file: nothing was sent",
     429: "busy: the queue is full or the deadline cannot be met; see Retry-After",
-    503: "no_model: nothing to answer with",
+    503: "no_model: nothing to answer with; not_kept: a correction could not be written",
 }
 
 

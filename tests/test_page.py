@@ -1,7 +1,9 @@
 """serve/static: the page, in a real browser."""
 
 import base64
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +19,7 @@ from fastapi.testclient import TestClient
 from benchmarks import load, servers
 from mnist import data, images, inference, registry
 from serve.app import STATIC, app
-from tests.test_app import png
+from tests.test_app import drawn_seven, png, refused
 from tests.test_engine import save_copy
 from tests.test_inference import change
 
@@ -92,6 +94,26 @@ def test_a_correction_is_kept_once_as_a_folder_data_set_if_feedback_is_enabled(
         assert none.status_code == 415
     (kept,) = [path for path in folder.rglob("[!.]*") if path.is_file()]
     assert (kept.parent.name, kept.suffix, kept.read_bytes()) == ("3", ".png", picture)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOLCK])
+def test_a_correction_that_cannot_be_written_is_an_error_in_words(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setenv("MODELS", str(registry.SAMPLE))
+    monkeypatch.setenv("FEEDBACK_DIR", str(tmp_path / "feedback"))
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with TestClient(app) as client:
+        sent = client.post("/feedback", files={"file": drawn_seven()}, data={"label": "7"})
+        message = refused(sent, 503, "not_kept")
+        assert os.strerror(code) in message
+        assert str(tmp_path) not in message
+        assert client.post("/predict", content=drawn_seven()).json()["prediction"] == "7"
+    assert not [*(tmp_path / "feedback").rglob("*.png")]  # nor a part of it
 
 
 # --- in a browser

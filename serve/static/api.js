@@ -11,6 +11,7 @@ const WORDS = {
   too_large: "The file is too large.",
   too_many_files: "Too many pictures at once.",
   full: "The server keeps no more corrections.",
+  not_kept: "The server could not keep the correction.",
   busy: "The server is busy.",
   unknown_model: "That model is not there any more.",
   unauthorised: "The server wants an API key.",
