@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -57,8 +57,10 @@ async def _validation_error(request: Request, error: RequestValidationError) -> 
     return error_response(request.scope, 400, "bad_request", message)
 
 
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+async def _http_error(request: Request, error: HTTPException) -> Response:
     code, message = "bad_request", str(error.detail)
+    if error.status_code == 404 and request.url.path == request.scope.get("root_path"):
+        return RedirectResponse(f"{request.url.path}/")  # the page's links are relative to it
     if error.status_code == 404:
         code, message = "not_found", f"nothing is at {quote(request.url.path)}; see GET /docs"
     elif error.status_code == 405:

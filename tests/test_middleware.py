@@ -116,6 +116,14 @@ def test_behind_the_prefix_of_a_proxy_the_same_routes_need_a_key(
             refused(client.get(path), 401, "unauthorised")
 
 
+def test_the_prefix_of_a_proxy_is_the_page_with_and_without_a_slash(models: Path) -> None:
+    with TestClient(app, root_path="/digits") as client:
+        moved = client.get("/digits", follow_redirects=False)
+        assert (moved.status_code, moved.headers["location"]) == (307, "/digits/")
+        assert "What does the model see?" in client.get("/digits").text
+        refused(client.get("/digits/x"), 404, "not_found")
+
+
 def test_a_final_slash_opens_no_route(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEYS", "first")
     for prefix in ("", "/digits"):
