@@ -152,6 +152,7 @@ def test_each_admitted_request_is_a_json_line_of_the_log_and_counted(
         monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
         client.post("/predict?model=none", headers={"X-Request-ID": "mine"})
         client.get("/nothing/here")
+        client.request("X-SCAN", "/nothing/here")
         metrics = client.get("/metrics").text
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert lines[0]["request_id"] == "mine"
@@ -159,6 +160,7 @@ def test_each_admitted_request_is_a_json_line_of_the_log_and_counted(
     assert lines[1]["path"] == "/nothing/here"
     assert 'requests_total{method="POST",route="/predict",status="404"} 1.0' in metrics
     assert 'requests_total{method="GET",route="other",status="404"} 1.0' in metrics
+    assert 'requests_total{method="other",route="other",status="404"} 1.0' in metrics
     assert not logging.getLogger("uvicorn.access").hasHandlers()
 
 
