@@ -191,13 +191,17 @@ def log_as_json() -> None:
     """Log a JSON object a line to standard error, and none of uvicorn's access lines."""
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(
-            JsonFormatter(
-                "{asctime}{levelname}{message}",
-                style="{",
-                rename_fields={"asctime": "time", "levelname": "level", "message": "event"},
-            )
+        formatter = JsonFormatter(
+            "{asctime}{levelname}{message}",
+            style="{",
+            rename_fields={"asctime": "time", "levelname": "level", "message": "event"},
         )
+        formatter.converter = time.gmtime  # RFC 3339: servers may be in several time zones
+        formatter.default_time_format, formatter.default_msec_format = (
+            "%Y-%m-%dT%H:%M:%S",
+            "%s.%03dZ",
+        )
+        handler.setFormatter(formatter)
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False

@@ -5,8 +5,11 @@ import base64
 import io
 import json
 import logging
+import re
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,13 +151,20 @@ def test_each_admitted_request_is_a_json_line_of_the_log_and_counted(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = io.StringIO()
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
     with TestClient(app) as client:
         monkeypatch.setattr(middleware.log.handlers[0], "stream", stream)
         client.post("/predict?model=none", headers={"X-Request-ID": "mine"})
         client.get("/nothing/here")
         client.request("X-SCAN", "/nothing/here")
         metrics = client.get("/metrics").text
+    monkeypatch.delenv("TZ")
+    time.tzset()
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"])
+    age = datetime.now(UTC) - datetime.fromisoformat(lines[0]["time"])
+    assert abs(age) < timedelta(minutes=10)  # in UTC, whatever the time zone is
     assert lines[0]["request_id"] == "mine"
     assert (lines[0]["status"], lines[0]["code"]) == (404, "unknown_model")
     assert lines[1]["path"] == "/nothing/here"
