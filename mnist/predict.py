@@ -91,7 +91,7 @@ def format_line(prediction: Prediction) -> str:
         doubt = "  not sure"
     elif len(labels := prediction.labels or []) > 1:
         doubt = f"  {' or '.join(labels) if len(labels) <= MAX_LABELS else 'or others'}"
-    return f"{prediction.file}  {name}  {share:.1%}  ({likely}){doubt}"
+    return shell.show_controls(f"{prediction.file}  {name}  {share:.1%}  ({likely}){doubt}")
 
 
 def to_json(prediction: Prediction | Unreadable) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def choose_registry() -> Path:
 
 def print_error(message: str) -> None:
     """Print one line, whatever the names of files in it."""
-    click.echo("predict: " + message.replace("\n", "\\n").replace("\r", "\\r"), err=True)
+    click.echo("predict: " + shell.show_controls(message), err=True)
 
 
 def run_cli(arguments: list[str]) -> int:

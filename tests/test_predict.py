@@ -124,6 +124,19 @@ def test_a_name_of_two_lines_gets_one(ask: Predict, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["\x1b]0;title\x07", "\x1b[1A\r", "\x9b2J", "a\nb", "\x7f"])
+def test_a_name_does_nothing_to_the_terminal(
+    name: str, ask: Predict, tmp_path: Path, seven: Path
+) -> None:
+    seven.rename(tmp_path / f"{name}.png")
+    (tmp_path / f"{name}2.png").write_text("no picture")
+    done = ask(tmp_path)
+    assert done.stdout.startswith(f"{tmp_path}/{ascii(name)[1:-1]}.png  7  ")
+    for output in (done.stdout, done.stderr):
+        assert output.endswith("\n")
+        assert output[:-1].isprintable()
+
+
 def test_a_folder_stands_for_its_pictures_sorted(ask: Predict, seven: Path) -> None:
     (seven.parent / "c").mkdir()
     for name in ("b.PNG", "a.png", "c/d.png"):
