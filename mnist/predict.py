@@ -186,7 +186,7 @@ def main(
             click.echo(format_line(result))
     predictions = [result for result in results if isinstance(result, Prediction)]
     if as_json:
-        click.echo(json.dumps([to_json(result) for result in results], ensure_ascii=False))
+        click.echo(json.dumps([to_json(result) for result in results]))  # ASCII, for any output
     if file and predictions:
         plot_predictions(predictions[:MAX_PLOTTED], file)
     if file and len(predictions) > MAX_PLOTTED:

@@ -1,5 +1,6 @@
 """mnist.predict as a person uses it: answers, pictures in the terminal, errors in one line."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -135,6 +136,21 @@ def test_a_name_does_nothing_to_the_terminal(
     for output in (done.stdout, done.stderr):
         assert output.endswith("\n")
         assert output[:-1].isprintable()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_in_every_encoding_of_the_output(
+    encoding: str, ask: Predict, tmp_path: Path, seven: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["\udcff.png", "été.png", "数 🏆.png"]
+    for name in names:
+        shutil.copy(seven, tmp_path / name)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert predict.run_cli(["--json", *(str(tmp_path / name) for name in names)]) == 0
+    stream.flush()
+    answers = json.loads(stream.buffer.getvalue().decode(encoding))
+    assert [Path(answer["filename"]).name for answer in answers] == names
 
 
 def test_a_folder_stands_for_its_pictures_sorted(ask: Predict, seven: Path) -> None:
