@@ -84,7 +84,7 @@ def write_report(member: Member, options: Options, name: str) -> None:
     try:
         page.make(member, name, options.output, options.artifacts)
     except Exception as error:  # noqa: BLE001 - drawing figures may raise anything
-        print(f"run.py: the report could not be made: {root_cause(error)}", file=sys.stderr)
+        click.echo(f"run.py: the report could not be made: {root_cause(error)}", err=True)
 
 
 def main(option_sets: list[Options]) -> None:
@@ -174,7 +174,7 @@ def describe_continuation(error: Exception) -> str:
 
 
 def print_error(message: str, code: int) -> int:
-    print(f"run.py: {message}", file=sys.stderr)
+    click.echo(f"run.py: {message}", err=True)  # print() takes stdout where stderr is closed
     return code
 
 

@@ -1,6 +1,7 @@
 """run.py where its study, its database or its surroundings fail: one line, and the truth in it."""
 
 import json
+import sys
 from pathlib import Path
 
 import optuna
@@ -167,3 +168,11 @@ def test_a_folder_of_an_unknown_user_is_named(run: Command) -> None:
     done = run("--dataset", "folder:~nobody-of-this-name/pets")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "there is no folder ~nobody-of-this-name/pets" in done.stderr
+
+
+def test_a_closed_standard_error_leaves_standard_output_to_the_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_module.run_cli(["--trials", "x"]) == 2
+    assert capsys.readouterr().out == ""
