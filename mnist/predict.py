@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from mnist import images, inference, registry, shell
-from mnist.images.files import describe_left_out, list_tree
+from mnist.images.files import describe_left_out, describe_links, list_tree
 from mnist.report import model_plots, plots
 
 TOP_CLASSES = 3
@@ -195,9 +195,10 @@ def main(
 
 
 def print_left_out(files: Sequence[Path]) -> None:
-    """Print a line for each folder with files that are left out by their names."""
+    """Print a line for each folder with links, or with files that are left out by their names."""
     for folder in filter(Path.is_dir, files):
-        for note in describe_left_out(folder, list_tree(folder).left_out):
+        _, folders, left_out = list_tree(folder)
+        for note in describe_links(folder, folders) + describe_left_out(folder, left_out):
             print_error(note)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mnist.images.files import describe_left_out, list_folder, list_tree
+from mnist.images.files import describe_left_out, describe_links, list_folder, list_tree
 
 PICTURES = ["1.png", "2.JPG", "3.jfif", "4.jpe", "5.pnm", "6.pgm", "7.TIFF"]
 SYSTEM = [".DS_Store", "._1.png", ".hidden.png", "Desktop.ini", "Thumbs.db", "thumbs.db"]
@@ -41,6 +41,10 @@ def test_links_to_nowhere_and_in_circles_are_no_pictures(tmp_path: Path) -> None
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "circle").symlink_to(tmp_path)
     assert list_tree(tmp_path).pictures == []
+    (note,) = describe_links(tmp_path, list_tree(tmp_path).folders)
+    assert note == f"{tmp_path}: links to folders are not followed: circle"
+    (tmp_path / "circle").unlink()
+    assert describe_links(tmp_path, list_tree(tmp_path).folders) == []
 
 
 def test_what_is_left_out_is_counted_and_named_in_a_line(tmp_path: Path) -> None:

@@ -125,6 +125,18 @@ def test_a_name_of_two_lines_gets_one(ask: Predict, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_link_to_a_folder_is_named_and_not_followed(
+    ask: Predict, tmp_path: Path, seven: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "2024").symlink_to(tmp_path)
+    done = ask(tmp_path / "photos", seven)
+    assert done.stdout.startswith(f"{seven}  7  ")
+    note, empty = done.stderr.splitlines()
+    assert note == f"predict: {tmp_path}/photos: links to folders are not followed: 2024"
+    assert empty.endswith("no picture is in this folder")
+
+
 @pytest.mark.parametrize("name", ["\x1b]0;title\x07", "\x1b[1A\r", "\x9b2J", "a\nb", "\x7f"])
 def test_a_name_does_nothing_to_the_terminal(
     name: str, ask: Predict, tmp_path: Path, seven: Path

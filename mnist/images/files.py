@@ -60,6 +60,12 @@ def describe_left_out(root: Path, paths: Sequence[Path]) -> list[str]:
     return [f"{root}: {len(paths)} left out, as no picture files by name: {names}"]
 
 
+def describe_links(root: Path, folders: Sequence[Path]) -> list[str]:
+    """A note, in one line, on the links among the folders of list_tree(), which it passes over."""
+    links = [str(path.relative_to(root)) for path in folders if path.is_symlink()]
+    return [f"{root}: links to folders are not followed: {join_names(links)}"] if links else []
+
+
 def join_names(names: Sequence[str]) -> str:
     """The first names, and the number of the others."""
     suffix = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
