@@ -95,6 +95,23 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_have_windows_lines(tmp_path
     assert set(space.read_space(str(file))) == {"lr", "optimizer"}
 
 
+@pytest.mark.parametrize(
+    ("entries", "trials", "combinations"),
+    [
+        (["batch_size=64", "lr=0.01", "optimizer=Adam"], 2, "one combination for 2 trials"),
+        (["batch_size=64", "lr=0.01", "optimizer=Adam"], 1, None),
+        (["batch_size=int:1:5", "lr=float:0.1:0.1"], 16, "15 combinations for 16 trials"),
+        (["batch_size=int:1:5", "lr=float:0.1:0.1"], 15, None),
+        (["batch_size=64", "optimizer=Adam"], 10**6, None),
+    ],
+)
+def test_a_space_with_fewer_combinations_than_trials_is_told(
+    entries: list[str], trials: int, combinations: str | None
+) -> None:
+    note = space.describe_repeats(space.read_space("default", entries), trials)
+    assert note is None if combinations is None else combinations in str(note)
+
+
 def test_params_outside_a_space_are_left_out() -> None:
     narrow = space.read_space("default", ["lr=float:0.001:0.1", "batch_size=64"])
     first = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039, "momentum": 0.9}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,8 @@ BYTES_PER_WEIGHT = 16  # the weight, its gradient and Adam's two moments, in flo
 MIN_BFLOAT16_SPEEDUP = 1.2  # bfloat16 rounds to 8 bits; a smaller speed-up does not justify that
 SPEED_BATCH_SIZES = (64, 8)  # of the speed measurement; the second is used if the first fails
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -50,6 +53,8 @@ def prepare(
     dataset = load_dataset(options).to(device)
     model = validate_network(options, dataset, device)
     space = read_space(options, model)
+    if note := spaces.describe_repeats(space, options.total_trials):
+        log.warning("%s", note)
     work = budget.Workload(
         options.total_trials,
         (options.confirmed + len(studies.BASELINES)) * studies.CONFIRM_SEEDS

@@ -1,5 +1,6 @@
 """Search spaces: the hyperparameters, named spaces, files and single entries."""
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -172,6 +173,27 @@ def _parse_value(key: str, param: NumberRange | Choices, word: str) -> Any:
     if not param.low <= value <= param.high:
         raise SpaceError(f"{key}: {word} is not in {param.describe_limits()}")
     return value
+
+
+def describe_repeats(space: Space, trials: int) -> str | None:
+    """A warning where the space has fewer combinations than there are trials, so that some repeat
+    others: they have the same seed, too, and the same result."""
+    n = math.prod(map(_count_values, space.values()))
+    if n >= trials:
+        return None
+    combinations = f"{n} combinations" if n > 1 else "one combination"
+    return (
+        f"the search space has only {combinations} for {trials} trials, so trials repeat others "
+        "exactly; a range, such as --param lr=float:1e-5:1e-1:log, or fewer --trials avoid that"
+    )
+
+
+def _count_values(distribution: BaseDistribution) -> float:
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return distribution.high - distribution.low + 1
+    return 1 if distribution.single() else math.inf
 
 
 def filter_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
