@@ -1,6 +1,7 @@
 """mnist.search.study: the study's attributes, the next trial, the winner."""
 
 import contextlib
+import math
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_importance_is_withheld_below_ten_complete_trials(study: optuna.Study) -
     shares = studies.compute_importance(study)
     assert shares is not None
     assert max(shares, key=lambda name: shares[name]) == "lr"
+
+
+@pytest.mark.parametrize("space", [space.DEFAULT, space.read_space("default", ["lr=0.01"])])
+@pytest.mark.parametrize("better", [0, 1, 2])
+def test_importance_is_withheld_for_trials_that_are_alike(
+    better: int, space: space.Space, study: optuna.Study
+) -> None:
+    for number in range(12):
+        study.tell(studies.ask(study, number, space=space), 0.5 + 0.1 * (number < better))
+    shares = studies.compute_importance(study)
+    if better < 2:  # Optuna would warn and call all hyperparameters equally important
+        assert shares is None
+    else:
+        assert shares is not None
+        assert all(math.isfinite(share) for share in shares.values())
 
 
 def test_a_seed_follows_from_the_study_s_seed_and_the_trial_s_number() -> None:

@@ -18,7 +18,7 @@ from mnist.report.text import describe_confirmation, format_value
 from mnist.search.budget import Plan, estimate_remaining_s, estimate_search_s, estimate_training_s
 from mnist.search.loop import Update
 from mnist.search.storage import StorageError
-from mnist.search.study import FINISHED
+from mnist.search.study import FINISHED, MIN_TRIALS_FOR_IMPORTANCE
 from mnist.search.urls import mask_secrets
 from mnist.shell import first_line
 from mnist.training import Progress
@@ -222,7 +222,9 @@ def _print_study(console: Console, outcome: dict[str, Any]) -> None:
     console.print(table)
     shares = outcome["importance"]
     if shares is None:
-        console.print(f"importance: withheld, too few complete trials (n = {n})")
+        few = n < MIN_TRIALS_FOR_IMPORTANCE
+        reason = "too few complete trials" if few else "the complete trials are too alike"
+        console.print(f"importance: withheld, {reason} (n = {n})")
     else:
         text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         console.print(f"importance: {text} (n = {n} complete trials)")

@@ -260,12 +260,12 @@ def micro_batch(trial: FrozenTrial) -> int | None:
 def compute_importance(study: optuna.Study) -> dict[str, float] | None:
     """The importance of each hyperparameter for the accuracy, as shares (0..1), by PED-ANOVA.
 
-    None below MIN_TRIALS_FOR_IMPORTANCE complete trials.
+    None below MIN_TRIALS_FOR_IMPORTANCE complete trials, or if the worst is among the best tenth.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(complete) < MIN_TRIALS_FOR_IMPORTANCE:
-        return None
-    return optuna.importance.get_param_importances(study)
+    values = sorted(trial.value or 0.0 for trial in complete)
+    skip = len(values) < MIN_TRIALS_FOR_IMPORTANCE or values[0] == values[-1 - len(values) // 10]
+    return None if skip else optuna.importance.get_param_importances(study)
 
 
 def summarise(study: optuna.Study, best: int) -> dict[str, Any]:
