@@ -115,6 +115,22 @@ def test_tables_of_another_optuna_are_named_in_one_line(tmp_path: Path, revision
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"SQLite format 3\0" + bytes(range(256)) * 40, b"text", None])
+def test_a_file_that_is_no_database_or_cannot_be_written_is_named(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "db.sqlite3"
+    url = f"sqlite:///{file}"
+    if content is None:
+        open_study(url, "study")
+        url = f"sqlite:///file:{file}?mode=ro&uri=true"
+    else:
+        file.write_bytes(content)
+    with pytest.raises(StudyError, match=r"malformed|not a database|readonly") as caught:
+        open_study(url, "other")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_password_is_neither_shown_nor_recorded() -> None:
     storage = "postgresql://me:secret@127.0.0.1:9/x"
     with pytest.raises(StudyError) as caught:

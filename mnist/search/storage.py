@@ -229,8 +229,7 @@ def open_study(storage: str, name: str) -> optuna.Study:
     except Exception as error:
         if "with the table schema" in str(error):
             raise other_schema(storage) from error
-        reason = str(getattr(error, "orig", None) or error)
-        raise unusable_storage(storage, reason) from error
+        raise unusable_storage(storage, str(_root_cause(error))) from error
     return study
 
 
