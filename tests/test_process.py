@@ -143,7 +143,7 @@ def test_training_and_serving_use_the_available_cores(
 
 
 def test_openmp_s_setting_limits_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting, threads in (("3", 3), ("2,4", 1), ("0", 1)):
+    for setting, threads in (("3", 3), ("2,4", 2), (" 2 , 4", 2), ("0", 1), ("x", 1)):
         monkeypatch.setenv("OMP_NUM_THREADS", setting)
         assert training_threads() == threads
 

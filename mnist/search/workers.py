@@ -137,8 +137,11 @@ class Pool:
 
 
 def training_threads() -> int:
-    """Threads for training on this machine: OMP_NUM_THREADS, or one for each available core."""
-    if setting := os.environ.get("OMP_NUM_THREADS", ""):
+    """Threads for training on this machine: OMP_NUM_THREADS, or one for each available core.
+
+    Of a list, such as 4,2 for nested regions, the first number (OpenMP 5.2, section 21.1.2).
+    """
+    if setting := os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip():
         return int(setting) if setting.isdigit() and int(setting) else 1
     return available_cores()
 
