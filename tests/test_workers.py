@@ -1,11 +1,14 @@
 """mnist.search.runs and workers: resumed runs, kinds of failures, processes that end."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +271,20 @@ def test_a_pool_trains_replaces_what_dies_and_leaves_no_process(digits: Dataset)
         assert pool.idle_workers()[0].process.pid != pid
         pids = [worker.process.pid for worker in pool.workers]
     assert all(not alive(pid) for pid in [pid, *pids])
+
+
+def test_sockets_have_a_short_path_wherever_the_temporary_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    process: Any = multiprocessing.current_process()
+    config = {key: value for key, value in process._config.items() if key != "tempdir"}
+    monkeypatch.setattr(process, "_config", config)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    workers._use_short_sockets()
+    with Listener(family="AF_UNIX"):  # OSError: AF_UNIX path too long
+        assert tempfile.gettempdir() == str(folder)
 
 
 def alive(pid: int) -> bool:

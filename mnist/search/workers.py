@@ -5,11 +5,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import connection as pipes
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from mnist.search.runs import Report, Run, RunResult, Setup
 # oneDNN keeps compiled operations for each batch size that it has seen, by default 1,024 of them: 8
 # MB for each trial. Training and evaluation of `parallel` need between 32 and 64.
 ONEDNN_SETTINGS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+# A socket's path has at most 107 bytes on Linux and 103 on macOS, of which multiprocessing uses 32.
+MAX_TEMP_PATH, SHORT_TEMP = 70, "/tmp"
 
 
 class Worker:
@@ -152,6 +155,7 @@ def _start_forkserver(threads: int) -> Any:
     So workers start fast. A fork of the command itself would not be safe, as it copies locks that
     other threads hold. The first pool starts the server, once.
     """
+    _use_short_sockets()
     root, inherited = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
     path = os.pathsep.join([root, inherited] if inherited else [root])
     resource_tracker.ensure_running()  # first, as its start unblocks the signals
@@ -165,6 +169,18 @@ def _start_forkserver(threads: int) -> Any:
         context.set_forkserver_preload(preload)
         forkserver.ensure_running()
         return context
+
+
+def _use_short_sockets() -> None:
+    """Let multiprocessing put its sockets into SHORT_TEMP where the path of the temporary folder is
+    too long for them, as that of a cluster's job may be."""
+    if len(os.fsencode(tempfile.gettempdir())) <= MAX_TEMP_PATH:
+        return
+    usual, tempfile.tempdir = tempfile.tempdir, SHORT_TEMP
+    try:
+        util.get_temp_dir()  # makes the folder, which this process then keeps to
+    finally:
+        tempfile.tempdir = usual
 
 
 def _choose_device(device: str, i: int) -> str:
