@@ -1,5 +1,7 @@
+import contextlib
 import io
 import random
+import struct
 import warnings
 
 import cv2
@@ -160,6 +162,54 @@ FORMATS = [
 @pytest.mark.parametrize(("kind", "mode"), FORMATS)
 def test_every_common_format_and_mode_reads_the_same(kind, mode):
     assert_reads_as_the_seven(encode(seven().convert(mode), kind), least=0.98)
+
+
+def bitmap_without_alpha(image):
+    """A BMP as Windows writes it: with a mask for alpha, which is 0 everywhere."""
+    pixels = np.zeros((image.height, image.width, 4), np.uint8)
+    pixels[..., :3] = np.asarray(image.convert("RGB"))[::-1, :, ::-1]
+    sizes = struct.pack("<IiiHHII", 108, *image.size, 1, 32, 3, pixels.nbytes)
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    head = sizes + struct.pack("<4I", 2835, 2835, 0, 0) + masks + b"BGRs" + bytes(48)
+    return struct.pack("<2sIII", b"BM", 122 + pixels.nbytes, 0, 122) + head + pixels.tobytes()
+
+
+def palette_with_alpha(image):
+    """A PNG of strokes whose palette has an alpha for each colour."""
+    indexed = image.point(lambda level: level > 127).convert("P")
+    indexed.putpalette([0, 0, 0, 0, 0, 0])
+    return encode(indexed, transparency=bytes([255, 0]))
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda image: encode(image.convert("RGB").convert("LAB"), "TIFF"),
+        lambda image: encode(image.convert("CMYK"), "JPEG", quality=95),  # inverted, as Adobe's
+        lambda image: encode(image.convert("YCbCr"), "TIFF"),
+        bitmap_without_alpha,
+        palette_with_alpha,
+        lambda image: encode(image.convert("RGB"), transparency=(255, 255, 255)),
+    ],
+    ids=["LAB", "CMYK", "YCbCr", "BMP", "palette", "transparent colour"],
+)
+def test_unusual_colours_and_transparency_read_the_same(write, channels):
+    image = seven()
+    if channels is None:
+        assert_reads_as_the_seven(write(image), least=0.98)
+    else:
+        options = {"channels": channels, "recipe": "plain"}
+        read, expected = (normalise(data, **options) for data in (write(image), encode(image)))
+        assert np.abs(read.astype(int) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 4000), (2, 2)])
+def test_a_picture_of_any_shape_is_read_or_blank(size):
+    pixels = np.random.default_rng(0).integers(0, 256, size[::-1], np.uint8)
+    for options in ({}, {"recipe": "plain"}, {"recipe": "plain", "channels": 3}):
+        with contextlib.suppress(ImageError):
+            assert normalise(encode(Image.fromarray(pixels)), **options).shape[1:] == (28, 28)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

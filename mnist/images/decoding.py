@@ -65,7 +65,7 @@ def decode(
         if image.width * image.height > max_pixels:
             raise _too_many_pixels(image.width * image.height, max_pixels)
         image.draft(mode, (min_side, min_side))
-        flat = flatten(to_eight_bits(image, data))
+        flat = flatten(_simplify(to_eight_bits(image, data), image.format))
         # After decoding, as Pillow itself rotates a TIFF and then drops the tag.
         return rotate_upright(image, flat)
 
@@ -74,6 +74,15 @@ def decode(
     except Image.DecompressionBombError as e:  # Pillow's own limit, about 179 million
         pixels = re.search(r"\d+", str(e))
         raise _too_many_pixels(int(pixels[0]) if pixels else max_pixels + 1, max_pixels) from e
+
+
+def _simplify(image: Image.Image, file_format: str | None) -> Image.Image:
+    """The picture without what Pillow reads and cannot convert, or no viewer shows."""
+    if image.mode == "LAB":
+        return image.convert("RGB")
+    if file_format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        return image.convert("RGB")  # Windows leaves the alpha of each pixel at 0
+    return image
 
 
 def _read(data: bytes, read: Callable[[bytes], T], size: int | None = None) -> T:
