@@ -526,11 +526,12 @@ def test_a_model_s_record_is_not_read_on_the_event_loop(
 
 @contextmanager
 def serving(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, parser: str = "auto"
-) -> Iterator[tuple[str, int]]:
+    saved: Path, monkeypatch: pytest.MonkeyPatch, parser: str = "auto", **options: Any
+) -> Iterator[Any]:
     """The address of a real server; at the exit it has completed and logged all requests."""
     monkeypatch.setenv("MODELS", str(saved))
-    config = uvicorn.Config(app, port=0, http=parser, log_config=None)  # so caplog gets the log
+    # Without a configuration of the log, caplog gets it.
+    config = uvicorn.Config(app, port=0, http=parser, log_config=None, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
