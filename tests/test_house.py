@@ -122,6 +122,16 @@ def test_each_version_is_written_once() -> None:
     assert len(lines) == len(set(lines))
 
 
+def test_every_report_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs/reports.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)`(?: \(((?:`[^`]+`(?:, )?)+)\))?", text)
+    assert len(named) > 100
+    for file, words in named:
+        test = (ROOT / "tests" / file).read_text()
+        for word in re.findall("`([^`]+)`", words):
+            assert word in test, (file, word)
+
+
 def test_every_option_setting_and_route_is_in_the_docs() -> None:
     docs = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("search", "serving"))
     options = re.findall(

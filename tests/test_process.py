@@ -126,15 +126,20 @@ def test_training_and_serving_use_the_available_cores(
 
     monkeypatch.delenv("THREADS", raising=False)
     assert run(count_batch_threads) == 1
-    file, threads = registry.file(saved, saved_name(saved), "onnx"), []
+    file, threads, spinning = registry.file(saved, saved_name(saved), "onnx"), [], []
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda model, options, **_: threads.append(options.intra_op_num_threads) or MagicMock(),
+        lambda model, options, **_: (
+            threads.append(options.intra_op_num_threads)
+            or spinning.append(options.get_session_config_entry("session.force_spinning_stop"))
+            or MagicMock()
+        ),
     )
     inference.onnx_runner(file)
     inference.onnx_runner(file, threads=3)
-    assert threads == [1, 3]
+    assert threads == [1, 3]  # numbers, so that ONNX Runtime pins no thread to a core
+    assert spinning == ["1", "1"]  # no thread spins until the next request
     before = torch.get_num_threads()
     inference.load(saved, engine="torch")
     after = torch.get_num_threads()

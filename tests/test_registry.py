@@ -637,6 +637,19 @@ def test_a_folder_that_cannot_be_locked_is_refused_before_a_training(
         registry.check_writable(tmp_path)
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_are_readable_by_those_whom_the_umask_admits(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        name = save(tmp_path, entry())
+        registry.put_beside(tmp_path, name, ".report.html", b"report")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.iterdir() if path.name != ".lock"]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    assert len(files) == 3
+
+
 def test_info_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     name = save(tmp_path, entry())
     info = tmp_path / registry.INFO
