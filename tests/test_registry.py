@@ -464,6 +464,8 @@ def test_a_saved_record_has_the_contract_s_fields(saved: Path) -> None:
         "interval95",
         "served_errors",
         "per_class",
+        "coverage",
+        "set_size",
     }
     assert record["quick"] is True
 

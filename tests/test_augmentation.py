@@ -1,0 +1,83 @@
+"""mnist.augmentation: digits stay digits, pictures stay pictures, within the stated limits."""
+
+import pytest
+import torch
+from scipy import ndimage
+
+from mnist import augmentation
+from mnist.data import Dataset
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ink(images: torch.Tensor) -> torch.Tensor:
+    """The mean level of each image (N,)."""
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def digit_images(digits: Dataset) -> torch.Tensor:
+    return digits.train.images[:200].float() / 255
+
+
+def test_the_ink_moves_a_little_and_the_paper_stays_empty(digit_images: torch.Tensor) -> None:
+    changed = augmentation.augment(digit_images, seeded())
+    assert changed.shape == digit_images.shape
+    assert 0 <= float(changed.min()) < float(changed.max()) <= 1.001
+    for before, after in zip(digit_images[:, 0].numpy(), changed[:, 0].numpy(), strict=True):
+        assert not (before == after).all()
+        centres = ndimage.center_of_mass(before), ndimage.center_of_mass(after)
+        assert max(abs(a - b) for a, b in zip(*centres, strict=True)) < augmentation.SHIFT + 1.5
+
+
+def test_a_strength_of_0_changes_nothing(digit_images: torch.Tensor) -> None:
+    changed = augmentation.augment(digit_images, seeded(), 0.0)
+    assert torch.allclose(changed, digit_images, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["digit", "plain"])
+def test_the_same_seed_makes_the_same_changes(digit_images: torch.Tensor, recipe: str) -> None:
+    one, two, other = (
+        augmentation.augment(digit_images, seeded(seed), recipe=recipe) for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_some_strokes_become_thicker_and_some_thinner(digit_images: torch.Tensor) -> None:
+    changed = augmentation.change_strokes(digit_images, seeded(), 1.0)
+    growth = ink(changed) - ink(digit_images)
+    thicker, thinner = (growth > 0).float().mean(), (growth < 0).float().mean()
+    assert float(thicker) == pytest.approx(0.65 * augmentation.STROKES, abs=0.1)
+    assert float(thinner) == pytest.approx(0.35 * augmentation.STROKES, abs=0.1)
+    assert 0 <= float(changed.min()) < float(changed.max()) <= 1
+
+
+def test_scans_are_coarse_and_as_dark_as_before(digit_images: torch.Tensor) -> None:
+    changed = augmentation.scan(digit_images, seeded(), 1.0)
+    n = round(augmentation.SCANS * len(digit_images))
+    assert torch.equal(changed[n:], digit_images[n:])
+    assert torch.allclose(changed[:n].amax((1, 2, 3)), torch.ones(n))
+    edges = [
+        (images[..., 1:] - images[..., :-1]).abs().mean() for images in (changed, digit_images)
+    ]
+    assert float(edges[0]) < float(edges[1])
+
+
+def test_a_slant_moves_the_top_against_the_bottom() -> None:
+    bars = torch.zeros(300, 1, 28, 28)
+    bars[..., 4:24, 13:15] = 1
+    changed = augmentation.augment(bars, seeded())
+    columns = torch.arange(28.0)
+    ends = [changed[:, 0, rows] for rows in (slice(5, 9), slice(19, 23))]
+    top, bottom = ((part.sum(1) * columns).sum(1) / part.sum((1, 2)) for part in ends)
+    # Rotation alone: 14 rows apart times the tangent of 8 degrees, 2 pixels; with the shear, 4.
+    assert 2.2 < float((top - bottom).abs().max()) < 4.5
+
+
+def test_pictures_keep_their_strokes_and_go_on_as_their_edge_is() -> None:
+    white = torch.ones(50, 3, 28, 28)
+    assert torch.allclose(augmentation.augment(white, seeded(), recipe="plain"), white)
+    assert float(augmentation.augment(white[:, :1], seeded(), recipe="digit").min()) == 0
