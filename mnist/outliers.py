@@ -1,4 +1,4 @@
-"""Pictures that show no class, for training: strokes, shapes, noise and joined training images.
+"""Pictures that show no class, for training: strokes, signs, shapes, noise, joined images.
 
 A network that has only seen its classes is sure of what it is shown, whatever that is. Shown
 pictures without a class as well, it learns to be unsure of them, and of others that it has not seen
@@ -35,6 +35,7 @@ def make(images: NDArray[np.uint8], n: int, seed: int) -> NDArray[np.uint8]:
     size = images.shape[-1]
     draws: tuple[Draw, ...] = (
         draw_strokes,
+        draw_signs,
         draw_shapes,
         draw_noise,
         lambda rng: join(images[rng.integers(len(images), size=2), 0], rng),
@@ -66,6 +67,22 @@ def draw_strokes(rng: Generator) -> Grey:
             curve = np.hstack(weights) @ points
         line = np.rint(curve).astype(np.int32)
         cv2.polylines(canvas, [line], False, 255, pen, cv2.LINE_AA)
+    return canvas
+
+
+def draw_signs(rng: Generator) -> Grey:
+    """Draw two to six straight or bent strokes between points of a grid, as letters have them."""
+    canvas = np.zeros((SIDE, SIDE), np.uint8)
+    width = int(rng.integers(3, 12))
+    grid = np.stack(np.meshgrid([14, 42, 70], [14, 42, 70]), -1).reshape(-1, 2)
+    grid = grid[:: int(rng.integers(1, 3))] + rng.normal(0, 2, 2)
+    for _ in range(rng.integers(2, 7)):
+        start, end = grid[rng.choice(len(grid), 2, replace=False)]
+        bend = rng.uniform(-0.6, 0.6) if rng.random() < 0.3 else 0.0
+        t = np.linspace(0, 1, 12)[:, None]
+        sideways = (end - start)[::-1] * (1, -1)
+        curve = start + t * (end - start) + 4 * t * (1 - t) * bend * sideways
+        cv2.polylines(canvas, [np.rint(curve).astype(np.int32)], False, 255, width, cv2.LINE_AA)
     return canvas
 
 

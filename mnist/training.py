@@ -24,6 +24,7 @@ DECAY = 2.5e-6
 # Share of the target for all classes together (Szegedy et al. 2016, arXiv 1512.00567): 110 errors
 # of 15,000 held-out images instead of 128 after 60,000 images, 59 instead of 66 after 600,000.
 LABEL_SMOOTHING = 0.1
+OUTLIER_SHARE = 1 / 4  # pictures without a class in a batch, for each of its images
 SPEED_S, SPEED_STEPS = 2.5, 4  # a speed measurement takes the longer of the two
 
 
@@ -120,6 +121,7 @@ def fit(
     seed: int = 0,
     micro_batch: int | None = None,
     bfloat16: bool = False,
+    outliers: torch.Tensor | None = None,
     resume: dict[str, Any] | None = None,
 ) -> Generator[Progress]:
     """Train `model` in place on about `samples` images of `train`; both on one device.
@@ -131,7 +133,9 @@ def fit(
     the learning rate ends at each of these numbers: the noise of a high rate would hide what was
     learnt (Loshchilov and Hutter 2017, arXiv 1608.03983). At most `micro_batch` images pass through
     the network at once: the gradient is that of the whole batch, but batch norms see each part
-    alone. With `bfloat16`, for training and validation, weights stay in float32. `resume` is the
+    alone. With `bfloat16`, for training and validation, weights stay in float32. `outliers` are
+    pictures uint8 (M, C, H, W) without a class: to each batch, OUTLIER_SHARE of its size of them is
+    added, with the same probability for each class as their target. `resume` is the
     state() of an earlier Progress of the same run: with the same seed, model and number of threads,
     a resumed run gives the same weights on a CPU as an uninterrupted one. Raises Diverged.
     """
@@ -147,30 +151,32 @@ def fit(
     set_dropout(model, dropout)
     precision = torch.autocast(train.labels.device.type, torch.bfloat16, enabled=bfloat16)
 
-    def loss_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_of(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with precision:
             logits = model(images)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
+    n_classes = len(dataset.classes)
     factors = [module for module in model.modules() if isinstance(module, Factors)]
     decayed_weights = [layer.weight for module in factors for layer in module.layers]
     start_step = _load_state(resume, model, torch_optimizer, order) if resume else 0
     losses: list[torch.Tensor] = []
-    padding = "zeros" if dataset.recipe == "digit" else "border"
     model.train()
     for step in range(start_step + 1, steps + 1):
         index = order.take(batch_size)
-        images = train.images[index].float() / 255
+        images, targets = train.images[index], train.labels[index]
+        if outliers is not None:
+            images, targets = _add_outliers(images, targets, outliers, n_classes, generator)
+        images = images.float() / 255
         if augmentation:
-            images = augment(images, generator, augmentation, padding)
+            images = augment(images, generator, augmentation, dataset.recipe)
         position = optimizers.cycle_position(step, cycle_ends)
         lr_factor = optimizers.learning_rate_factor(position, schedule)
         for group in torch_optimizer.param_groups:
             group["lr"] = lr * lr_factor
         torch_optimizer.zero_grad()
         inputs = (images - dataset.mean) / dataset.std
-        labels = train.labels[index]
-        losses.append(_backward(loss_of, inputs, labels, micro_batch or batch_size))
+        losses.append(_backward(loss_of, inputs, targets, micro_batch or len(inputs)))
         torch_optimizer.step()
         decay_weights(decayed_weights, 1 - DECAY * batch_size * lr_factor)
         seen = step * batch_size
@@ -241,17 +247,32 @@ def decay_weights(weights: list[torch.Tensor], factor: float) -> None:
         weight.mul_(factor)
 
 
+def _add_outliers(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    outliers: torch.Tensor,
+    n_classes: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add outliers to a batch; returns images and the target probability of each class."""
+    n = math.ceil(OUTLIER_SHARE * len(images))
+    chosen = torch.randint(len(outliers), (n,), generator=generator)
+    targets = F.one_hot(labels, n_classes).float()
+    equal = torch.full((n, n_classes), 1 / n_classes, device=targets.device)
+    return torch.cat([images, outliers[chosen]]), torch.cat([targets, equal])
+
+
 def _backward(
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     inputs: torch.Tensor,
-    labels: torch.Tensor,
+    targets: torch.Tensor,
     micro_batch: int,
 ) -> torch.Tensor:
     """Accumulate the gradient of the mean loss over micro-batches; returns that loss."""
     total = torch.zeros((), device=inputs.device)
-    parts = math.ceil(len(labels) / micro_batch)  # of nearly equal size: batch norms need 2 images
-    for images, targets in zip(inputs.tensor_split(parts), labels.tensor_split(parts), strict=True):
-        loss = loss_of(images, targets) * (len(targets) / len(labels))
+    parts = math.ceil(len(inputs) / micro_batch)  # of nearly equal size: batch norms need 2 images
+    for part, wanted in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
+        loss = loss_of(part, wanted) * (len(part) / len(inputs))
         loss.backward()
         total += loss.detach()
     return total

@@ -16,7 +16,7 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"mnist.conformal", "mnist.folding", "mnist.ood", "mnist.plugins", "mnist.registry"}
     | {"mnist.augmentation", "mnist.optimizers", "mnist.memory", "mnist.scores"},
     {"mnist.images", "mnist.models"},
-    {"mnist.data", "mnist.inference"},
+    {"mnist.data", "mnist.inference", "mnist.outliers"},
     {"mnist.metrics"},
     {"mnist.training", "mnist.calibration"},
     {"mnist.export", "mnist.search"},

@@ -6,7 +6,7 @@ import pytest
 from mnist import images, outliers
 from mnist.data import Dataset
 
-DRAWINGS = (outliers.draw_strokes, outliers.draw_shapes, outliers.draw_noise)
+DRAWINGS = (outliers.draw_strokes, outliers.draw_signs, outliers.draw_shapes, outliers.draw_noise)
 
 
 @pytest.mark.parametrize("draw", DRAWINGS)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import ndimage
 from torch import nn
 
-from mnist import augmentation, folding, metrics, models, optimizers, training
+from mnist import folding, metrics, models, optimizers, training
 from mnist.data import Dataset, Split
 from mnist.search.study import FIRST_PARAMS
 from tests.conftest import Clock
@@ -205,22 +204,6 @@ def test_standardised_training_images_have_mean_0_and_deviation_1(digits: Datase
     assert float(inputs.std()) == pytest.approx(1, abs=1e-3)
 
 
-def test_augmentation_moves_the_ink_a_little_and_keeps_the_paper_empty(digits: Dataset) -> None:
-    images = digits.train.images[:200].float() / 255
-    moved = augmentation.augment(images, torch.Generator().manual_seed(0))
-    assert moved.shape == images.shape
-    assert float(moved.min()) >= 0
-    assert not torch.equal(moved, images)
-    for before, after in zip(images[:, 0].numpy(), moved[:, 0].numpy(), strict=True):
-        shift = [
-            abs(a - b)
-            for a, b in zip(
-                ndimage.center_of_mass(before), ndimage.center_of_mass(after), strict=True
-            )
-        ]
-        assert max(shift) < augmentation.SHIFT + 1
-
-
 def test_scores_agree_with_counts_made_by_hand() -> None:
     # Three of class a (one read as b), two of class b (both right): n 5, 1 error.
     probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.1, 0.9], [0.3, 0.7]])
@@ -249,17 +232,9 @@ def test_a_device_that_is_not_there_is_named() -> None:
         training.select_device("mps")
 
 
-def test_augmentation_of_pictures_goes_on_as_their_edge_is() -> None:
-    white = torch.ones(50, 3, 28, 28)
-    moved = augmentation.augment(white, torch.Generator().manual_seed(0), padding="border")
-    assert torch.allclose(moved, white)
-    ink = augmentation.augment(white, torch.Generator().manual_seed(0))
-    assert float(ink.min()) == 0
-
-
-@pytest.mark.parametrize(("recipe", "padding"), [("digit", "zeros"), ("plain", "border")])
-def test_the_recipe_says_how_augmentation_pads(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch, recipe: str, padding: str
+@pytest.mark.parametrize("recipe", ["digit", "plain"])
+def test_the_augmentation_is_that_of_the_data_set_s_recipe(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     real, seen = training.augment, []
 
@@ -269,7 +244,35 @@ def test_the_recipe_says_how_augmentation_pads(
 
     monkeypatch.setattr(training, "augment", augment)
     fit(build(digits), replace(digits, recipe=recipe), samples=100)
-    assert set(seen) == {padding}
+    assert set(seen) == {recipe}
+
+
+def test_outliers_are_added_to_each_batch_with_equal_targets(digits: Dataset) -> None:
+    outliers = torch.full((3, 1, 28, 28), 7, dtype=torch.uint8)
+    model, seen = build(digits), []
+    model.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]) if module.training else None
+    )
+    settings: dict[str, Any] = {"augmentation": 0, "batch_size": 20, "samples": 40}
+    reports = fit(model, digits, outliers=outliers, **settings)
+    expected = digits.standardise(outliers[:1])
+    assert [len(batch) for batch in seen] == [25, 25]
+    assert all(torch.equal(batch[20:], expected.expand(5, -1, -1, -1)) for batch in seen)
+    assert [report.samples for report in reports][-1] == 40  # they do not count
+
+
+def test_a_network_trained_with_outliers_is_unsure_of_them(digits: Dataset) -> None:
+    outliers = 255 - digits.train.images[:50]
+    confidence = {}
+    for name, extra in {"with": outliers, "without": None}.items():
+        model = build(digits)
+        fit(model, digits, samples=6_000, lr=0.01, batch_size=50, outliers=extra)
+        with torch.no_grad():
+            shares = model.eval()(digits.standardise(outliers)).softmax(1)
+            known = model(digits.standardise(digits.validation.images)).argmax(1)
+        assert (known == digits.validation.labels).float().mean() > 0.8
+        confidence[name] = float(shares.amax(1).mean())
+    assert confidence["with"] < 0.5 < 0.7 < confidence["without"]
 
 
 def test_the_worst_mistakes_have_the_lowest_probability_of_the_true_class() -> None:

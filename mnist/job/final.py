@@ -144,6 +144,7 @@ class FinalTraining:
             best.params,
             training_threads(),
             self.recipe.plain,
+            outliers=not self.recipe.plain,
             bfloat16=self.recipe.bfloat16,
             micro_batch=studies.micro_batch(best),
         )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist import folding, models, plugins, training
+from mnist import folding, models, outliers, plugins, training
 from mnist.data import Dataset
 from mnist.search import budget, checkpoints
 from mnist.search.checkpoints import Checkpoints, QuotaExceeded
@@ -24,6 +24,8 @@ MEASURE_LR = 1e-8  # of speed measurements: no step diverges
 # reports in 1.5 s, a worker did 2,200 images per second instead of 2,900 (two cores of Zen 5).
 REPORT_INTERVAL_S = 0.25
 CHECKPOINT_INTERVAL_S = 30.0  # least time between checkpoints; `parallel` with Adam takes 340 MB
+
+MAX_OUTLIERS = 6_000  # pictures without a class; each is shown many times, changed at random
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Run:
     seed: int
     rungs: tuple[int, ...] = ()
     final: bool = False  # on training and validation images together
+    outliers: bool = False  # and on pictures without a class
     measure: bool = False  # only measure the speed of a few steps
     plain: bool = False
     bfloat16: bool = False
@@ -111,6 +114,7 @@ class Run:
             samples,
             derive_seed(recipe.seed),
             final=True,
+            outliers=not recipe.plain,
             plain=recipe.plain,
             bfloat16=recipe.bfloat16,
             threads=threads,
@@ -221,6 +225,7 @@ def measure_speed(run: Run, dataset: Dataset, setup: Setup) -> RunResult:
     """Measure the speed of the run's steps."""
     torch.set_num_threads(run.threads or setup.threads)
     settings: dict[str, Any] = {"bfloat16": run.bfloat16, "micro_batch": run.micro_batch}
+    settings["outliers"] = _make_outliers(run, dataset, 64)
     speed = training.measure_speed(_build_for(run, dataset), dataset, **run.params, **settings)
     return RunResult(images_per_s=speed)
 
@@ -241,6 +246,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
         seed=run.seed,
         micro_batch=run.micro_batch,
         bfloat16=run.bfloat16,
+        outliers=_make_outliers(run, dataset, round(run.samples * training.OUTLIER_SHARE)),
         resume=checkpoints.load(run.checkpoint),
     )
     saved_at, accuracy, reported_at = time.monotonic(), None, -math.inf
@@ -264,6 +270,15 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
     if run.weights:
         save_weights(model, run, setup.quota)
     return RunResult(accuracy)
+
+
+def _make_outliers(run: Run, dataset: Dataset, n: int) -> torch.Tensor | None:
+    """At most `n` pictures without a class; None where the run needs none, or none can be made."""
+    if not run.outliers or dataset.recipe != "digit":
+        return None
+    images = dataset.train.images
+    made = outliers.make(images.cpu().numpy(), min(n, MAX_OUTLIERS), run.seed)
+    return torch.from_numpy(made).to(images.device)
 
 
 def save_weights(model: torch.nn.Module, run: Run, quota: int | None) -> None:
