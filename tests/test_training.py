@@ -261,6 +261,22 @@ def test_outliers_are_added_to_each_batch_with_equal_targets(digits: Dataset) ->
     assert [report.samples for report in reports][-1] == 40  # they do not count
 
 
+def test_batch_norms_have_the_statistics_of_images_and_outliers(digits: Dataset) -> None:
+    model = folding.training_form(build(digits, "parallel"))
+    outliers = 255 - digits.train.images[:400]
+    norms = training.batch_norms(model)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    means = []
+    for extra in (None, outliers):
+        training.recompute_batch_norms(model, digits, digits.train, extra)
+        assert norms[0].running_mean is not None
+        means.append(norms[0].running_mean.clone())
+    shown = min(training.NORM_IMAGES, len(digits.train))
+    assert sum(seen) > 2 * shown  # each of them once, and the outliers
+    assert (means[0] - means[1]).abs().max() > 0.01
+
+
 def test_a_network_trained_with_outliers_is_unsure_of_them(digits: Dataset) -> None:
     outliers = 255 - digits.train.images[:50]
     confidence = {}
