@@ -85,7 +85,15 @@ class Classifier:
 
     def read(self, images: np.ndarray) -> Readings:
         """Probabilities, uncertain pictures and prediction sets."""
-        logits, features = self.outputs(images)
+        parts = [
+            self._read_batch(images[i : i + BATCH_SIZE]) for i in range(0, len(images), BATCH_SIZE)
+        ]
+        shares, uncertain, sets = zip(*parts, strict=True)
+        joined = None if self.set_limits is None else np.concatenate(sets)
+        return Readings(np.concatenate(shares), np.concatenate(uncertain), joined)
+
+    def _read_batch(self, images: np.ndarray) -> Readings:
+        logits, features = self.run(images)
         shares, scores = probabilities(logits, self.temperature), self.scores(logits, features)
         limits = self.set_limits
         sets = None if limits is None else conformal.make_sets(shares, scores, limits)
