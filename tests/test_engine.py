@@ -24,7 +24,7 @@ from mnist import inference, registry
 from serve import engine, preflight
 from serve.admission import Busy
 from serve.app import app
-from serve.loading import RETRY_S, LoadedModel, Reading, NamedModels
+from serve.loading import RETRY_S, LoadedModel, NamedModels, Reading
 from serve.metrics import Metrics
 from serve.settings import Settings
 from tests.test_app import png
