@@ -53,11 +53,11 @@ def print_row(
     right, sure = np.zeros(len(files), bool), np.zeros(len(files), bool)
     for i, file in enumerate(files):
         try:
-            readings = classify.read(images.normalise(file)[None])
+            predictions = classify.predict(images.normalise(file)[None])
         except images.ImageError:
             continue
-        right[i] = readings.probabilities[0].argmax() == labels[i]
-        sure[i] = not readings.uncertain[0]
+        right[i] = predictions.probabilities[0].argmax() == labels[i]
+        sure[i] = not predictions.uncertain[0]
     baseline = 1 - count_errors(classify, files, labels, resize) / len(labels)
     shares = (right.mean(), 1 - sure.mean(), right[sure].mean(), baseline)
     click.echo(f"{name:8}{len(files):8,}" + "".join(f"{share:12.1%}" for share in shares))

@@ -32,8 +32,8 @@ Runner = Callable[[np.ndarray], Outputs]
 """Images uint8 (N, channels, size, size), as images.normalise returns them -> Outputs."""
 
 
-class Readings(NamedTuple):
-    """What a classifier reads in N pictures.
+class Predictions(NamedTuple):
+    """The predictions of a classifier for N pictures.
 
     `probabilities` (N, classes) float32; whether each picture is `uncertain` (N,) bool; the
     prediction `sets` (N, classes) bool of conformal.make_sets, None for models without limits.
@@ -83,13 +83,13 @@ class Classifier:
         """Probabilities (N, classes) float32; each row has the sum 1."""
         return probabilities(self.logits(images), self.temperature)
 
-    def read(self, images: np.ndarray) -> Readings:
-        """Probabilities, uncertain pictures and prediction sets."""
+    def predict(self, images: np.ndarray) -> Predictions:
+        """Predict probabilities, uncertain pictures and prediction sets."""
         logits, features = self.outputs(images)
         shares, scores = probabilities(logits, self.temperature), self.scores(logits, features)
         limits = self.set_limits
         sets = None if limits is None else conformal.make_sets(shares, scores, limits)
-        return Readings(shares, scores < self.uncertain_below, sets)
+        return Predictions(shares, scores < self.uncertain_below, sets)
 
     def scores(self, logits: np.ndarray, features: np.ndarray) -> np.ndarray:
         """Scores (N,) float32, high for pictures that look like a class."""
@@ -260,7 +260,7 @@ def _check_golden(classifier: Classifier, golden: dict[str, Any], classes: int) 
     """Raise ValueError where the classifier differs from the saved one; also a warm-up."""
     images = golden["images"]
     for batch in (images[:1], images):
-        predicted = classifier.read(batch).probabilities
+        predicted = classifier.predict(batch).probabilities
         if predicted.shape != (len(batch), classes) or not np.isfinite(predicted).all():
             raise ValueError(f"it gives no {classes} probabilities, but {predicted.shape[1:]}")
         if "torch" in golden:  # probabilities within the tolerance have the same class

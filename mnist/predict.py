@@ -71,11 +71,11 @@ def predict_file(
         return Unreadable(file, "unreadable", error.strerror or str(error))
     except images.ImageError as error:
         return Unreadable(file, error.code, str(error))
-    readings, classes = classify.read(picture[None]), data["classes"]
-    shares = zip(classes, map(float, readings.probabilities[0]), strict=True)
+    predictions, classes = classify.predict(picture[None]), data["classes"]
+    shares = zip(classes, map(float, predictions.probabilities[0]), strict=True)
     top = sorted(shares, key=lambda pair: -pair[1])[:TOP_CLASSES]
-    uncertain = bool(readings.uncertain[0])
-    return Prediction(file, picture, top, uncertain, readings.labels(0, classes))
+    uncertain = bool(predictions.uncertain[0])
+    return Prediction(file, picture, top, uncertain, predictions.labels(0, classes))
 
 
 # --- output

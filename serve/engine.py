@@ -96,8 +96,8 @@ class Engine:
 
         Raises images.ImageError for the picture, admission.Busy if it waits past the deadline.
         """
-        picture, reading = await self.batcher.classify(data, model)
-        answer = {"filename": filename, **model.answer(reading, top)}
+        picture, prediction = await self.batcher.classify(data, model)
+        answer = {"filename": filename, **model.answer(prediction, top)}
         labels = model.name, answer["prediction"], str(answer["uncertain"]).lower()
         self.metrics.predictions.labels(*labels).inc()
         self.metrics.confidence.labels(model.name).observe(answer["probability"])

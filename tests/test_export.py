@@ -214,7 +214,7 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     for logits, features in zip(given["torch"], given["onnx"], strict=True):
         assert logits == pytest.approx(features, abs=1e-4)
     for engine in inference.ENGINE_FILES:  # one score and one threshold fit all of them
-        uncertain = inference.load(tmp_path, name, engine=engine).read(images).uncertain
+        uncertain = inference.load(tmp_path, name, engine=engine).predict(images).uncertain
         assert uncertain.mean() <= 2 * calibration.MAX_UNCERTAIN
 
 
@@ -287,7 +287,7 @@ def test_at_most_one_in_a_hundred_calibration_images_is_uncertain(
     exported = export.export(fresh(network, dataset), dataset)
     assert exported.calibration["score"] == score
     assert ("likeness" in exported.files) == (score == "likeness")
-    uncertain = exported.served.read(dataset.calibration.images.numpy()).uncertain
+    uncertain = exported.served.predict(dataset.calibration.images.numpy()).uncertain
     assert 0.005 < uncertain.mean() <= calibration.MAX_UNCERTAIN
     assert exported.calibration["uncertain_below"] == exported.served.uncertain_below
 
@@ -297,8 +297,8 @@ def test_noise_is_uncertain() -> None:
     exported = export.export(trained(dataset), dataset)
     shape = (100, 1, dataset.size, dataset.size)
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    assert exported.served.read(noise)[1].mean() > 0.95
-    assert exported.served.read(dataset.validation.images.numpy())[1].mean() < 0.1
+    assert exported.served.predict(noise)[1].mean() > 0.95
+    assert exported.served.predict(dataset.validation.images.numpy())[1].mean() < 0.1
 
 
 def test_logits_are_the_score_where_the_features_of_an_engine_differ() -> None:

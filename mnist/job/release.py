@@ -162,7 +162,7 @@ def evaluate(
             model.to(device), dataset, test.images.to(device), exported.calibration["temperature"]
         )
         worst = metrics.worst_mistakes(probabilities, test.labels, MAX_MISTAKES)
-        served = exported.served.read(test.images.numpy())
+        served = exported.served.predict(test.images.numpy())
         evaluation = {
             "probabilities": probabilities,
             "served": torch.from_numpy(served.probabilities),
