@@ -229,7 +229,7 @@ def test_openapi_lists_every_status_of_predict(models: Path) -> None:
         "200", "400", "401", "404", "413", "415", "422", "429", "503"
     }  # fmt: skip
     for status, response in predict["responses"].items():
-        name = "Answer" if status == "200" else "Problem"
+        name = "Answer" if status == "200" else "ErrorResponse"
         assert response["content"]["application/json"]["schema"]["$ref"].endswith(name)
 
 
