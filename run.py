@@ -155,22 +155,22 @@ def run_cli(arguments: list[str]) -> int:
     except (loop.Unfinished, OSError, storage.StorageError) as error:
         return print_error(f"{root_cause(error)}{describe_continuation(error)}", 1)
     except (KeyboardInterrupt, click.Abort):
-        return print_error("interrupted; what was finished is kept, the same command goes on", 130)
+        return print_error("interrupted; finished work is kept; the same command continues", 130)
     except Exception as error:  # noqa: BLE001 - the last resort
         return print_error(shell.describe_crash(error), 1)
 
 
 def describe_continuation(error: Exception) -> str:
-    """That the same command goes on, unless the study is gone or the error would come again."""
+    """A clause that the same command continues; empty where it would fail again."""
     if isinstance(error, loop.SearchFailed):
         return ""
     if isinstance(error, loop.Unfinished):
-        return "; the same command goes on from here"
+        return "; the same command continues from here"
     if isinstance(error, storage.StorageError) and not error.passing:
         return ""
     if isinstance(error, OSError) and not checkpoints.is_disk_full(error):
         return ""
-    return "; what was finished is kept, the same command goes on from here"
+    return "; finished work is kept; the same command continues from here"
 
 
 def print_error(message: str, code: int) -> int:

@@ -271,8 +271,9 @@ def _backward(
     """Accumulate the gradient of the mean loss over micro-batches; returns that loss."""
     total = torch.zeros((), device=inputs.device)
     parts = math.ceil(len(inputs) / micro_batch)  # of nearly equal size: batch norms need 2 images
-    for part, wanted in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-        loss = loss_of(part, wanted) * (len(part) / len(inputs))
+    splits = inputs.tensor_split(parts), targets.tensor_split(parts)
+    for part, part_targets in zip(*splits, strict=True):
+        loss = loss_of(part, part_targets) * (len(part) / len(inputs))
         loss.backward()
         total += loss.detach()
     return total

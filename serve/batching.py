@@ -131,7 +131,7 @@ class Batcher:
         start = time.monotonic()
         try:
             results = self._classify(jobs)
-        except Exception as error:  # noqa: BLE001 - the thread goes on with the next batch
+        except Exception as error:  # noqa: BLE001 - the thread continues with the next batch
             results = dict.fromkeys(jobs, error)
         processed = sum(not isinstance(result, Busy) for result in results.values())
         if processed:

@@ -55,7 +55,7 @@ class Form:
                     self._begin(Part(event))
         except multipart.MultipartError as error:
             reason = f"cannot be read: {error}" if chunk else "ends before its last boundary"
-            raise bad_request(f"the form {reason}; let the HTTP client make it") from error
+            raise bad_request(f"the form {reason}; let the HTTP client create it") from error
 
     def pictures(self) -> list[Part]:
         """The parts named `field`, also without a file name. Raises ApiError if there are none."""

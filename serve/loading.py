@@ -192,7 +192,7 @@ class NamedModels:
         if name in self._errors:
             raise registry.RegistryError(str(self._errors[name]))
         if self._waiting > self._max_waiting:
-            raise Busy("loading", f"it loads {name}")
+            raise Busy("loading", f"it is loading {name}")
         task = self._tasks.get(name)
         if task is None:
             self._tasks[name] = task = asyncio.create_task(self._load(name))

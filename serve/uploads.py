@@ -109,7 +109,7 @@ def _decode_base64(body: bytes) -> tuple[bytes, list[str]]:
     try:
         sent = schemas.Base64.model_validate_json(body.decode(json.detect_encoding(body)))
     except ValueError as error:  # also of pydantic
-        raise bad_request(f"the body is no such JSON; {BASE64}") from error
+        raise bad_request(f"the body is not such JSON; {BASE64}") from error
     text = unquote(sent.image) if "%" in sent.image else sent.image
     text = text.lstrip("\ufeff")
     if prefix := DATA_URL.match(text):
@@ -118,7 +118,7 @@ def _decode_base64(body: bytes) -> tuple[bytes, list[str]]:
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
-        raise bad_request(f"`image` is no base64; {BASE64}") from error
+        raise bad_request(f"`image` is not base64; {BASE64}") from error
     return data, [*(sent.model_extra or {})]
 
 

@@ -50,7 +50,7 @@ def test_links_to_nowhere_and_in_circles_are_no_pictures(tmp_path: Path) -> None
 def test_what_is_left_out_is_counted_and_named_in_a_line(tmp_path: Path) -> None:
     (note,) = describe_left_out(tmp_path, list_tree(fill(tmp_path)).left_out)
     assert note == (
-        f"{tmp_path}: 11 left out, as no picture files by name: .DS_Store, ._1.png, "
+        f"{tmp_path}: 11 left out, as their names are not those of pictures: .DS_Store, ._1.png, "
         ".hidden.png, .ipynb_checkpoints, @eaDir and 6 more"
     )
     assert describe_left_out(tmp_path, []) == []

@@ -110,15 +110,15 @@ def test_parts_have_other_names_too(
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (("training", "val"), "has a training/ with classes but no test/ with the same ones; call "
-         "val/ so"),
-        (("train", "validation"), "call validation/ so"),
+        (("training", "val"), "has a training/ with classes but no test/ with the same ones; "
+         "rename val/ to test/"),
+        (("train", "validation"), "rename validation/ to test/"),
         (("testing", "valid"), "has a testing/ with classes but no train/ with the same ones"),
         (("train", "training", "test"), "has train/ and training/, both with classes"),
         (("train", "test", "testing"), "has test/ and testing/, both with classes"),
     ],
 )  # fmt: skip
-def test_parts_that_are_not_clear_are_asked_about(
+def test_ambiguous_parts_are_refused(
     names: tuple[str, ...], words: str, tmp_path: Path
 ) -> None:
     for name in names:
@@ -131,7 +131,8 @@ def test_parts_that_are_not_clear_are_asked_about(
 def test_a_folder_with_pictures_is_never_to_be_removed(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets", {"cat": 10, "dog": 10, "emu/young": 3})
     text = problem(root)
-    assert "class 'emu' has 0 pictures right in its folder, but 3 further below (emu/young" in text
+    assert "class 'emu' has 0 pictures directly in its folder" in text
+    assert "but 3 in folders below it (emu/young" in text
     assert f"put them into {root / 'emu'}" in text
     shutil.move(root / "emu" / "young" / "000.png", root / "emu")
     text = problem(root)
@@ -313,7 +314,8 @@ def test_files_and_folders_of_the_system_are_left_out_and_counted(
     dataset = load(root)
     assert dataset.classes == ("cat", "dog")
     assert len(dataset.train + dataset.validation + dataset.calibration + dataset.open_test()) == 40
-    assert f"{root}: 6 left out, as no picture files by name: @eaDir, __MACOSX, " in caplog.text
+    note = "6 left out, as their names are not those of pictures: @eaDir, __MACOSX, "
+    assert f"{root}: {note}" in caplog.text
     assert "folders in class folders are not read: cat/shots.png" in caplog.text
     assert "cannot be used" not in caplog.text
 
@@ -324,7 +326,7 @@ def test_a_class_that_is_mostly_unreadable_is_refused(tmp_path: Path) -> None:
         path.write_bytes(b"damaged")
     text = problem(root)
     assert "class 'cat': 11 of 20 files cannot be used (000.png: these 7 bytes" in text
-    assert "mend or remove them" in text
+    assert "repair or remove them" in text
 
 
 def test_lost_detail_and_colour_cause_a_warning(
@@ -352,5 +354,5 @@ def test_twenty_to_one_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def test_size_and_color_are_refused_for_other_data_sets() -> None:
     for settings in ({"image_size": 20}, {"color": True}):
-        with pytest.raises(ValueError, match="are for folder:PATH; digits is as it is"):
+        with pytest.raises(ValueError, match="are only for folder:PATH, not for digits"):
             data.load("digits", **settings)  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def test_pictures_without_a_file_name_count_as_files(client: TestClient) -> None
         (
             "/predict",
             "multipart/form-data; boundary=x",
-            "before its last boundary; let the HTTP client make it",
+            "before its last boundary; let the HTTP client create it",
         ),
         ("/predict", "multipart/form-data; boundary=\xe9", "no valid boundary"),
         ("/predict/batch", "image/png", 'not "image/png"; `curl -F files=@7.png` sends one'),

@@ -193,7 +193,7 @@ def test_a_folder_s_files_of_the_system_are_left_out_and_counted(ask: Predict, s
     assert answered == ["7.png", "scan.pnm", "web.jfif"]
     assert done.returncode == 0
     assert done.stderr == (
-        f"predict: {seven.parent}: 4 left out, as no picture files by name: "
+        f"predict: {seven.parent}: 4 left out, as their names are not those of pictures: "
         "._7.png, .ipynb_checkpoints, Thumbs.db, __MACOSX\n"
     )
 

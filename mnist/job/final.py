@@ -91,7 +91,7 @@ class FinalTraining:
     def _exclude(self, number: int, result: RunResult) -> None:
         reason = f"{result.failure}: {result.reason}"
         self.member.run_locked(lambda study: studies.exclude_trial(study, number, reason))
-        self.screen.print_line(f"trial {number} is set aside: {result.reason}")
+        self.screen.print_line(f"trial {number} is excluded: {result.reason}")
 
     def _execute(self, run: Run) -> tuple[RunResult, float | None]:
         """Train in a worker; also returns the seconds for all of `run.samples`."""

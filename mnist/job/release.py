@@ -41,7 +41,7 @@ def finish(final: FinalTraining, load: Callable[[], Dataset]) -> dict[str, Any]:
             final.confirm()
             if result := find_result(member, options):
                 screen.print_line(
-                    f"trial {result['study']['trial']} has won before; its model is kept"
+                    f"trial {result['study']['trial']} is still the best; its saved model is kept"
                 )
                 return result
             trained = final.train()
@@ -49,7 +49,7 @@ def finish(final: FinalTraining, load: Callable[[], Dataset]) -> dict[str, Any]:
             screen.print_line("evaluating, once, and saving")
             if result := save(trained, load(), member, options, final.recipe):
                 return result
-        screen.show_waiting("another process finishes the study")
+        screen.show_waiting("another process is finishing the study")
         time.sleep(POLL_INTERVAL_S)
         final.clock.check("another process has not finished the study yet")
         member.poll()
@@ -115,7 +115,7 @@ def save(
 def choose_promotion(options: Options, network: str, engine: str) -> str:
     """--promote, or "never" for a model that no server can run."""
     if engine == "torch" and plugins.is_from_plugin(models.NETWORKS[network]):
-        log.warning("without ONNX nothing can serve a plugin's network; it is not made current")
+        log.warning("a plugin's network cannot be served without ONNX; it does not become current")
         return "never"
     return options.promote
 

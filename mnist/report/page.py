@@ -137,7 +137,8 @@ def describe_sets(test: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"Its prediction sets hold the true class of {test['coverage']:.2%} of the test images "
-        f"({DEFAULT_COVERAGE:.1%} is wanted), and have {test['set_size']:.3f} classes in the mean."
+        f"({DEFAULT_COVERAGE:.1%} is the target), and have {test['set_size']:.3f} classes on "
+        "average."
     ]
 
 

@@ -38,7 +38,7 @@ STYLE: Any = {
 
 
 def plot_study(study: "optuna.Study", winner: int, with_importance: bool) -> dict[str, bytes]:
-    """The figures history, curves, slice and parallel, and importance if wanted, as PNG files."""
+    """The figures history, curves, slice, parallel and, if asked for, importance, as PNG files."""
     size = (WIDTH / 2 * max(2, len(study.trials[winner].params)), HEIGHT)
     pictures = {
         "history": render_png(lambda: plot_history(study)),

@@ -26,7 +26,8 @@ def check(study: optuna.Study) -> None:
     if directions != [StudyDirection.MAXIMIZE]:
         goals = " and ".join(direction.name.lower() for direction in directions)
         raise StudyError(
-            f"study {name} is to {goals}; this command maximizes one value, the accuracy; {remedy}"
+            f"study {name} has the direction {goals}; this command maximizes one value, the "
+            f"accuracy; {remedy}"
         )
     for key, value in study.user_attrs.items():
         is_readable = _is_plan(value) if key == "plan" else True
@@ -42,8 +43,8 @@ def check_trials(study: optuna.Study, space: Space) -> None:
         if {*trial.params} != {*space}:
             names = ", ".join(trial.params) or "nothing"
             raise StudyError(
-                f"study {study.study_name}: trial {trial.number} is of another search, in {names}; "
-                f"start another one with --study {study.study_name}-2"
+                f"study {study.study_name}: trial {trial.number} belongs to another search, with "
+                f"{names}; start another one with --study {study.study_name}-2"
             )
 
 

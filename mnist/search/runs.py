@@ -264,7 +264,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
         if run.checkpoint and due and progress.state and not is_last:
             try:
                 checkpoints.save(progress.state(), run.checkpoint, setup.quota)
-            except QuotaExceeded as error:  # the run can go on without
+            except QuotaExceeded as error:  # the run continues without a checkpoint
                 log.warning("%s", error)
             saved_at = time.monotonic()
     if run.weights:

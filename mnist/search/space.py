@@ -53,10 +53,10 @@ HYPERPARAMETERS: dict[str, NumberRange | Choices] = {
     "optimizer": Choices(optimizers.OPTIMIZERS, "what turns gradients into steps"),
     "lr": NumberRange(1e-8, 10, "learning rate, the highest of its schedule"),
     "weight_decay": NumberRange(0, 1, "pulls weights to zero"),
-    "momentum": NumberRange(0, 0.999, "of SGD and RMSprop; the others pass over it"),
-    "label_smoothing": NumberRange(0, 0.5, "share of the wanted output that goes to all classes"),
+    "momentum": NumberRange(0, 0.999, "of SGD and RMSprop; other optimizers ignore it"),
+    "label_smoothing": NumberRange(0, 0.5, "share of the target that is spread over all classes"),
     "dropout": NumberRange(0, 0.9, "of all the network's dropout layers"),
-    "augmentation": NumberRange(0, 3, "strength of random turns, scalings and shifts"),
+    "augmentation": NumberRange(0, 3, "strength of random rotations, scalings and shifts"),
     "schedule": Choices(optimizers.SCHEDULES, "how the learning rate falls after its warm-up"),
 }
 """The hyperparameters of training.fit, with their limits."""

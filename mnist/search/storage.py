@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class StorageError(RuntimeError):
-    """The database failed during the command; `passing` if the same command may go on later."""
+    """The database failed during the command; `passing` if the same command may continue later."""
 
     def __init__(self, text: str, passing: bool = False) -> None:
         super().__init__(text)
@@ -260,7 +260,7 @@ def set_transaction_timeout(connection: Any, _: Any) -> None:
 def other_schema(storage: str) -> StudyError:
     """The error for tables of another version of Optuna."""
     return StudyError(
-        f"--storage {urls.mask_secrets(storage)!r} has tables of another Optuna than "
-        f"{optuna.__version__}: `optuna storage upgrade --storage URL` converts those of an older "
-        "one, for those of a newer one name another database"
+        f"--storage {urls.mask_secrets(storage)!r} has tables of another version of Optuna than "
+        f"{optuna.__version__}: `optuna storage upgrade --storage URL` converts tables of an "
+        "older version; for tables of a newer one, name another database"
     )

@@ -69,15 +69,17 @@ def check_fingerprint(study: optuna.Study, current: dict[str, Any], finished: bo
 
 def _describe_difference(key: str, requested: Any, recorded: Any) -> str:
     if key == "data":
-        return "it has other images: of another folder, --image-size, --color or --train-samples"
+        return "its images differ: another folder, --image-size, --color or --train-samples"
     if isinstance(requested, dict):  # the space
         recorded = recorded or {}
         entries = [
             name for name in {**requested, **recorded} if requested.get(name) != recorded.get(name)
         ]
-        parts = (f"{name} {requested.get(name)}, there {recorded.get(name)}" for name in entries)
+        parts = (
+            f"{name} {requested.get(name)}, in the study {recorded.get(name)}" for name in entries
+        )
         return f"{key} is {'; '.join(parts)}"
-    return f"{key} is {requested}, there {recorded}"
+    return f"{key} is {requested}, in the study {recorded}"
 
 
 def make_pruner(trial_samples: int) -> optuna.pruners.BasePruner:

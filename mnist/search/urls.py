@@ -47,7 +47,7 @@ def unusable_storage(storage: str, reason: str) -> StudyError:
     line = scrub((reason.strip() or "no reason is known").splitlines()[0], storage)
     return StudyError(
         f"--storage {mask_secrets(storage)!r} cannot be opened: {line}; "
-        "a URL such as sqlite:///db.sqlite3 is wanted"
+        "a URL such as sqlite:///db.sqlite3 is expected"
     )
 
 
@@ -56,8 +56,8 @@ def _parse(storage: str) -> URL:
     user, at, place = _split_user(storage)
     if at and ("@" in place or "?" in user):
         raise _Malformed(
-            "it has an @ too many, or a ? before its @; in a user name, a password or a parameter, "
-            "write %40 for @ and %3F for ?"
+            "it has more than one @, or a ? before the @; in a user name, a password or a "
+            "parameter, write %40 for @ and %3F for ?"
         )
     try:
         return make_url(storage)

@@ -40,7 +40,7 @@ class Worker:
         child_pipe.close()
 
     def is_unusable(self, result: RunResult) -> bool:
-        """Whether the worker cannot go on: after a failure on a GPU, its memory and context may be
+        """Whether the worker is unusable: after a failure on a GPU, its memory and context may be
         damaged."""
         return result.failure is not None and self.setup.device.startswith("cuda")
 
