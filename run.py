@@ -6,7 +6,7 @@ python run.py            # and `python run.py --help`
 import signal
 
 if __name__ == "__main__":
-    # Ctrl-C ends the imports at once, as nothing can be lost yet.
+    # During the imports, Ctrl-C ends the process at once: nothing can be lost yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import gc
@@ -79,7 +79,7 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
 
 
 def write_report(member: Member, options: Options, name: str) -> None:
-    """Write and attach the report; an error only prints a line, as the model is complete."""
+    """Write and attach the report; an error only prints a line, as the model is already saved."""
     memory.return_freed_memory()  # of the export
     try:
         page.make(member, name, options.output, options.artifacts)
@@ -174,7 +174,7 @@ def describe_continuation(error: Exception) -> str:
 
 
 def print_error(message: str, code: int) -> int:
-    click.echo(f"run.py: {message}", err=True)  # print() takes stdout where stderr is closed
+    click.echo(f"run.py: {message}", err=True)  # with stderr closed, print() would use stdout
     return code
 
 
@@ -184,5 +184,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     code = run_cli(sys.argv[1:])
-    gc.freeze()  # skips a collection of all imported objects at exit: 2 s
+    gc.freeze()  # without it, a collection of all imported objects at exit takes 2 s
     sys.exit(code)

@@ -15,7 +15,7 @@ from mnist.images.files import describe_left_out, describe_links, list_tree
 from mnist.report import model_plots, plots
 
 TOP_CLASSES = 3
-MAX_LABELS = 4  # of a prediction set that are named
+MAX_LABELS = 4  # named classes of a prediction set
 MAX_PLOTTED = 240  # pictures in a figure; matplotlib limits its height
 
 
@@ -152,10 +152,15 @@ def plot_predictions(predictions: Sequence[Prediction], file: Path) -> None:
     envvar="MODELS",
     help="The registry. [default: saved_models, or a sample while it has no model]",
 )
-@click.option("--model", help="One of its models. [default: the current one]")
-@click.option("--show", is_flag=True, help="Each picture in the terminal, as it is read.")
-@click.option("--plot", "file", type=shell.UserPath(path_type=Path), help="A PNG file of them all.")
-@click.option("--json", "as_json", is_flag=True, help="The answers as JSON.")
+@click.option("--model", help="Name of a model in the registry. [default: the current one]")
+@click.option("--show", is_flag=True, help="Draw the model's inputs in the terminal.")
+@click.option(
+    "--plot",
+    "file",
+    type=shell.UserPath(path_type=Path),
+    help="Draw the model's inputs into this PNG file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the predictions as JSON.")
 def main(
     files: tuple[Path, ...],
     models: Path | None,
@@ -164,7 +169,7 @@ def main(
     file: Path | None,
     as_json: bool,
 ) -> int:
-    """Say what pictures show: files, or folders of them.
+    """Classify pictures: files, or folders of files.
 
     Prints each file with its class, its probability, and the three most likely classes. Exit
     status 1 if one of them could not be read.
@@ -211,7 +216,7 @@ def choose_registry() -> Path:
 
 
 def print_error(message: str) -> None:
-    """Print one line, whatever the names of files in it."""
+    """Print one line, even if the name of a file in it has control characters."""
     click.echo("predict: " + shell.show_controls(message), err=True)
 
 

@@ -1,4 +1,4 @@
-"""What is worth a warning about the pictures of a folder data set."""
+"""Warnings about the pictures of a folder data set."""
 
 import contextlib
 import hashlib

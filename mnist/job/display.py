@@ -25,8 +25,8 @@ from mnist.training import Progress
 
 PLAIN_INTERVAL_S = 10.0
 FORECAST_INTERVAL_S = 5.0  # between recorded forecasts
-MAX_FAILURES = 3  # printed with their reasons; the report lists all
-MAX_ROWS = 10
+MAX_FAILURES = 3  # failed trials whose reasons are printed; the report lists all
+MAX_ROWS = 10  # trials in the table
 
 
 class Display:
@@ -116,8 +116,10 @@ class Display:
     def show_training(
         self, label: str, progress: Progress, expected_s: float, after_s: float
     ) -> None:
-        """Show a training outside the search: it takes `expected_s` in all, and the steps after it
-        take `after_s`."""
+        """Show a training outside the search.
+
+        It takes `expected_s` in all, and the steps after the training take `after_s`.
+        """
         now, share = time.monotonic(), progress.samples / progress.total
         start, share_before = self.started.setdefault(label, (now, share))
         remaining = 1 - share_before  # share of the run after the checkpoint that it resumed from

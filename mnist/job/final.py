@@ -33,7 +33,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class FinalTraining:
-    """The training of one study's final model; `epoch` is the number of images that it may see."""
+    """The training of one study's final model; `epoch` is the number of images in one epoch."""
 
     member: Member
     pool: Pool
@@ -45,7 +45,7 @@ class FinalTraining:
     epoch: int
 
     def confirm(self) -> None:
-        """Train with the best trials' and the baselines' hyperparameters again, on fresh seeds."""
+        """Train again with the hyperparameters of the best trials and baselines, on fresh seeds."""
         runs = loop.confirm(self.member, self.pool, self.recipe, self.options.confirmed)
         for done, total in runs:
             self.screen.show_confirmation(done, total)
@@ -95,7 +95,7 @@ class FinalTraining:
 
     def _execute(self, run: Run) -> tuple[RunResult, float | None]:
         """Train in a worker; also returns the seconds for all of `run.samples`."""
-        progress: list[tuple[int, float]] = []  # images, time; a resumed run starts with more
+        progress: list[tuple[int, float]] = []  # images, time; a resumed run starts above 0 images
         expected_s = self._available_s()
         for _, message in loop.execute_runs(self.pool, {"final": run}):
             if isinstance(message, Report):

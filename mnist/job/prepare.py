@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a study needs: search space, plan, recipe, and the number of images that the final
-    training may see."""
+    """What a study needs: search space, plan, recipe, and the images in an epoch of the final
+    training."""
 
     space: spaces.Space
     plan: budget.Plan
@@ -275,8 +275,8 @@ def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[flo
 
 
 def may_use_bfloat16(options: Options, device: torch.device, model: torch.nn.Module) -> bool:
-    """Whether to measure bfloat16: for training forms on devices that have it, in studies that no
-    other machine shares, as a machine without bfloat16 would get other results."""
+    """Whether to measure bfloat16: for training forms, on devices that support it, in studies that
+    no other machine shares, as a machine without bfloat16 would get other results."""
     if not folding.has_factors(model) or sqlite_file(options.storage) is None:
         return False
     if device.type == "cuda":

@@ -58,7 +58,7 @@ def finish(final: FinalTraining, load: Callable[[], Dataset]) -> dict[str, Any]:
 
 
 def is_replaced(member: Member, options: Options) -> bool:
-    """Whether another member has the lead or has finished the study, as this one was silent."""
+    """Whether another member leads or has finished the study, because this one was silent."""
     return not member.become_leader() or find_result(member, options) is not None
 
 

@@ -31,7 +31,7 @@ class Unfinished(RuntimeError):
 
 
 class SearchFailed(Unfinished):
-    """The command cannot finish; the same one would fail for the same reason."""
+    """The command cannot finish; the same command would fail for the same reason."""
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class Run:
     seed: int
     rungs: tuple[int, ...] = ()
     final: bool = False  # on training and validation images together
-    outliers: bool = False  # and on pictures without a class
-    measure: bool = False  # only measure the speed of a few steps
+    outliers: bool = False  # also on pictures without a class
+    measure: bool = False  # only measure the speed of some steps
     plain: bool = False
     bfloat16: bool = False
     threads: int | None = None
@@ -127,7 +127,7 @@ class Run:
     def for_speed(
         cls, network: str, params: dict[str, Any], threads: int, plain: bool, **options: Any
     ) -> "Run":
-        """A few steps that change nothing, to measure their speed."""
+        """Some steps with a negligible learning rate, to measure their speed."""
         params = params | {"lr": MEASURE_LR}
         return cls(network, params, 0, 0, measure=True, plain=plain, threads=threads, **options)
 
@@ -157,7 +157,7 @@ class Report:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The end of a run: its accuracy, its speed, or why it failed."""
+    """The end of a run: its accuracy, its speed, or the reason of its failure."""
 
     accuracy: float | None = None
     images_per_s: float | None = None
@@ -213,7 +213,8 @@ def build_network(network: str, dataset: Dataset, plain: bool) -> torch.nn.Modul
 
 
 def _build_for(run: Run, dataset: Dataset) -> torch.nn.Module:
-    """The run's network, initialised by the run's seed, where and as the run trains it."""
+    """The run's network, initialised by the run's seed, on the device and in the memory format of
+    the training."""
     torch.manual_seed(run.seed)
     model = build_network(run.network, dataset, run.plain).to(dataset.train.labels.device)
     if not plugins.is_from_plugin(models.NETWORKS[run.network]):  # a plugin may depend on the order
@@ -282,7 +283,7 @@ def _make_outliers(run: Run, dataset: Dataset, n: int) -> torch.Tensor | None:
 
 
 def save_weights(model: torch.nn.Module, run: Run, quota: int | None) -> None:
-    """Write the weights that a run was for; raises QuotaExceeded."""
+    """Write the weights of a final training; raises QuotaExceeded."""
     assert run.weights is not None
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     with contextlib.suppress(QuotaExceeded):

@@ -109,7 +109,7 @@ def read_space(name: str, entries: Iterable[str] = (), dropout: bool = True) -> 
 def _read_file(name: str) -> Mapping[str, Any]:
     try:
         content = Path(expand_home(name)).read_bytes()
-        return tomllib.loads(content.decode("utf-8-sig"))  # Windows begins files with a mark
+        return tomllib.loads(content.decode("utf-8-sig"))  # may have a BOM
     except FileNotFoundError as error:
         raise SpaceError(f"neither a space ({', '.join(SPACES)}) nor a file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -197,7 +197,7 @@ def _count_values(distribution: BaseDistribution) -> float:
 
 
 def filter_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `params` that lie inside the space."""
+    """The entries of `params` that lie inside the space."""
     return {
         key: value for key, value in params.items() if key in space and _contains(space[key], value)
     }

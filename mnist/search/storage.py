@@ -73,7 +73,7 @@ class SharedStudy:
         self.folder = self.file.parent if self.file else Path(tempfile.gettempdir())  # of locks
         if not self.folder.is_dir():  # creating the lock file would create the folder
             raise unusable_storage(storage, f"there is no folder {self.folder}")
-        # Not from the URL: one database server has many spellings.
+        # Not from the URL: several URLs may name one database server.
         key = hashlib.sha256(f"{self.file or ''} {name}".encode()).hexdigest()[:12]
         self.prefix = f".study-{key}"
         try:
@@ -138,20 +138,20 @@ class SharedStudy:
                 yield self.study
 
     def _check_identity(self) -> None:
-        """Raise StudyGone where the study was deleted. Another one may have its name and, in
-        SQLite, its number since."""
+        """Raise StudyGone where the study was deleted. A newer study may have the same name and, in
+        SQLite, the same number."""
         if self.study.user_attrs.get("id") != self.id:
             raise self._gone("it was deleted or renamed")
 
     def _check_file(self) -> None:
-        """Raise StudyGone where the file of the database is gone: SQLite would make an empty one,
-        and the lock file its folder."""
+        """Raise StudyGone where the database file was removed: SQLite would create an empty file,
+        and the lock would create its folder."""
         if self.file and not self.file.exists():
             raise self._gone(f"the file {self.file} was removed")
 
     @contextlib.contextmanager
     def _explain_errors(self) -> Iterator[None]:
-        """Raise StudyGone for any error after a removal, StorageError for the database's."""
+        """Raise StudyGone for errors after a removal, StorageError for errors of the database."""
         try:
             yield
         except StorageError:

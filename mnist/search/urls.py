@@ -66,7 +66,7 @@ def _parse(storage: str) -> URL:
 
 
 def _split_user(storage: str) -> tuple[str, str, str]:
-    """What stands before an @, that @, and host, port, database and query."""
+    """The user and password before an @, the @ itself, and host, port, database and query."""
     scheme, _, location = storage.partition("://")
     if scheme.startswith("sqlite") and location.startswith("/"):  # a path; it may hold an @
         return "", "", location
@@ -78,7 +78,7 @@ def mask_secrets(storage: str) -> str:
     """The URL for output and records: scheme, host, port, database and harmless parameters."""
     storage = normalise(storage)
     scheme = re.match(r"[\w+]+(?=://)", storage)
-    if scheme is None:  # a word such as "nonsense" is shown, a list of parameters is not
+    if scheme is None:  # a word such as "nonsense" is shown; a list of parameters is masked
         return storage if re.fullmatch(r"[\w./~-]*", storage) else MASK
     try:
         _parse(storage)
