@@ -514,7 +514,7 @@ def test_the_page_asks_for_a_key_and_shows_errors_in_words(
         page.wait_for_function("answers > 0")
         page.evaluate("late = false")
         page.wait_for_selector("#key-field", state="visible")
-        assert "wants an API key" in page.inner_text("#words")
+        assert "needs an API key" in page.inner_text("#words")
         page.evaluate("late = true; answers = 0")
         draw(page, SEVEN[2:])
         page.wait_for_function("answers > 0")  # a request without the key is still in progress
