@@ -1,4 +1,4 @@
-"""The live models: loaded while the old ones answer, swapped without a pause, kept on errors."""
+"""The live models: a new model is loaded while the old one answers, and kept out if it fails."""
 
 import asyncio
 import base64
@@ -29,7 +29,7 @@ class Engine:
     """Answers with the current model of the registry, or with a model that a request names.
 
     It polls the registry: a new current model is loaded and checked while the old one answers, and
-    only then replaces it. `refused` has, by role, the model that failed to, with the reason;
+    only then replaces it. `refused` maps a role to the model that failed to load, with the reason;
     `reason` says why there is no current model. All attributes belong to the event loop.
     """
 

@@ -1,4 +1,4 @@
-"""Multipart forms, read chunk by chunk. The name of a file decides nothing."""
+"""Multipart forms, read chunk by chunk. The name of a file has no influence."""
 
 import re
 from urllib.parse import unquote_to_bytes
@@ -46,7 +46,7 @@ class Form:
         )
 
     def feed(self, chunk: bytes) -> None:
-        """Parse the next bytes, at the end b""; raises ApiError if they are no such form."""
+        """Parse the next bytes, at the end b""; raises ApiError if the form is malformed."""
         try:
             for event in self._parser.parse(chunk):
                 if isinstance(event, bytes):

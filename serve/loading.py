@@ -78,7 +78,7 @@ class LoadedModel:
 
 
 class Loader:
-    """Notices changes of the registry and loads its models."""
+    """Detects changes of the registry and loads its models."""
 
     def __init__(self, settings: Settings, shared: Path | None) -> None:
         self._settings = settings

@@ -1,4 +1,4 @@
-"""What GET routes show without an API key while keys are set: nothing about this machine."""
+"""What GET routes show without an API key, if keys are set: nothing about this machine."""
 
 from collections.abc import Mapping
 from typing import Any
