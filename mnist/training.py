@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mnist import metrics, optimizers
+from mnist import batch_norms, metrics, optimizers
 from mnist.augmentation import augment
 from mnist.data import Dataset, Split
 from mnist.folding import Factors
 
 VALIDATION_SUBSET = 2_000  # validation images of a report before the end; the last one uses all
-NORM_IMAGES = 1_000  # training images for the statistics of batch norms
 # Decay of a training form's weights per training image, at the learning rate's peak: 27 errors on
 # 5,000 validation images instead of 29 after 400,000 images, log-loss 0.0160 instead of 0.0179.
 DECAY = 2.5e-6
@@ -144,7 +143,7 @@ def fit(
     total = steps * batch_size
     rung_steps = sorted({math.ceil(rung / batch_size) for rung in validate_at} - {0})
     cycle_ends = [*(step for step in rung_steps if step < steps), steps]
-    check_batch_size(model, batch_size)
+    batch_norms.check_batch_size(model, batch_size)
     generator = torch.Generator().manual_seed(seed)
     order = ShuffledPasses(len(train), generator)
     torch_optimizer = optimizers.make_optimizer(model, optimizer, lr, weight_decay, momentum)
@@ -190,54 +189,13 @@ def fit(
         state = functools.partial(_make_state, step, model, torch_optimizer, order)
         wrong, n, log_loss = None, None, None
         if is_rung or step == steps:
-            recompute_batch_norms(model, dataset, train)
+            batch_norms.recompute_statistics(model, dataset, train)
             if validation is not None:
                 split = validation if step == steps else validation.head(subset)
                 with precision:
                     wrong, n, log_loss = metrics.validate(model, dataset, split)
                 model.train()
         yield Progress(seen, total, mean_loss, wrong, n, log_loss, state)
-
-
-def check_batch_size(model: nn.Module, batch_size: int) -> None:
-    """Raise ValueError for a batch of one image in a network with 1-d batch norms."""
-    if batch_size == 1 and any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules()):
-        raise ValueError("batch_size is 1; batch norms need at least 2, or use --plain")
-
-
-def batch_norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """The model's batch norms that track running statistics."""
-    return [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.track_running_stats
-    ]
-
-
-@torch.no_grad()
-def recompute_batch_norms(model: nn.Module, dataset: Dataset, train: Split) -> None:
-    """Replace the batch norms' statistics by those of NORM_IMAGES unaugmented training images.
-
-    The running statistics are of augmented images and lag some steps behind: with them, the same
-    weights made 251 errors on 5,000 validation images after 8,000 training images, with those of
-    2,000 unaugmented images 127 (`parallel`, Adam, batch 64, lr 0.003; docs/lab-log.md has more).
-    """
-    layers = batch_norms(model)
-    if not layers:
-        return
-    momenta = [norm.momentum for norm in layers]
-    model.eval()  # dropout stays off
-    for norm in layers:
-        norm.reset_running_stats()
-        norm.momentum = None  # average over all batches
-        norm.train()
-    images = train.head(NORM_IMAGES).images
-    n_batches = max(1, len(images) // metrics.EVAL_BATCH)
-    for batch in images.split(metrics.EVAL_BATCH)[:n_batches]:  # of equal size
-        model(dataset.standardise(batch))
-    for norm, value in zip(layers, momenta, strict=True):
-        norm.momentum = value
-    model.train()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import optuna
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mnist import data, disk, folding, models, plugins, training
+from mnist import batch_norms, data, disk, folding, models, plugins, training
 from mnist.job.clock import Clock
 from mnist.job.display import full_message, root_cause
 from mnist.job.options import Options
@@ -63,7 +63,7 @@ def prepare(
         len(dataset.train),
         len(dataset.validation),
         min(training.VALIDATION_SUBSET, len(dataset.validation)),
-        training.NORM_IMAGES if training.batch_norms(model) else 0,
+        batch_norms.NORM_IMAGES if batch_norms.list_layers(model) else 0,
         options.thorough,
     )
     stored = member.run_locked(lambda study: study.user_attrs.get("plan"))
