@@ -72,12 +72,8 @@ def _describe_difference(key: str, requested: Any, recorded: Any) -> str:
         return "its images differ: another folder, --image-size, --color or --train-samples"
     if isinstance(requested, dict):  # the space
         recorded = recorded or {}
-        entries = [
-            name for name in {**requested, **recorded} if requested.get(name) != recorded.get(name)
-        ]
-        parts = (
-            f"{name} {requested.get(name)}, in the study {recorded.get(name)}" for name in entries
-        )
+        triples = [(name, requested.get(name), recorded.get(name)) for name in requested | recorded]
+        parts = (f"{name} {new}, in the study {old}" for name, new, old in triples if new != old)
         return f"{key} is {'; '.join(parts)}"
     return f"{key} is {requested}, in the study {recorded}"
 
