@@ -118,7 +118,7 @@ def test_an_upload_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_server_that_is_stopped_says_nothing_unexpected(number: signal.Signals) -> None:
+def test_a_stopped_server_prints_no_traceback(number: signal.Signals) -> None:
     command = [sys.executable, "-m", "uvicorn", "serve.app:app", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None

@@ -90,14 +90,14 @@ def test_a_pgm_s_maxval_is_its_depth(bits: int) -> None:
             assert np.abs(found - make_disc(channels).transpose(2, 0, 1) * 51).max() <= 1.5
 
 
-def test_sixteen_bits_in_use_stay_what_they_are() -> None:
+def test_sixteen_bits_in_use_are_unchanged() -> None:
     for channels in (1, 3):
         dim = quantise(make_disc(channels) * 0.3, 16)
         for write in (png, tiff, pnm):
             assert np.abs(read(write(dim), channels) - (dim >> 8).transpose(2, 0, 1)).max() <= 1
 
 
-def test_eight_bits_that_were_repeated_stay_what_they_are() -> None:
+def test_repeated_eight_bits_are_unchanged() -> None:
     for channels in (1, 3):
         dark = np.rint(make_disc(channels) * 40).astype(np.uint16)
         for write in (png, tiff, pnm):

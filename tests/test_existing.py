@@ -65,7 +65,7 @@ def test_attributes_of_others_are_left_alone(url: str) -> None:
         ({"momentum": 0.9}, "space: momentum is not in the space, which has batch_size"),
     ],
 )
-def test_an_enqueued_trial_outside_the_space_fails_and_the_study_goes_on(
+def test_an_enqueued_trial_outside_the_space_fails_and_the_study_continues(
     url: str, params: dict[str, Any], reason: str
 ) -> None:
     with Member(url, "study", threads=1) as member:

@@ -19,7 +19,7 @@ from tests.conftest import SHORT, Command
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
-def test_the_time_left_has_what_comes_after_a_training(
+def test_the_remaining_time_includes_the_steps_after_a_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(display, "PLAIN_INTERVAL_S", -1.0)

@@ -78,7 +78,7 @@ def test_pictures_equal_those_that_the_server_reads_from_the_same_files(tmp_path
     assert read <= served
 
 
-def test_train_and_test_folders_are_kept_to(tmp_path: Path) -> None:
+def test_train_and_test_folders_are_used(tmp_path: Path) -> None:
     fill(tmp_path / "pets" / "train", {"cat": 20, "dog": 15})
     fill(tmp_path / "pets" / "test", {"cat": 2, "dog": 1})
     dataset = load(tmp_path / "pets")
@@ -95,7 +95,7 @@ def test_folders_called_train_and_test_may_be_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("train", "test"), [("training", "testing"), ("Train", "test")])
-def test_parts_have_other_names_too(
+def test_parts_may_have_other_names(
     train: str, test: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(tmp_path / "pets" / train, {"cat": 20, "dog": 15})
@@ -160,7 +160,7 @@ def test_names_of_classes_are_the_same_in_every_unicode_form(tmp_path: Path) -> 
     assert len(dataset.train + dataset.validation + dataset.calibration) == 40
 
 
-def test_the_same_picture_in_two_classes_is_told(
+def test_the_same_picture_in_two_classes_causes_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = fill(tmp_path / "pets", {"cat": 20, "dog": 20, "emu": 20})
@@ -177,7 +177,7 @@ def test_the_same_picture_in_two_classes_is_told(
     assert text in caplog.text
 
 
-def test_test_pictures_among_the_training_pictures_are_told(
+def test_test_pictures_among_the_training_pictures_cause_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "pets"
@@ -192,7 +192,7 @@ def test_test_pictures_among_the_training_pictures_are_told(
     assert caplog.text.count(f"{text}test/cat/seen.png and train/cat/006.png") == 1
 
 
-def test_a_picture_that_a_random_split_repeats_is_told(
+def test_a_picture_in_both_parts_of_a_random_split_causes_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = fill(tmp_path / "pets", {"cat": 20, "dog": 20})
@@ -203,7 +203,7 @@ def test_a_picture_that_a_random_split_repeats_is_told(
     assert "more than one class" not in caplog.text
 
 
-def test_a_train_folder_without_a_test_folder_is_told(tmp_path: Path) -> None:
+def test_a_train_folder_without_a_test_folder_is_refused(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets" / "train", {"cat": 10, "dog": 10}).parent
     fill(root / "val", {"cat": 10, "dog": 10})
     assert "has a train/ with classes but no test/" in problem(root)
@@ -217,7 +217,7 @@ def test_a_class_that_is_renamed_makes_another_study(tmp_path: Path) -> None:
     assert studies.fingerprint(load(root), "linear", 100) != before
 
 
-def test_names_that_are_not_utf_8_do_no_harm_or_are_told(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_are_read_or_refused(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets", {"cat": 12, "dog": 12})
     (root / "cat" / "000.png").rename(root / "cat" / os.fsdecode(b"k\xe4se.png"))
     assert len(load(root).classes) == 2
@@ -262,13 +262,13 @@ def test_pictures_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({".cat": 20}, "has no class folders; put each class into one, such as"),
     ],
 )
-def test_a_folder_that_will_not_do_gets_one_line(
+def test_an_unusable_folder_gets_one_line(
     numbers: dict[str, int], words: str, tmp_path: Path
 ) -> None:
     assert words in problem(fill(tmp_path / "pets", numbers))
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert problem(tmp_path / "pets") == f"there is no folder {tmp_path / 'pets'}"
 
 
@@ -344,7 +344,7 @@ def test_lost_detail_and_colour_cause_a_warning(
     assert "a larger --image-size" in caplog.text
 
 
-def test_twenty_to_one_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rare_class_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         dataset = load(fill(tmp_path / "pets", {"cat": 200, "dog": 10}, (9, 9), colour=False))
     assert "class 'cat' has 200 pictures, 'dog' only 10" in caplog.text

@@ -97,7 +97,7 @@ def test_every_engine_is_uncertain_of_the_same_pictures(
     assert np.array_equal(uncertain, predicted < classify.uncertain_below)
 
 
-def test_a_record_of_old_is_never_uncertain(folder: Path) -> None:
+def test_an_older_record_is_never_uncertain(folder: Path) -> None:
     def make_old(record: dict[str, Any]) -> None:
         del record["files"]["likeness"]
         record["calibration"] = {"temperature": record["calibration"]["temperature"]}

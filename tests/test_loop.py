@@ -345,6 +345,6 @@ def test_a_trial_that_fails_on_a_fresh_seed_is_excluded_and_the_next_best_confir
     assert counts[-1][0] == counts[-1][1]
 
 
-def test_none_to_confirm_is_nothing_to_do(member: Member, recipe: Recipe) -> None:
+def test_without_trials_to_confirm_nothing_runs(member: Member, recipe: Recipe) -> None:
     add_trials(member, 0.9)
     assert list(loop.confirm(member, FakePool(), recipe, 0)) == []  # type: ignore[arg-type]

@@ -313,7 +313,7 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELS", str(SAMPLE))
 
 
-def test_every_answer_forbids_what_browsers_would_guess_frame_tell_or_cache(sample: None) -> None:
+def test_every_response_has_the_security_headers(sample: None) -> None:
     expected = {
         "x-content-type-options": "nosniff",
         "x-frame-options": "DENY",

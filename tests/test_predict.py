@@ -250,7 +250,7 @@ def test_plot_is_a_picture_of_all_answers(ask: Predict, seven: Path) -> None:
         assert words in wrong.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_error_to_talk_about(saved: Path, seven: Path) -> None:
+def test_a_closed_output_pipe_prints_no_error(saved: Path, seven: Path) -> None:
     command = [sys.executable, "-m", "mnist.predict", "--models", str(saved)]
     files = [str(seven)] * 200
     with subprocess.Popen(

@@ -428,7 +428,7 @@ def test_an_error_in_one_of_several_studies_is_reported_before_the_first(
 
 
 @pytest.mark.slow
-def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
+def test_a_study_that_cannot_be_finished_does_not_stop_the_others(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = run_module.run_trials
@@ -447,7 +447,7 @@ def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
 
 
 @pytest.mark.slow
-def test_a_study_that_cannot_be_continued_does_not_hold_up_the_others(run: Command) -> None:
+def test_a_study_that_cannot_be_continued_does_not_stop_the_others(run: Command) -> None:
     assert run("--dataset", "digits", "--model", "linear", *SHORT).returncode == 0
     both = ["--dataset", "digits", "--model", "linear", "--model", "compact"]
     done = run(*both, *SHORT, "--epochs", "0.6")

@@ -118,7 +118,7 @@ def test_a_line_says_that_the_command_continues_only_where_it_does(
     assert ("continues" in line) == ("continues" in done.stderr)
 
 
-def test_several_studies_that_cannot_go_on_do_not_promise_to() -> None:
+def test_studies_that_cannot_continue_do_not_promise_to_continue() -> None:
     gone, invalid = StudyGone("s", "x", "deleted"), registry.RegistryError("x")
     later = loop.Unfinished("--timeout")
     kinds = [

@@ -179,7 +179,7 @@ def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_seco
     assert soak.finished(postgresql)[number].user_attrs["run"]["by"] != owner
 
 
-def test_a_machine_that_falls_asleep_in_a_transaction_holds_up_no_other(
+def test_a_machine_that_sleeps_in_a_transaction_blocks_no_other(
     start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "14"]

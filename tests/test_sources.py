@@ -239,7 +239,7 @@ def test_without_fashion_s_files_one_line_names_every_source(
     assert places == sorted(places)
 
 
-def test_real_fashion_is_read_as_it_is() -> None:
+def test_real_fashion_is_read_unchanged() -> None:
     try:
         dataset = data.load("fashion", DATA_DIR)
     except data.DataError as error:

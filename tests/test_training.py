@@ -183,7 +183,7 @@ def test_dropout_is_set_in_all_layers_of_the_network(digits: Dataset) -> None:
     assert [layer.p for layer in training.dropout_layers(model)] == [0.1, 0.1]
 
 
-def test_a_loss_that_is_no_number_ends_the_run(digits: Dataset) -> None:
+def test_a_loss_that_is_nan_ends_the_run(digits: Dataset) -> None:
     with pytest.raises(
         training.Diverged, match=r"the loss is (nan|inf) after .* a lower lr may help"
     ):
@@ -218,7 +218,7 @@ def test_errors_count_the_last_smaller_batch_right(digits: Dataset) -> None:
     assert metrics.errors(model, digits, split) == int((logits.argmax(1) != split.labels).sum())
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
+def test_a_missing_device_is_named() -> None:
     if torch.backends.mps.is_available():
         pytest.skip("this machine has mps")
     with pytest.raises(ValueError, match="device 'mps' is not on this machine"):
