@@ -126,7 +126,7 @@ def test_a_stopped_server_prints_no_traceback(number: signal.Signals) -> None:
             if b"Uvicorn running" in line:
                 break
         process.send_signal(number)
-        rest = process.stderr.read().decode()
-    assert "Finished server process" in rest
-    assert "Traceback" not in rest
-    assert "Error" not in rest
+        log = process.stderr.read().decode()
+    assert "Finished server process" in log
+    assert "Traceback" not in log
+    assert "Error" not in log

@@ -353,7 +353,7 @@ def test_axe_finds_nothing_serious_and_nothing_shifts(
     assert page.evaluate("document.documentElement.scrollWidth") == width
     page.add_script_tag(path=axe)
     violations = page.evaluate("axe.run()")["violations"]
-    serious = [each for each in violations if each["impact"] in ("serious", "critical")]
+    serious = [entry for entry in violations if entry["impact"] in ("serious", "critical")]
     assert not serious, json.dumps(serious, indent=1)[:3000]
 
 
