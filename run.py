@@ -52,21 +52,21 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
     pool = Pool(workers, setup)  # workers start their imports now, during the preparation
     with Member(options.storage, options.study_name, threads) as member, pool:
         prepared = prepare.prepare(options, member, pool, device, clock)
-        plan, recipe, space = prepared.plan, prepared.recipe, prepared.space
+        plan, config, space = prepared.plan, prepared.config, prepared.space
         finished = member.run_locked(studies.count_finished)
         result = None
         if finished >= options.total_trials:
             result = results.find_result(member, options)
         screen = Display(options.total_trials, plan, space, clock.start)
         if result is None:
-            results.remove_stale_files(member, options, recipe.checkpoints)
+            results.remove_stale_files(member, options, config.checkpoints)
             epoch = prepared.epoch
-            final = FinalTraining(member, pool, screen, options, recipe, plan, clock, epoch)
+            final = FinalTraining(member, pool, screen, options, config, plan, clock, epoch)
             with screen:
-                run_trials(member, pool, screen, options, space, recipe, plan, clock)
+                run_trials(member, pool, screen, options, space, config, plan, clock)
                 result = release.finish(final, lambda: load().to(device))
         results.publish_result(member, result)
-        results.remove_stale_files(member, options, recipe.checkpoints)
+        results.remove_stale_files(member, options, config.checkpoints)
         write_report(member, options, result["name"])
         if not finished and screen.forecasts:  # a continued study took longer than this command
             results.save_forecasts(member, clock.elapsed_s, screen.forecasts)

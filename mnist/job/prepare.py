@@ -24,7 +24,7 @@ from mnist.search import space as spaces
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints, is_disk_full
 from mnist.search.members import Member
-from mnist.search.runs import Recipe, Run
+from mnist.search.runs import Run, StudyConfig
 from mnist.search.urls import sqlite_file
 from mnist.search.workers import Pool, training_threads
 
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a study needs: search space, plan, recipe, and the images in an epoch of the final
+    """What a study needs: search space, plan, config, and the images in an epoch of the final
     training."""
 
     space: spaces.Space
     plan: budget.Plan
-    recipe: Recipe
+    config: StudyConfig
     epoch: int
 
 
@@ -79,7 +79,7 @@ def prepare(
         final_s = options.final_epochs * epoch / plan.images_per_s
         plan = replace(plan, final_s=final_s, total_s=0.0)
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
-    recipe = Recipe(
+    config = StudyConfig(
         options.model,
         options.seed,
         plan.trial_samples,
@@ -87,7 +87,7 @@ def prepare(
         options.plain,
         plan.bfloat16,
     )
-    return Preparation(space, plan, recipe, epoch)
+    return Preparation(space, plan, config, epoch)
 
 
 def check_all(option_sets: list[Options]) -> None:

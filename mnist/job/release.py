@@ -21,7 +21,7 @@ from mnist.job.results import describe_origin, find_result
 from mnist.search import checkpoints, runs
 from mnist.search import study as studies
 from mnist.search.members import Member
-from mnist.search.runs import Recipe
+from mnist.search.runs import StudyConfig
 
 MAX_MISTAKES = 24  # whose images are saved for the report
 EVALUATION_BYTES = 10_000_000  # an upper bound on the size of a saved evaluation
@@ -47,7 +47,7 @@ def finish(final: FinalTraining, load: Callable[[], Dataset]) -> dict[str, Any]:
             trained = final.train()
             final.pool.stop_workers()  # frees memory for the plain network and its export
             screen.print_line("evaluating, once, and saving")
-            if result := save(trained, load(), member, options, final.recipe):
+            if result := save(trained, load(), member, options, final.config):
                 return result
         screen.show_waiting("another process is finishing the study")
         time.sleep(POLL_INTERVAL_S)
@@ -63,13 +63,13 @@ def is_replaced(member: Member, options: Options) -> bool:
 
 
 def save(
-    trained: TrainedModel, dataset: Dataset, member: Member, options: Options, recipe: Recipe
+    trained: TrainedModel, dataset: Dataset, member: Member, options: Options, config: StudyConfig
 ) -> dict[str, Any] | None:
     """Export the model, evaluate it once on the test split and save it; returns the result.
 
     None where another member has replaced this one as the leader.
     """
-    form = runs.build_network(recipe.network, dataset, recipe.plain)
+    form = runs.build_network(config.network, dataset, config.plain)
     form.load_state_dict(trained.weights)
     model, merged = folding.fold(form.eval()), folding.merge_norms(form)
     exported = export.export(model, dataset, merged)
@@ -81,17 +81,17 @@ def save(
     digest.update(files.get(exported.served.engine, ("", b""))[1])
     if is_replaced(member, options):
         return None
-    path = recipe.checkpoints.evaluation(digest.hexdigest()[:16])
+    path = config.checkpoints.evaluation(digest.hexdigest()[:16])
     evaluation = evaluate(merged, dataset, exported, path, options.disk_quota)
     record = {
         "dataset": dataset.record(len(evaluation["labels"])),
-        "model": {"name": recipe.network, "parameters": parameters},
+        "model": {"name": config.network, "parameters": parameters},
         "hyperparameters": trained.best.params,
         "training": {
             "samples": trained.samples,
             "seconds": trained.seconds,
             "form": "factored" if folding.has_factors(form) else "plain",
-            "bfloat16": recipe.bfloat16,
+            "bfloat16": config.bfloat16,
         },
         "study": describe_study(member, trained.best),
         "metrics": {
@@ -107,7 +107,7 @@ def save(
     files["predictions"] = (".test.npz", compressed_bytes(evaluation))
     if is_replaced(member, options):
         return None
-    promote = choose_promotion(options, recipe.network, exported.served.engine)
+    promote = choose_promotion(options, config.network, exported.served.engine)
     name = registry.save(options.output, files, record, promote)
     return registry.record(options.output, name)[1] | {"name": name}
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StudyConfig:
     """What all runs of a study share."""
 
     network: str
@@ -65,42 +65,47 @@ class Run:
 
     @classmethod
     def for_trial(
-        cls, recipe: Recipe, number: int, params: dict[str, Any], threads: int, **attempt: Any
+        cls, config: StudyConfig, number: int, params: dict[str, Any], threads: int, **attempt: Any
     ) -> "Run":
         """A trial; `attempt`: the fields that retry() has set after an earlier attempt."""
         return cls(
-            recipe.network,
+            config.network,
             params,
-            recipe.trial_samples,
-            derive_seed(recipe.seed),  # the same for all trials: paired comparisons
-            rungs=tuple(budget.rungs(recipe.trial_samples)),
-            plain=recipe.plain,
-            bfloat16=recipe.bfloat16,
+            config.trial_samples,
+            derive_seed(config.seed),  # the same for all trials: paired comparisons
+            rungs=tuple(budget.rungs(config.trial_samples)),
+            plain=config.plain,
+            bfloat16=config.bfloat16,
             threads=threads,
-            checkpoint=recipe.checkpoints.trial(number),
+            checkpoint=config.checkpoints.trial(number),
             **attempt,
         )
 
     @classmethod
     def for_confirmation(
-        cls, recipe: Recipe, number: int, params: dict[str, Any], i: int, micro_batch: int | None
+        cls,
+        config: StudyConfig,
+        number: int,
+        params: dict[str, Any],
+        i: int,
+        micro_batch: int | None,
     ) -> "Run":
         """Training with the hyperparameters of a trial on fresh seed `i`, as long as a trial."""
         return cls(
-            recipe.network,
+            config.network,
             params,
-            recipe.trial_samples,
-            derive_seed(recipe.seed, i, 1),  # the same seeds for all trials
-            plain=recipe.plain,
-            bfloat16=recipe.bfloat16,
+            config.trial_samples,
+            derive_seed(config.seed, i, 1),  # the same seeds for all trials
+            plain=config.plain,
+            bfloat16=config.bfloat16,
             micro_batch=micro_batch,
-            checkpoint=recipe.checkpoints.confirmation(number, i),
+            checkpoint=config.checkpoints.confirmation(number, i),
         )
 
     @classmethod
     def for_final(
         cls,
-        recipe: Recipe,
+        config: StudyConfig,
         number: int,
         params: dict[str, Any],
         samples: int,
@@ -109,18 +114,18 @@ class Run:
     ) -> "Run":
         """The final training, as trial `number`."""
         return cls(
-            recipe.network,
+            config.network,
             params,
             samples,
-            derive_seed(recipe.seed),
+            derive_seed(config.seed),
             final=True,
-            outliers=not recipe.plain,
-            plain=recipe.plain,
-            bfloat16=recipe.bfloat16,
+            outliers=not config.plain,
+            plain=config.plain,
+            bfloat16=config.bfloat16,
             threads=threads,
             micro_batch=micro_batch,
-            checkpoint=recipe.checkpoints.final(number, samples),
-            weights=recipe.checkpoints.weights(number, samples),
+            checkpoint=config.checkpoints.final(number, samples),
+            weights=config.checkpoints.weights(number, samples),
         )
 
     @classmethod
