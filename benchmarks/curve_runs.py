@@ -17,7 +17,7 @@ from mnist.search import study as studies
 from mnist.search.runs import derive_seed
 from mnist.search.space import DEFAULT, WIDE, Space
 
-# So trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
+# With these, trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
 FIDELITIES = (1_000, 2_000, 4_000, 6_000, 12_000, 24_000, 40_000, 60_000)
 SPACES: dict[str, Space] = {"default": DEFAULT, "wide": WIDE, "finals": DEFAULT}
 
@@ -76,7 +76,7 @@ def parse_fidelities(_: click.Context, __: click.Parameter, text: str) -> tuple[
     try:
         fidelities = tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list of numbers, separated by commas") from error
+        raise click.BadParameter(f"{text!r} is not numbers separated by commas") from error
     if not all(a < b for a, b in zip((0, *fidelities), fidelities, strict=False)):
         raise click.BadParameter(f"{text!r} does not ascend from above 0")
     return fidelities

@@ -1,4 +1,4 @@
-"""Digits by other hands than MNIST's: images.normalise compared with a plain resize.
+"""Digits of other collections than MNIST: images.normalise compared with a plain resize.
 
 python -m benchmarks.hands     # the current model of saved_models; a minute
 
@@ -37,7 +37,7 @@ def render(digit: np.ndarray) -> bytes:
 
 
 def find_collections(data_dir: Path) -> dict[str, tuple[list[bytes], np.ndarray]]:
-    """Read the collections that are there: files and labels by name."""
+    """Read the collections that exist: files and labels by name."""
     readers = {"usps": (load_usps, "usps/zip.train.gz"), "wild": (load_wild, "wild/labels.csv")}
     return {
         name: read(data_dir / path)
