@@ -13,7 +13,7 @@ from tests.test_registry import entry
 
 
 def make_predictions(wrong: range, n: int = 100) -> bytes:
-    """Make the predictions of two classes; the images in `wrong` are read wrong."""
+    """Make the predictions of two classes; the images in `wrong` are misclassified."""
     labels = np.zeros(n, np.int64)
     is_wrong = np.isin(np.arange(n), wrong)
     stream = io.BytesIO()
@@ -64,7 +64,7 @@ def save_worse_copy(folder: Path, more: int) -> str:
 
 @pytest.mark.parametrize(
     ("more", "p", "verdict"),
-    [(1, 1.0, "not told apart (p 1.00)"), (6, 2 / 2**6, "worse (p 0.03)")],
+    [(1, 1.0, "no significant difference (p 1.00)"), (6, 2 / 2**6, "worse (p 0.03)")],
 )
 def test_a_row_has_the_values_of_the_record_and_a_comparison_with_the_best(
     saved: Path, tmp_path: Path, more: int, p: float, verdict: str

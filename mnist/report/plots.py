@@ -189,7 +189,7 @@ def plot_importance(study: "optuna.Study") -> "Figure":
     from optuna.visualization import matplotlib as plots
 
     axes: Any = plots.plot_param_importances(study)
-    axes.set(xlabel="share of what moves the accuracy", ylabel="")
+    axes.set(xlabel="importance for the accuracy", ylabel="")
     axes.set_title("", loc="left")
     axes.get_legend().remove()
     for bar in axes.patches:
