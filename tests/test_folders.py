@@ -298,7 +298,7 @@ def test_ignored_files_and_folders_are_named(
     fill(root / "cat", {"young": 2}, colour=False)
     (root / "cat" / "000.png").rename(root / "stray.png")
     data.load(f"folder:{root}", tmp_path)
-    assert "files beside the class folders are not read: stray.png" in caplog.text
+    assert "files next to the class folders are not read: stray.png" in caplog.text
     assert "folders in class folders are not read: cat/young" in caplog.text
     assert f"are the classes those in {root}?" in problem(root.parent)
 

@@ -95,7 +95,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def start_as(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartAs:
     """Starts a Command as on a machine of that name; with the gates of that machine.
 
-    Of these some are closed after so many steps.
+    Some of the gates are closed after a number of steps.
     """
 
     def start_as(host: str, options: list[str], patch: str, **closed: int) -> tuple[Command, Gates]:

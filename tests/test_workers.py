@@ -30,7 +30,7 @@ RUN = Run("linear", PARAMS, 2_000, seed=0, rungs=(300, 900))
 
 
 class Pipe:
-    """The worker's end of its pipe, in this process; requests a stop after so many reports."""
+    """The worker's end of its pipe, in this process; requests a stop after `stop_after` reports."""
 
     def __init__(self, stop_after: int = 10**6) -> None:
         self.reports: list[training.Progress] = []

@@ -45,7 +45,7 @@ class Part:
         inner = [list_folder(folder) for folders in self.classes.values() for folder in folders]
         left_out = [path for listing in (own, *inner) for path in listing.left_out]
         misplaced = {
-            "files beside the class folders": own.pictures,
+            "files next to the class folders": own.pictures,
             "folders in class folders": [path for listing in inner for path in listing.folders],
         }
         notes = [

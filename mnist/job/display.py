@@ -205,7 +205,7 @@ def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
 
 
 def _print_study(console: Console, outcome: dict[str, Any]) -> None:
-    """Print the trials: counts, failures, the best one beside the first, importances."""
+    """Print the trials: counts, failures, the best one compared with the first, importances."""
     counts = outcome["trials"]
     n = counts["complete"]
     console.print(

@@ -47,7 +47,7 @@ class Report:
 
 
 def make(member: Member, name: str, output: Path, artifacts: Path) -> None:
-    """Write the report page beside the weights, and add the figures to the dashboard.
+    """Write the report page next to the weights, and add the figures to the dashboard.
 
     Both are made once; a missing page is made again. A model in another machine's registry is
     skipped, as only that machine has its files.

@@ -56,7 +56,7 @@ def render_png(
     size: tuple[float, float] | None = None,
     colours: int | None = MAX_COLOURS,
 ) -> bytes:
-    """Draw a figure without a screen, as PNG with at most so many colours (None: all).
+    """Draw a figure without a screen, as PNG with at most `colours` colours (None: all).
 
     `size` is in inches. Matplotlib's settings are restored afterwards.
     """
