@@ -86,14 +86,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(
 
 def test_a_file_beside_a_model_is_removed_with_it(tmp_path: Path) -> None:
     name, current = save(tmp_path, entry()), save(tmp_path, entry())
-    registry.put_beside(tmp_path, name, ".report.html", b"page")
+    registry.attach_file(tmp_path, name, ".report.html", b"page")
     assert (tmp_path / f"{name}.report.html").read_bytes() == b"page"
     assert list(registry.record(tmp_path, name)[1]["files"]) == ["weights"]
     registry.remove(tmp_path, name)
     assert not list(tmp_path.glob(f"*{name}.*"))
     assert (tmp_path / f"{current}.pth").exists()
     with pytest.raises(registry.UnknownModel):
-        registry.put_beside(tmp_path, name, ".report.html", b"page")
+        registry.attach_file(tmp_path, name, ".report.html", b"page")
 
 
 def test_two_models_of_one_second_have_two_names(tmp_path: Path) -> None:
@@ -644,7 +644,7 @@ def test_files_are_readable_by_those_whom_the_umask_admits(umask: int, tmp_path:
     before = os.umask(umask)
     try:
         name = save(tmp_path, entry())
-        registry.put_beside(tmp_path, name, ".report.html", b"report")
+        registry.attach_file(tmp_path, name, ".report.html", b"report")
     finally:
         os.umask(before)
     files = [path for path in tmp_path.iterdir() if path.name != ".lock"]

@@ -185,8 +185,8 @@ def remove(folder: Path, name: str) -> None:
         _remove_orphans(folder, info)
 
 
-def put_beside(folder: Path, name: str, suffix: str, content: bytes) -> None:
-    """Save a reproducible file about a model, which the record does not list; removed with it.
+def attach_file(folder: Path, name: str, suffix: str, content: bytes) -> None:
+    """Save a reproducible file next to a model; remove() deletes it, the record does not list it.
 
     Raises UnknownModel where the model was removed meanwhile.
     """

@@ -61,7 +61,8 @@ def make(member: Member, name: str, output: Path, artifacts: Path) -> None:
         predictions = dict(file)
     study, record = member.run_locked(copy_to_memory), registry.record(output, name)[1]
     report = draw(study, name, record, predictions)
-    registry.put_beside(output, name, SUFFIX, render_page(report).encode(errors="backslashreplace"))
+    html = render_page(report).encode(errors="backslashreplace")
+    registry.attach_file(output, name, SUFFIX, html)
     if name not in reported:
         location = f"Model: `{output / name}.pth`\n\nReport: `{page}`"
         member.run_locked(lambda study: add_to_dashboard(study, report, artifacts, location))
