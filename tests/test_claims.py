@@ -122,9 +122,7 @@ def test_a_trial_of_another_owner_cannot_be_changed(
     assert (trial.value, trial.intermediate_values) == (0.9 if is_told else None, {})
 
 
-def test_a_trial_that_is_told_twice_ends_once(
-    shared: SharedStudy, mine: Trials
-) -> None:
+def test_a_trial_that_is_told_twice_ends_once(shared: SharedStudy, mine: Trials) -> None:
     claim = ask(mine)
     for _ in range(2):  # the first answer of the database was lost
         assert mine.tell(claim, TrialState.COMPLETE, 0.75, resumed=True) == 0.75
@@ -140,9 +138,7 @@ def test_a_trial_that_is_told_twice_ends_once(
     assert trial.user_attrs["fail_reason"] == "nan: so it is"
 
 
-def test_a_trial_that_is_requeued_twice_waits_once(
-    shared: SharedStudy, mine: Trials
-) -> None:
+def test_a_trial_that_is_requeued_twice_waits_once(shared: SharedStudy, mine: Trials) -> None:
     claim = ask(mine)
     for _ in range(2):
         mine.requeue(claim)

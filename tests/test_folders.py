@@ -118,9 +118,7 @@ def test_parts_may_have_other_names(
         (("train", "test", "testing"), "has test/ and testing/, both with classes"),
     ],
 )  # fmt: skip
-def test_ambiguous_parts_are_refused(
-    names: tuple[str, ...], words: str, tmp_path: Path
-) -> None:
+def test_ambiguous_parts_are_refused(names: tuple[str, ...], words: str, tmp_path: Path) -> None:
     for name in names:
         fill(tmp_path / "pets" / name, {"cat": 10, "dog": 10})
     text = problem(tmp_path / "pets")

@@ -274,9 +274,7 @@ def test_an_altered_or_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "", "20261121-120301/../x", "nothing"])
-def test_an_unknown_name_is_refused_on_read_use_and_remove(
-    tmp_path: Path, name: str
-) -> None:
+def test_an_unknown_name_is_refused_on_read_use_and_remove(tmp_path: Path, name: str) -> None:
     save(tmp_path, entry())
     for act in (registry.record, registry.use, registry.remove, registry.file):
         with pytest.raises(registry.RegistryError, match="no model"):

@@ -196,7 +196,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_last_one(
     calls = [Disk(call, status.st_ino, status.st_size) for call in ("sync", "rename")]
     assert disk_calls[:2] == calls
     # Then the folder, which has the new name.
-    assert [(call, inode) for call, inode, _ in disk_calls[2:]] == [("sync", tmp_path.stat().st_ino)]
+    assert [(call, inode) for call, inode, _ in disk_calls[2:]] == [
+        ("sync", tmp_path.stat().st_ino)
+    ]
 
 
 def test_checkpoints_stay_under_the_quota_and_leave_nothing_half_written(tmp_path: Path) -> None:
