@@ -12,7 +12,6 @@ import numpy as np
 
 from mnist import images, inference, registry, shell
 from mnist.images.files import describe_left_out, describe_links, list_tree
-from mnist.report import model_plots, plots
 
 TOP_CLASSES = 3
 MAX_LABELS = 4  # named classes of a prediction set
@@ -129,6 +128,9 @@ def print_picture(picture: np.ndarray, stream: TextIO) -> None:
 
 def plot_predictions(predictions: Sequence[Prediction], file: Path) -> None:
     """Write a PNG file of all pictures, as the model sees them, with their predictions."""
+    # Its libraries are not in requirements-serve.txt, which is enough without --plot.
+    from mnist.report import model_plots, plots
+
     names = model_plots.printable_names([prediction.file.name for prediction in predictions])
     classes = model_plots.printable_names([prediction.top[0][0] for prediction in predictions])
     captions = [
@@ -231,6 +233,9 @@ def run_cli(arguments: list[str]) -> int:
         print_error(str(error))
     except BrokenPipeError:
         shell.discard_output()
+        return 1
+    except ModuleNotFoundError as error:  # --plot and --show need more than the server
+        print_error(f"{error.name} is not installed; `pip install -r requirements.txt` installs it")
         return 1
     except OSError as error:  # --plot
         print_error(f"{error.filename or 'output'}: {error.strerror or error}")
