@@ -257,7 +257,7 @@ def test_pictures_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"cat": 3, "dog": 20}, "class 'cat' has 3 pictures; at least 10 are needed: add some to"),
         ({"cat": 20, "dog": 0}, "class 'dog' has 0 pictures"),
         ({"cat": 20}, "has only one class, 'cat'; at least two are needed"),
-        ({".cat": 20}, "has no class folders; put each class into one, such as"),
+        ({".cat": 20}, "has no class folders; put the pictures of each class into one"),
     ],
 )
 def test_an_unusable_folder_gets_one_line(

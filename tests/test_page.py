@@ -100,13 +100,12 @@ def test_a_correction_is_kept_once_as_a_folder_data_set_if_feedback_is_enabled(
 def test_a_correction_that_cannot_be_written_is_an_error_in_words(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, content: bytes) -> None:
-        path.touch()
-        raise OSError(code, os.strerror(code), str(path))
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code), str(tmp_path))
 
     monkeypatch.setenv("MODELS", str(registry.SAMPLE))
     monkeypatch.setenv("FEEDBACK_DIR", str(tmp_path / "feedback"))
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with TestClient(app) as client:
         sent = client.post("/feedback", files={"file": drawn_seven()}, data={"label": "7"})
         message = refused(sent, 503, "not_kept")

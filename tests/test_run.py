@@ -418,7 +418,7 @@ def test_an_error_in_one_of_several_studies_is_reported_before_the_first(
         ([*two, "--model", "compact", "--param", "dropout=0.1"], "digits-linear: dropout: the net"),
         ([*two, "--model", "cnn", "--param", "lrr=3"], "digits-linear: lrr: no such hyper"),
         ([*two, "--dataset", f"folder:{small}"], "class 'dog' has 3 pictures"),
-        ([*two, "--model", "cnn", "--color"], "--color are for folder:PATH"),
+        ([*two, "--model", "cnn", "--color"], "--color are only for folder:PATH"),
     ):
         done = run(*options)
         assert (done.returncode, done.stdout) == (2, "")

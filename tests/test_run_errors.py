@@ -38,7 +38,7 @@ def test_a_study_that_is_deleted_in_mid_run_ends_it_with_one_line(
     assert (done.returncode, done.stdout) == (1, "")
     *progress, line = done.stderr.splitlines()
     assert line.startswith(f"run.py: study {NAME} is gone from {URL}: it was deleted or renamed; ")
-    assert "continues" not in line
+    assert "command continues" not in line
     assert not any("run.py:" in other for other in progress)
 
 
@@ -115,7 +115,7 @@ def test_a_line_says_that_the_command_continues_only_where_it_does(
     done = run(*DIGITS)
     assert done.returncode == 1
     assert done.stderr.startswith(f"run.py: {line}")
-    assert ("continues" in line) == ("continues" in done.stderr)
+    assert ("command continues" in line) == ("command continues" in done.stderr)
 
 
 def test_studies_that_cannot_continue_do_not_promise_to_continue() -> None:
@@ -137,7 +137,7 @@ def test_an_unexpected_error_is_one_line(
     assert done.returncode == 1
     assert done.stderr.startswith("run.py: unexpected KeyError: 'made up'; the traceback is in ")
     assert done.stderr.count("\n") == 1
-    assert "continues" not in done.stderr
+    assert "command continues" not in done.stderr
 
 
 def test_data_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
