@@ -6,7 +6,7 @@ python run.py            # and `python run.py --help`
 import signal
 
 if __name__ == "__main__":
-    # Ctrl-C ends the imports at once, as nothing can be lost yet.
+    # During the imports, Ctrl-C ends the process at once: nothing can be lost yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import gc
@@ -52,21 +52,21 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
     pool = Pool(workers, setup)  # workers start their imports now, during the preparation
     with Member(options.storage, options.study_name, threads) as member, pool:
         prepared = prepare.prepare(options, member, pool, device, clock)
-        plan, recipe, space = prepared.plan, prepared.recipe, prepared.space
+        plan, config, space = prepared.plan, prepared.config, prepared.space
         finished = member.run_locked(studies.count_finished)
         result = None
         if finished >= options.total_trials:
             result = results.find_result(member, options)
         screen = Display(options.total_trials, plan, space, clock.start)
         if result is None:
-            results.remove_stale_files(member, options, recipe.checkpoints)
+            results.remove_stale_files(member, options, config.checkpoints)
             epoch = prepared.epoch
-            final = FinalTraining(member, pool, screen, options, recipe, plan, clock, epoch)
+            final = FinalTraining(member, pool, screen, options, config, plan, clock, epoch)
             with screen:
-                run_trials(member, pool, screen, options, space, recipe, plan, clock)
+                run_trials(member, pool, screen, options, space, config, plan, clock)
                 result = release.finish(final, lambda: load().to(device))
         results.publish_result(member, result)
-        results.remove_stale_files(member, options, recipe.checkpoints)
+        results.remove_stale_files(member, options, config.checkpoints)
         write_report(member, options, result["name"])
         if not finished and screen.forecasts:  # a continued study took longer than this command
             results.save_forecasts(member, clock.elapsed_s, screen.forecasts)
@@ -79,7 +79,7 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
 
 
 def write_report(member: Member, options: Options, name: str) -> None:
-    """Write and attach the report; an error only prints a line, as the model is complete."""
+    """Write and attach the report; an error only prints a line, as the model is already saved."""
     memory.return_freed_memory()  # of the export
     try:
         page.make(member, name, options.output, options.artifacts)
@@ -155,26 +155,26 @@ def run_cli(arguments: list[str]) -> int:
     except (loop.Unfinished, OSError, storage.StorageError) as error:
         return print_error(f"{root_cause(error)}{describe_continuation(error)}", 1)
     except (KeyboardInterrupt, click.Abort):
-        return print_error("interrupted; what was finished is kept, the same command goes on", 130)
+        return print_error("interrupted; finished work is kept; the same command continues", 130)
     except Exception as error:  # noqa: BLE001 - the last resort
         return print_error(shell.describe_crash(error), 1)
 
 
 def describe_continuation(error: Exception) -> str:
-    """That the same command goes on, unless the study is gone or the error would come again."""
+    """A clause that the same command continues; empty where it would fail again."""
     if isinstance(error, loop.SearchFailed):
         return ""
     if isinstance(error, loop.Unfinished):
-        return "; the same command goes on from here"
+        return "; the same command continues from here"
     if isinstance(error, storage.StorageError) and not error.passing:
         return ""
     if isinstance(error, OSError) and not checkpoints.is_disk_full(error):
         return ""
-    return "; what was finished is kept, the same command goes on from here"
+    return "; finished work is kept; the same command continues from here"
 
 
 def print_error(message: str, code: int) -> int:
-    click.echo(f"run.py: {message}", err=True)  # print() takes stdout where stderr is closed
+    click.echo(f"run.py: {message}", err=True)  # with stderr closed, print() would use stdout
     return code
 
 
@@ -184,5 +184,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     code = run_cli(sys.argv[1:])
-    gc.freeze()  # skips a collection of all imported objects at exit: 2 s
+    gc.freeze()  # without it, a collection of all imported objects at exit takes 2 s
     sys.exit(code)

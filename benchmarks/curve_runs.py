@@ -1,10 +1,12 @@
 """The training runs of benchmarks.curves: their configurations, and the values of each run."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import click
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from scipy.stats import qmc
@@ -15,7 +17,7 @@ from mnist.search import study as studies
 from mnist.search.runs import derive_seed
 from mnist.search.space import DEFAULT, WIDE, Space
 
-# So trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
+# With these, trials of 24,000 images can be replayed with rungs at 1/24, 1/12, 1/6, 1/4 and 1/2.
 FIDELITIES = (1_000, 2_000, 4_000, 6_000, 12_000, 24_000, 40_000, 60_000)
 SPACES: dict[str, Space] = {"default": DEFAULT, "wide": WIDE, "finals": DEFAULT}
 
@@ -67,6 +69,26 @@ class Run:
     @property
     def key(self) -> tuple[int, int]:
         return self.number, self.seed
+
+
+def parse_fidelities(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    """Parse the option --fidelities; raises click.BadParameter."""
+    try:
+        fidelities = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not numbers separated by commas") from error
+    if not all(a < b for a, b in zip((0, *fidelities), fidelities, strict=False)):
+        raise click.BadParameter(f"{text!r} does not ascend from above 0")
+    return fidelities
+
+
+def parse_share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
+    """Parse the option --share; raises click.BadParameter."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    i, n = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise click.BadParameter(f"{text!r} is not a share such as 1/2")
+    return i, n
 
 
 def make_configurations(space: Space, n: int, seed: int) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ one cycle, on more images, with several seeds.
 
 import json
 import platform
-import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -28,7 +27,16 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmarks.curve_runs import FIDELITIES, SPACES, Run, Settings, list_runs, train
+from benchmarks.curve_runs import (
+    FIDELITIES,
+    SPACES,
+    Run,
+    Settings,
+    list_runs,
+    parse_fidelities,
+    parse_share,
+    train,
+)
 from mnist import data, folding, memory, training
 from mnist.data import Dataset
 from mnist.search import study as studies
@@ -199,11 +207,7 @@ def _make_row(
     row = {"space": part, "number": number, "params": trial.params}
     row |= {key: trial.user_attrs[key] for key in ("errors", "log_loss", "diverged")}
     final_results = [
-        {
-            "seed": seed,
-            "errors": final.user_attrs["errors"][-1],
-            "log_loss": final.user_attrs["log_loss"][-1],
-        }
+        {"seed": seed} | {key: final.user_attrs[key][-1] for key in ("errors", "log_loss")}
         for (i, seed), final in sorted(finals.items())
         if i == number
     ]
@@ -219,24 +223,6 @@ def write_table(content: dict[str, Any], path: Path) -> None:
         for row in (content["header"], *content["rows"])
     )
     path.write_text('{"header":' + head + ',"rows":[\n' + ",\n".join(rows) + "\n]}\n")
-
-
-def _parse_fidelities(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
-    try:
-        fidelities = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not numbers with commas between") from error
-    if not all(a < b for a, b in zip((0, *fidelities), fidelities, strict=False)):
-        raise click.BadParameter(f"{text!r} does not ascend from above 0")
-    return fidelities
-
-
-def _parse_share(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    i, n = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= i <= n:
-        raise click.BadParameter(f"{text!r} is not a share such as 1/2")
-    return i, n
 
 
 @click.command()
@@ -259,7 +245,7 @@ def _parse_share(_: click.Context, __: click.Parameter, text: str) -> tuple[int,
 @click.option(
     "--fidelities",
     default=",".join(map(str, FIDELITIES)),
-    callback=_parse_fidelities,
+    callback=parse_fidelities,
     show_default=True,
     help="Training images, ascending.",
 )
@@ -269,7 +255,7 @@ def _parse_share(_: click.Context, __: click.Parameter, text: str) -> tuple[int,
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="By default all cores.")
 @click.option(
-    "--share", default="1/1", callback=_parse_share, help="I/N: train the I-th of N shares."
+    "--share", default="1/1", callback=parse_share, help="I/N: train the I-th of N shares."
 )
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
 def main(

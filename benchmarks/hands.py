@@ -1,4 +1,4 @@
-"""Digits by other hands than MNIST's: images.normalise compared with a plain resize.
+"""Digits of other collections than MNIST: images.normalise compared with a plain resize.
 
 python -m benchmarks.hands     # the current model of saved_models; a minute
 
@@ -37,7 +37,7 @@ def render(digit: np.ndarray) -> bytes:
 
 
 def find_collections(data_dir: Path) -> dict[str, tuple[list[bytes], np.ndarray]]:
-    """Read the collections that are there: files and labels by name."""
+    """Read the collections that exist: files and labels by name."""
     readers = {"usps": (load_usps, "usps/zip.train.gz"), "wild": (load_wild, "wild/labels.csv")}
     return {
         name: read(data_dir / path)
@@ -53,11 +53,11 @@ def print_row(
     right, sure = np.zeros(len(files), bool), np.zeros(len(files), bool)
     for i, file in enumerate(files):
         try:
-            readings = classify.read(images.normalise(file)[None])
+            predictions = classify.predict(images.normalise(file)[None])
         except images.ImageError:
             continue
-        right[i] = readings.probabilities[0].argmax() == labels[i]
-        sure[i] = not readings.uncertain[0]
+        right[i] = predictions.probabilities[0].argmax() == labels[i]
+        sure[i] = not predictions.uncertain[0]
     baseline = 1 - count_errors(classify, files, labels, resize) / len(labels)
     shares = (right.mean(), 1 - sure.mean(), right[sure].mean(), baseline)
     click.echo(f"{name:8}{len(files):8,}" + "".join(f"{share:12.1%}" for share in shares))

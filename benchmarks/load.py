@@ -49,13 +49,8 @@ class Results:
     def select(self, start: float, end: float) -> "Results":
         """Select the requests that were due from start to end."""
         rows = (start <= self.due) & (self.due < end)
-        return Results(
-            self.due[rows],
-            self.seconds[rows],
-            self.statuses[rows],
-            self.tries[rows],
-            end - start,
-        )
+        columns = (self.due, self.seconds, self.statuses, self.tries)
+        return Results(*(column[rows] for column in columns), end - start)
 
     def latencies(self, status: int = 200) -> np.ndarray:
         """The seconds of the requests with this status."""

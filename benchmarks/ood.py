@@ -1,4 +1,4 @@
-"""How well a model tells pictures that show no digit: its own score, and other scores beside it.
+"""How well a model flags pictures without a digit: its own score compared with other scores.
 
 python -m benchmarks.ood     # the current model of saved_models, of digits; two minutes
 
@@ -235,7 +235,7 @@ def print_tables(rows: dict[str, dict[str, np.ndarray]]) -> None:
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="MNIST_DATA_DIR")
 @click.option("--seed", default=0, show_default=True, help="Of the pictures.")
 def main(folder: Path, data_dir: Path | None, seed: int) -> None:
-    """Print how well each score tells pictures without a digit."""
+    """Print how well each score separates pictures without a digit."""
     name, record = registry.record(folder)
     dataset = data.load(record["dataset"]["name"], data_dir)
     files = make_unfamiliar(np.random.default_rng(seed), data_dir)

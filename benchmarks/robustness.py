@@ -95,7 +95,7 @@ def thicken(ink: np.ndarray, rng: Generator) -> bytes:
 
 
 def remove_paper(ink: np.ndarray, rng: Generator) -> bytes:
-    """Draw black strokes on a transparent ground."""
+    """Draw black strokes on a transparent background."""
     strokes = np.zeros((SIDE, SIDE, 4), np.uint8)
     strokes[..., 3] = (ink * 255).round()
     return encode(strokes)
@@ -107,7 +107,7 @@ def compress(ink: np.ndarray, rng: Generator) -> bytes:
 
 
 def light_unevenly(ink: np.ndarray, rng: Generator) -> bytes:
-    """Let the light fall from 1 to 0.35 across the picture; the ink reflects a fifth of it."""
+    """Reduce the light from 1 to 0.35 across the picture; the ink reflects a fifth of the light."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
     slope = (np.cos(angle) * x + np.sin(angle) * y) / (abs(np.cos(angle)) + abs(np.sin(angle)))
@@ -131,7 +131,7 @@ def draw_slanted_rules(ink: np.ndarray, rng: Generator) -> bytes:
 
 
 def cast_shadow(ink: np.ndarray, rng: Generator) -> bytes:
-    """Halve the light beyond a soft edge across the picture; the ink reflects a fifth of it."""
+    """Halve the light beyond a soft edge across the picture; the ink reflects a fifth of light."""
     angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-0.4, 0.4)
     y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
     shadow = np.clip(0.5 + 8 * (np.cos(angle) * x + np.sin(angle) * y - offset), 0, 1)

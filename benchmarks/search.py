@@ -111,7 +111,7 @@ def replay(table: Table, limits: Limits, task: tuple[str, int]) -> Outcome:
     """Replay one search, given by its name and seed."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
-    # Optuna's function loops in Python, which takes half of the time; SciPy's has the same values.
+    # Optuna's function loops in Python, which takes half of the time; SciPy's gives equal values.
     _truncnorm._log_ndtr = log_ndtr
     name, seed = task
     trials = list(SEARCHES[name].run(table, limits, seed))

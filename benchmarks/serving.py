@@ -1,4 +1,4 @@
-"""This server beside a usual FastAPI + torch server and LitServe, with the same model and pictures.
+"""This server compared with a usual FastAPI + torch server and LitServe, with equal models.
 
 python -m benchmarks.serving                    # the current model of saved_models; four minutes
 

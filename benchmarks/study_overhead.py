@@ -1,4 +1,4 @@
-"""Time of a trial that is not training: this project compared with bare Optuna, in the same run.
+"""Time of a trial without its training: this project compared with Optuna alone, in the same run.
 
 python -m benchmarks.study_overhead                # SQLite and PostgreSQL; some minutes
 
@@ -61,7 +61,7 @@ def fill(study: optuna.Study, n: int) -> None:
 
 
 def objective(trial: optuna.Trial) -> float:
-    """The objective of bare Optuna."""
+    """The objective of Optuna alone."""
     params = {
         "batch_size": trial.suggest_int("batch_size", 32, 256, log=True),
         "optimizer": trial.suggest_categorical("optimizer", ["Adam", "RMSprop", "SGD"]),

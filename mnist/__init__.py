@@ -2,6 +2,6 @@
 
 import os
 
-# ONNX Runtime reads this once, at its first import. It would write an id of the machine into the
-# home folder and send events to its maker.
+# ONNX Runtime reads this variable once, at its first import. With telemetry, it would write an id
+# of the machine into the home folder and send events to Microsoft.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

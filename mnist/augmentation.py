@@ -8,8 +8,8 @@ from torch.nn import functional as F
 # Largest rotation (rad), change of scale (1) and shift (pixels) of an augmentation of strength 1.
 ROTATION, SCALE, SHIFT = math.radians(8), 0.08, 1.5
 # For digits and letters also: largest shear (1) and change of the aspect ratio (log); share of
-# images whose strokes become thicker or thinner, and of those that pass through a coarse scan with
-# so many pixels a side. docs/lab-log.md has what each of them does to digits of other collections.
+# images whose strokes become thicker or thinner; share of images that pass through a coarse scan,
+# and its pixels a side. docs/lab-log.md has the effect of each on digits of other collections.
 SHEAR, ASPECT = 0.15, 0.12
 STROKES, SCANS, SCAN_SIDES = 0.5, 0.15, (9, 16)
 

@@ -34,7 +34,7 @@ def calibrate(engines: dict[str, EngineOutputs], dataset: Dataset) -> Classifier
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature with the highest likelihood of the labels (N,) (Guo et al. 2017).
 
-    1 without errors, as the likelihood then grows for ever as the temperature falls.
+    1 without errors: the likelihood would then grow without limit as the temperature falls.
     """
     if not count_errors(logits, labels):
         return 1.0

@@ -1,11 +1,11 @@
-"""Prediction sets: classes that hold the true one with a stated coverage (split conformal)."""
+"""Prediction sets: classes that contain the true one with a stated coverage (split conformal)."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-# Coverages whose limits a record keeps. For others, the limits of the next higher one hold, too.
+# Coverages whose limits a record stores. For other coverages, the next higher one is used.
 COVERAGES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 DEFAULT_COVERAGE = 0.999
 # With a half, sets at 0.999 have 1.4 to 2.7 classes in the mean instead of 1.1 to 1.2 (`parallel`,
@@ -48,7 +48,7 @@ def fit(
 
 
 def choose(limits: Mapping[str, list[float | None]], coverage: float) -> Limits | None:
-    """The limits for a coverage or, where there are none, for the highest one below it."""
+    """The limits for the lowest stored coverage that is high enough, else for the highest one."""
     known = sorted((float(key), pair) for key, pair in limits.items())
     if not known:
         return None

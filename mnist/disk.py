@@ -1,4 +1,4 @@
-"""Writing files so that no reader and no crash ever meets a part of one."""
+"""Atomic writes: no reader and no crash ever finds a part of a file."""
 
 import errno
 import os
@@ -8,9 +8,9 @@ from uuid import uuid4
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file by rename; it is on the disk when this returns.
+    """Write a file by rename; the content is on the disk when this function returns.
 
-    A process that is killed meanwhile leaves the old content, and a file `.NAME.*.tmp` beside it.
+    A process that is killed meanwhile leaves the old content, and a file `.NAME.*.tmp` next to it.
     Raises OSError, and leaves nothing, where the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
@@ -25,7 +25,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
-    except OSError as error:  # some network file systems sync no folders, as CIFS before Linux 4.17
+    except OSError as error:  # CIFS before Linux 4.17 and others cannot sync folders
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

@@ -66,7 +66,7 @@ def export(model: nn.Module, dataset: Dataset, narrow: nn.Module | None = None) 
         log.warning("the model is saved without %s: %s", engine, reason)
     served = calibrate(engines, dataset)
     if served.ood_score is None:
-        log.warning("uncertain pictures are found by logits, as features are not usable")
+        log.warning("uncertain pictures are found by the largest logit: features are not usable")
     else:
         files["likeness"] = (".likeness.npz", served.ood_score.to_bytes())
     predicted = {

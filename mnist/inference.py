@@ -32,8 +32,8 @@ Runner = Callable[[np.ndarray], Outputs]
 """Images uint8 (N, channels, size, size), as images.normalise returns them -> Outputs."""
 
 
-class Readings(NamedTuple):
-    """What a classifier reads in N pictures.
+class Predictions(NamedTuple):
+    """The predictions of a classifier for N pictures.
 
     `probabilities` (N, classes) float32; whether each picture is `uncertain` (N,) bool; the
     prediction `sets` (N, classes) bool of conformal.make_sets, None for models without limits.
@@ -83,21 +83,22 @@ class Classifier:
         """Probabilities (N, classes) float32; each row has the sum 1."""
         return probabilities(self.logits(images), self.temperature)
 
-    def read(self, images: np.ndarray) -> Readings:
-        """Probabilities, uncertain pictures and prediction sets."""
+    def predict(self, images: np.ndarray) -> Predictions:
+        """Predict probabilities, uncertain pictures and prediction sets."""
         parts = [
-            self._read_batch(images[i : i + BATCH_SIZE]) for i in range(0, len(images), BATCH_SIZE)
+            self._predict_batch(images[i : i + BATCH_SIZE])
+            for i in range(0, len(images), BATCH_SIZE)
         ]
         shares, uncertain, sets = zip(*parts, strict=True)
         joined = None if self.set_limits is None else np.concatenate(sets)
-        return Readings(np.concatenate(shares), np.concatenate(uncertain), joined)
+        return Predictions(np.concatenate(shares), np.concatenate(uncertain), joined)
 
-    def _read_batch(self, images: np.ndarray) -> Readings:
+    def _predict_batch(self, images: np.ndarray) -> Predictions:
         logits, features = self.run(images)
         shares, scores = probabilities(logits, self.temperature), self.scores(logits, features)
         limits = self.set_limits
         sets = None if limits is None else conformal.make_sets(shares, scores, limits)
-        return Readings(shares, scores < self.uncertain_below, sets)
+        return Predictions(shares, scores < self.uncertain_below, sets)
 
     def scores(self, logits: np.ndarray, features: np.ndarray) -> np.ndarray:
         """Scores (N,) float32, high for pictures that look like a class."""
@@ -268,7 +269,7 @@ def _check_golden(classifier: Classifier, golden: dict[str, Any], classes: int) 
     """Raise ValueError where the classifier differs from the saved one; also a warm-up."""
     images = golden["images"]
     for batch in (images[:1], images):
-        predicted = classifier.read(batch).probabilities
+        predicted = classifier.predict(batch).probabilities
         if predicted.shape != (len(batch), classes) or not np.isfinite(predicted).all():
             raise ValueError(f"it gives no {classes} probabilities, but {predicted.shape[1:]}")
         if "torch" in golden:  # probabilities within the tolerance have the same class

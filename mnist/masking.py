@@ -1,9 +1,9 @@
-"""Secrets in texts and URLs, and what is shown in their place."""
+"""Masks secrets in texts and URLs."""
 
 import re
 
 MASK = "***"
-# What may be a secret in the text of an error: before the @ of a URL, or behind a name.
+# Possible secrets in the text of an error: before the @ of a URL, or after a name.
 SECRETS = re.compile(r"(?<=://)[^\s'\"]+(?=@)|(?i:(?<=password=)|(?<=pwd=)|(?<=token=))[^\s&'\"]+")
 # Parameters of a database's URL that are shown; any other may be a secret of its driver.
 HARMLESS_PARAMETERS = (
@@ -13,7 +13,7 @@ HARMLESS_PARAMETERS = (
 
 
 def mask_text(text: str) -> str:
-    """A text, such as that of an error, without what may be a secret."""
+    """A text, such as that of an error, with possible secrets masked."""
     return SECRETS.sub(MASK, text)
 
 
@@ -28,7 +28,7 @@ def mask_parameter(parameter: str) -> str:
 def mask_url(url: str) -> str:
     """The URL of a database in a record, which may be older than the masking of records.
 
-    A masked URL stays as it is, as does that of a file of SQLite: a path may have an @.
+    A masked URL is returned unchanged, and so is the URL of an SQLite file: a path may have an @.
     """
     scheme, separator, place = url.partition("://")
     if not separator or (scheme.startswith("sqlite") and place.startswith("/")):

@@ -1,4 +1,4 @@
-"""How the C library keeps the memory of freed tensors."""
+"""Whether the C library keeps or returns the memory of freed tensors."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""What is measured of a model: predictions, errors, scores."""
+"""Predictions of a model, and their errors and scores."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -11,7 +11,7 @@ from mnist.folding import Factors
 
 
 def _initialise(model: nn.Module) -> None:
-    """Set weights by He et al. 2015 (arXiv 1502.01852), which keeps activations' size in ReLU nets.
+    """Set weights by He et al. 2015 (arXiv 1502.01852), for a constant variance of activations.
 
     Compared with torch's default: 99 errors instead of 116 on 7,500 images after 26,000 training
     images (batch 64, Adam, lr 0.001, one seed each), 109 instead of 122 at batch 33, lr 0.00039.

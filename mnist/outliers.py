@@ -1,8 +1,8 @@
 """Pictures that show no class, for training: strokes, signs, shapes, noise, joined images.
 
-A network that has only seen its classes is sure of what it is shown, whatever that is. Shown
-pictures without a class as well, it learns to be unsure of them, and of others that it has not seen
-(outlier exposure: Hendrycks et al. 2019, arXiv 1812.04606).
+A network that was trained on its classes only is confident for any picture. If it is also trained
+on pictures without a class, it learns to be uncertain about them and about unseen pictures of other
+kinds (outlier exposure: Hendrycks et al. 2019, arXiv 1812.04606).
 """
 
 import math
@@ -28,8 +28,8 @@ Draw = Callable[[Generator], Grey]
 def make(images: NDArray[np.uint8], n: int, seed: int) -> NDArray[np.uint8]:
     """Make n pictures uint8 (n, 1, S, S) without a class, from training images (N, 1, S, S).
 
-    Ink on black, centred by MNIST's recipe like the training images. A picture that is too like one
-    of the first COMPARED training images is left out.
+    Ink on black, centred by MNIST's recipe like the training images. A picture that is too similar
+    to one of the first COMPARED training images is left out.
     """
     rng = np.random.default_rng(seed)
     size = images.shape[-1]
@@ -142,7 +142,7 @@ def join(pair: NDArray[np.uint8], rng: Generator) -> Grey:
 
 
 def _ellipse(rng: Generator, radii: tuple[int, int], degrees: float) -> NDArray[np.float64]:
-    """Points (N, 2) on an arc of so many degrees, with a random centre, radii and turn."""
+    """Points (N, 2) on an arc of these degrees, with random centre, radii and rotation."""
     centre_point = rng.uniform(SIDE / 5, SIDE * 4 / 5, 2)
     angle = np.radians(np.linspace(0, degrees, 40)) + rng.uniform(0, 2 * np.pi)
     along = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(*radii, 2)

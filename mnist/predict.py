@@ -12,10 +12,9 @@ import numpy as np
 
 from mnist import images, inference, registry, shell
 from mnist.images.files import describe_left_out, describe_links, list_tree
-from mnist.report import model_plots, plots
 
 TOP_CLASSES = 3
-MAX_LABELS = 4  # of a prediction set that are named
+MAX_LABELS = 4  # named classes of a prediction set
 MAX_PLOTTED = 240  # pictures in a figure; matplotlib limits its height
 
 
@@ -71,11 +70,11 @@ def predict_file(
         return Unreadable(file, "unreadable", error.strerror or str(error))
     except images.ImageError as error:
         return Unreadable(file, error.code, str(error))
-    readings, classes = classify.read(picture[None]), data["classes"]
-    shares = zip(classes, map(float, readings.probabilities[0]), strict=True)
+    predictions, classes = classify.predict(picture[None]), data["classes"]
+    shares = zip(classes, map(float, predictions.probabilities[0]), strict=True)
     top = sorted(shares, key=lambda pair: -pair[1])[:TOP_CLASSES]
-    uncertain = bool(readings.uncertain[0])
-    return Prediction(file, picture, top, uncertain, readings.labels(0, classes))
+    uncertain = bool(predictions.uncertain[0])
+    return Prediction(file, picture, top, uncertain, predictions.labels(0, classes))
 
 
 # --- output
@@ -129,6 +128,9 @@ def print_picture(picture: np.ndarray, stream: TextIO) -> None:
 
 def plot_predictions(predictions: Sequence[Prediction], file: Path) -> None:
     """Write a PNG file of all pictures, as the model sees them, with their predictions."""
+    # Its libraries are not in requirements-serve.txt, which is enough without --plot.
+    from mnist.report import model_plots, plots
+
     names = model_plots.printable_names([prediction.file.name for prediction in predictions])
     classes = model_plots.printable_names([prediction.top[0][0] for prediction in predictions])
     captions = [
@@ -152,10 +154,15 @@ def plot_predictions(predictions: Sequence[Prediction], file: Path) -> None:
     envvar="MODELS",
     help="The registry. [default: saved_models, or a sample while it has no model]",
 )
-@click.option("--model", help="One of its models. [default: the current one]")
-@click.option("--show", is_flag=True, help="Each picture in the terminal, as it is read.")
-@click.option("--plot", "file", type=shell.UserPath(path_type=Path), help="A PNG file of them all.")
-@click.option("--json", "as_json", is_flag=True, help="The answers as JSON.")
+@click.option("--model", help="Name of a model in the registry. [default: the current one]")
+@click.option("--show", is_flag=True, help="Draw the model's inputs in the terminal.")
+@click.option(
+    "--plot",
+    "file",
+    type=shell.UserPath(path_type=Path),
+    help="Draw the model's inputs into this PNG file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the predictions as JSON.")
 def main(
     files: tuple[Path, ...],
     models: Path | None,
@@ -164,7 +171,7 @@ def main(
     file: Path | None,
     as_json: bool,
 ) -> int:
-    """Say what pictures show: files, or folders of them.
+    """Classify pictures: files, or folders of files.
 
     Prints each file with its class, its probability, and the three most likely classes. Exit
     status 1 if one of them could not be read.
@@ -211,7 +218,7 @@ def choose_registry() -> Path:
 
 
 def print_error(message: str) -> None:
-    """Print one line, whatever the names of files in it."""
+    """Print one line, even if the name of a file in it has control characters."""
     click.echo("predict: " + shell.show_controls(message), err=True)
 
 
@@ -226,6 +233,9 @@ def run_cli(arguments: list[str]) -> int:
         print_error(str(error))
     except BrokenPipeError:
         shell.discard_output()
+        return 1
+    except ModuleNotFoundError as error:  # --plot and --show need more than the server
+        print_error(f"{error.name} is not installed; `pip install -r requirements.txt` installs it")
         return 1
     except OSError as error:  # --plot
         print_error(f"{error.filename or 'output'}: {error.strerror or error}")

@@ -1,4 +1,4 @@
-"""What this process may use, and the environment variables that it passes on."""
+"""The cores that this process may use, and environment variables for child processes."""
 
 import contextlib
 import math
@@ -22,7 +22,7 @@ def available_cores(proc: Path = Path("/proc/self")) -> int:
 
 
 def _cgroup_folders(proc: Path) -> Iterator[Path]:
-    """The control groups of the process, its own and those around it, as far as they are mounted.
+    """The mounted control groups of the process: its own, and the groups that contain it.
 
     The quota of each of them applies. Of cgroup v1, only the hierarchy of the cpu controller.
     """

@@ -1,4 +1,4 @@
-"""What the commands of the shell share: paths with ~, output in any encoding, unexpected errors."""
+"""Shared by the command lines: paths with ~, output in any encoding, unexpected errors."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from mnist.masking import mask_text
 
 
 def expand_home(path: str | os.PathLike[str]) -> str:
-    """The path with the home folder for ~; that of an unknown user stays as it is."""
+    """The path with the home folder for ~; a path with an unknown user is unchanged."""
     return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises RuntimeError
 
 
@@ -38,7 +38,7 @@ def show_controls(text: str) -> str:
 
 
 def discard_output() -> None:
-    """Write nothing more, as nobody reads standard output, e.g. after `| head`."""
+    """Discard further output, as no process reads standard output any more, e.g. after `| head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -48,8 +48,8 @@ def first_line(error: BaseException) -> str:
 
 
 def describe_crash(error: BaseException) -> str:
-    """One line about an error that no part of the program expects, which names a file with its
-    traceback; only the user can read that file."""
+    """One line about an unexpected error, which names a file with the traceback; only the user can
+    read that file."""
     text = mask_text("".join(traceback.format_exception(error)))
     reason = mask_text(str(error).strip()).partition("\n")[0]
     line = f"unexpected {type(error).__name__}" + (f": {reason}" if reason else "")

@@ -11,20 +11,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mnist import metrics, optimizers
+from mnist import batch_norms, metrics, optimizers
 from mnist.augmentation import augment
 from mnist.data import Dataset, Split
 from mnist.folding import Factors
 
 VALIDATION_SUBSET = 2_000  # validation images of a report before the end; the last one uses all
-NORM_IMAGES = 1_000  # training images for the statistics of batch norms
 # Decay of a training form's weights per training image, at the learning rate's peak: 27 errors on
 # 5,000 validation images instead of 29 after 400,000 images, log-loss 0.0160 instead of 0.0179.
 DECAY = 2.5e-6
 # Share of the target for all classes together (Szegedy et al. 2016, arXiv 1512.00567): 110 errors
 # of 15,000 held-out images instead of 128 after 60,000 images, 59 instead of 66 after 600,000.
 LABEL_SMOOTHING = 0.1
-OUTLIER_SHARE = 1 / 4  # pictures without a class in a batch, for each of its images
 SPEED_S, SPEED_STEPS = 2.5, 4  # a speed measurement takes the longer of the two
 
 
@@ -144,7 +142,7 @@ def fit(
     total = steps * batch_size
     rung_steps = sorted({math.ceil(rung / batch_size) for rung in validate_at} - {0})
     cycle_ends = [*(step for step in rung_steps if step < steps), steps]
-    check_batch_size(model, batch_size)
+    batch_norms.check_batch_size(model, batch_size)
     generator = torch.Generator().manual_seed(seed)
     order = ShuffledPasses(len(train), generator)
     torch_optimizer = optimizers.make_optimizer(model, optimizer, lr, weight_decay, momentum)
@@ -190,63 +188,13 @@ def fit(
         state = functools.partial(_make_state, step, model, torch_optimizer, order)
         wrong, n, log_loss = None, None, None
         if is_rung or step == steps:
-            recompute_batch_norms(model, dataset, train, outliers)
+            batch_norms.recompute_statistics(model, dataset, train, outliers)
             if validation is not None:
                 split = validation if step == steps else validation.head(subset)
                 with precision:
                     wrong, n, log_loss = metrics.validate(model, dataset, split)
                 model.train()
         yield Progress(seen, total, mean_loss, wrong, n, log_loss, state)
-
-
-def check_batch_size(model: nn.Module, batch_size: int) -> None:
-    """Raise ValueError for a batch of one image in a network with 1-d batch norms."""
-    if batch_size == 1 and any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules()):
-        raise ValueError("batch_size is 1; batch norms need at least 2, or use --plain")
-
-
-def batch_norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """The model's batch norms that track running statistics."""
-    return [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.track_running_stats
-    ]
-
-
-@torch.no_grad()
-def recompute_batch_norms(
-    model: nn.Module, dataset: Dataset, train: Split, outliers: torch.Tensor | None = None
-) -> None:
-    """Replace the batch norms' statistics by those of NORM_IMAGES unaugmented training images.
-
-    A share of outliers is among them as in the training: without, 121 instead of 68 of 15,000
-    held-out images were read wrong, most of them taken for outliers (240,000 training images).
-
-    The running statistics are of augmented images and lag some steps behind: with them, the same
-    weights made 251 errors on 5,000 validation images after 8,000 training images, with those of
-    2,000 unaugmented images 127 (`parallel`, Adam, batch 64, lr 0.003; docs/lab-log.md has more).
-    """
-    layers = batch_norms(model)
-    if not layers:
-        return
-    momenta = [norm.momentum for norm in layers]
-    model.eval()  # dropout stays off
-    for norm in layers:
-        norm.reset_running_stats()
-        norm.momentum = None  # average over all batches
-        norm.train()
-    images = train.head(NORM_IMAGES).images
-    if outliers is not None:
-        images = torch.cat([images, outliers[: round(OUTLIER_SHARE * len(images))]])
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        images = images[order]  # each batch has its share
-    n_batches = max(1, len(images) // metrics.EVAL_BATCH)
-    for batch in images.split(metrics.EVAL_BATCH)[:n_batches]:  # of equal size
-        model(dataset.standardise(batch))
-    for norm, value in zip(layers, momenta, strict=True):
-        norm.momentum = value
-    model.train()
 
 
 @torch.no_grad()
@@ -264,7 +212,7 @@ def _add_outliers(
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add outliers to a batch; returns images and the target probability of each class."""
-    n = math.ceil(OUTLIER_SHARE * len(images))
+    n = math.ceil(batch_norms.OUTLIER_SHARE * len(images))
     chosen = torch.randint(len(outliers), (n,), generator=generator)
     targets = F.one_hot(labels, n_classes).float()
     equal = torch.full((n, n_classes), 1 / n_classes, device=targets.device)
@@ -280,8 +228,9 @@ def _backward(
     """Accumulate the gradient of the mean loss over micro-batches; returns that loss."""
     total = torch.zeros((), device=inputs.device)
     parts = math.ceil(len(inputs) / micro_batch)  # of nearly equal size: batch norms need 2 images
-    for part, wanted in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-        loss = loss_of(part, wanted) * (len(part) / len(inputs))
+    splits = inputs.tensor_split(parts), targets.tensor_split(parts)
+    for part, part_targets in zip(*splits, strict=True):
+        loss = loss_of(part, part_targets) * (len(part) / len(inputs))
         loss.backward()
         total += loss.detach()
     return total

@@ -33,7 +33,7 @@ PAGE_POLICY = (  # nothing from other origins, nothing inline
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-ERRORS = schemas.problems(400, 401, 404, 413, 415, 422, 429, 503)
+ERRORS = schemas.error_responses(400, 401, 404, 413, 415, 422, 429, 503)
 
 log = logging.getLogger("serve")
 
@@ -52,7 +52,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 class App(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
-        """Outermost, so that rejected requests bypass the other middleware."""
+        """Wrap all other middleware, so that rejected requests bypass it."""
         return RequestMiddleware(super().build_middleware_stack())
 
 
@@ -71,7 +71,7 @@ async def get_engine(request: Request) -> Engine:
 
 
 def _json(content: Any) -> Response:
-    """A part of model_info.json: a name in it may not be UTF-8, and a number may be NaN."""
+    """A part of model_info.json as a response: it may have NaN, and names that are not UTF-8."""
     finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return Response(json.dumps(finite), media_type="application/json")
 
@@ -83,7 +83,7 @@ View = Annotated[bool, Query(description="whether to return the model's input")]
 
 
 async def choose_model(request: Request, engine: CurrentEngine, model: Name = None) -> LoadedModel:
-    """The model that answers, after a check of the URL; `?model=` means none in particular."""
+    """The model of the request, after a check of the URL; `?model=` is the current one."""
     parameters.check_query(request)
     return await engine.choose_model(model or None)
 
@@ -119,7 +119,7 @@ async def ready(request: Request, engine: CurrentEngine) -> JSONResponse:
     return JSONResponse(answer | extra)
 
 
-@app.get("/models", response_model=schemas.Models, responses=schemas.problems(503))
+@app.get("/models", response_model=schemas.Models, responses=schemas.error_responses(503))
 def models(engine: CurrentEngine) -> Response:
     """A summary of every saved model."""
     info = registry.read(engine.folder)
@@ -138,9 +138,9 @@ def models(engine: CurrentEngine) -> Response:
 
 @app.get(
     "/models/{name}",
-    openapi_extra=schemas.BY_NAME,
+    openapi_extra=schemas.NAME_PARAMETER,
     response_model=dict[str, Any],
-    responses=schemas.problems(404, 503),
+    responses=schemas.error_responses(404, 503),
 )
 def model(request: Request, engine: CurrentEngine) -> Response:
     """The record of one model; if API keys are set, its public part without one."""
@@ -148,7 +148,7 @@ def model(request: Request, engine: CurrentEngine) -> Response:
     return _json(visibility.record(request, record))
 
 
-@app.get("/metrics", response_class=Response, responses=schemas.problems(401))
+@app.get("/metrics", response_class=Response, responses=schemas.error_responses(401))
 def metrics(engine: CurrentEngine) -> Response:
     """Requests, latencies, batches, models and predictions, in the text format of Prometheus."""
     return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -156,7 +156,7 @@ def metrics(engine: CurrentEngine) -> Response:
 
 @app.post(
     "/predict",
-    openapi_extra=schemas.ONE,
+    openapi_extra=schemas.ONE_PICTURE,
     response_model=schemas.Answer,
     responses=ERRORS,
 )
@@ -184,17 +184,17 @@ async def predict_base64(
 
 @app.post(
     "/predict/batch",
-    openapi_extra=schemas.SEVERAL,
+    openapi_extra=schemas.SEVERAL_PICTURES,
     response_model=schemas.Batch,
-    responses=schemas.problems(400, 401, 404, 413, 422, 429, 503),
+    responses=schemas.error_responses(400, 401, 404, 413, 422, 429, 503),
 )
 async def predict_batch(
     request: Request, engine: CurrentEngine, model: ChosenModel, top: Top = 3, view: View = False
 ) -> JSONResponse:
     """Classify several raw pictures, each sent as the multipart field `files`."""
     files = await uploads.read_pictures(request)
-    # Fair queueing: besides the pictures in work, one waits, so that no thread is idle. If all
-    # waited, the last ones would miss the deadline because of the others of this request.
+    # Fair queueing: besides the pictures that are processed, one waits, so that no thread is idle.
+    # If all waited, the last ones would miss the deadline because of the others of this request.
     slots = asyncio.Semaphore(engine.batcher.threads + 1)
 
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
@@ -215,15 +215,15 @@ async def predict_batch(
 @app.post(
     "/feedback",
     status_code=201,
-    openapi_extra=schemas.CORRECTION,
-    response_model=schemas.Kept,
+    openapi_extra=schemas.CORRECTION_FORM,
+    response_model=schemas.Correction,
     responses=ERRORS,
 )
-async def put_right(request: Request, engine: CurrentEngine, model: ChosenModel) -> JSONResponse:
+async def correct(request: Request, engine: CurrentEngine, model: ChosenModel) -> JSONResponse:
     """Keep a picture with its true class, one of the model's, if FEEDBACK_DIR is set."""
     settings = engine.settings
     if settings.feedback_dir is None:
-        raise ApiError(404, "not_found", "corrections are not kept here (FEEDBACK_DIR)")
+        raise ApiError(404, "not_found", "this server stores no corrections; set FEEDBACK_DIR")
     picture, label = await uploads.read_correction(request)
     if label not in model.record["dataset"]["classes"]:
         problem = f"the label is {quote(label)}" if label else "no label was sent"

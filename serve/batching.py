@@ -1,4 +1,4 @@
-"""Dynamic batching: waiting pictures are classified together, late ones are rejected."""
+"""Dynamic batching: waiting pictures are classified together, late pictures are rejected."""
 
 import asyncio
 import threading
@@ -48,8 +48,8 @@ class Job:
 class Batcher:
     """The queue before the model, and the threads that take batches from it.
 
-    A picture that finds an idle thread starts at once; while all `threads` are busy, pictures
-    gather. A lone small picture is answered on the event loop: waking a thread, and being woken by
+    With an idle thread, a picture is processed at once; while all `threads` are busy, pictures
+    wait. A lone small picture is answered on the event loop: waking a thread, and being woken by
     it, takes a tenth of the time of an answer.
 
     Public methods run on the event loop.
@@ -61,8 +61,8 @@ class Batcher:
         self._executor = ThreadPoolExecutor(self.threads, "inference")
         self._loop = asyncio.get_running_loop()
         self._pictures = 0  # in progress; event loop only
-        # Written under the lock, by the event loop and the batch threads. Read without it where an
-        # old value does no harm.
+        # Written under the lock, by the event loop and the batch threads. Read without the lock
+        # where an old value does no harm.
         self._lock = threading.Lock()
         self._queue: deque[Job] = deque()
         self._busy_threads = 0
@@ -131,7 +131,7 @@ class Batcher:
         start = time.monotonic()
         try:
             results = self._classify(jobs)
-        except Exception as error:  # noqa: BLE001 - the thread goes on with the next batch
+        except Exception as error:  # noqa: BLE001 - the thread continues with the next batch
             results = dict.fromkeys(jobs, error)
         processed = sum(not isinstance(result, Busy) for result in results.values())
         if processed:
@@ -147,7 +147,7 @@ class Batcher:
         for job in jobs:
             try:
                 if time.monotonic() > job.queued_at + self._settings.deadline_ms / 1000:
-                    raise Busy("deadline", "too slow", self.waiting * self.pace_s)
+                    raise Busy("deadline", "the deadline has passed", self.waiting * self.pace_s)
                 picture = job.model.normalise(job.data)
                 batches.setdefault(job.model, []).append((job, picture))
             except Exception as error:  # noqa: BLE001 - raised where the future is awaited

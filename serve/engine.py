@@ -1,4 +1,4 @@
-"""The live models: loaded while the old ones answer, swapped without a pause, kept on errors."""
+"""The live models: a new model is loaded while the old one answers, and kept out if it fails."""
 
 import asyncio
 import base64
@@ -20,7 +20,7 @@ from serve.loading import RETRY_S, LoadedModel, Loader, NamedModels
 from serve.metrics import Metrics
 from serve.settings import Settings
 
-POLL_S = 0.5  # between two checks of the registry, on average: workers seldom load at once
+POLL_S = 0.5  # between two checks of the registry, on average: workers rarely load at the same time
 
 log = logging.getLogger("serve")
 
@@ -29,7 +29,7 @@ class Engine:
     """Answers with the current model of the registry, or with a model that a request names.
 
     It polls the registry: a new current model is loaded and checked while the old one answers, and
-    only then replaces it. `refused` has, by role, the model that failed to, with the reason;
+    only then replaces it. `refused` maps a role to the model that failed to load, with the reason;
     `reason` says why there is no current model. All attributes belong to the event loop.
     """
 
@@ -96,8 +96,8 @@ class Engine:
 
         Raises images.ImageError for the picture, admission.Busy if it waits past the deadline.
         """
-        picture, reading = await self.batcher.classify(data, model)
-        answer = {"filename": filename, **model.answer(reading, top)}
+        picture, prediction = await self.batcher.classify(data, model)
+        answer = {"filename": filename, **model.answer(prediction, top)}
         labels = model.name, answer["prediction"], str(answer["uncertain"]).lower()
         self.metrics.predictions.labels(*labels).inc()
         self.metrics.confidence.labels(model.name).observe(answer["probability"])

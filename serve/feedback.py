@@ -1,4 +1,4 @@
-"""Corrected pictures, kept as a folder data set: one sub-folder for each class."""
+"""Corrected pictures, stored as a folder data set: one subfolder for each class."""
 
 import hashlib
 from pathlib import Path
@@ -14,7 +14,7 @@ def keep(folder: Path, max_bytes: int, picture: bytes, label: str, max_pixels: i
     """Keep the picture's bytes under `label`, one of the model's classes; returns the path.
 
     The same picture is kept once, under the last label. `run.py --dataset folder:FOLDER` trains on
-    the folder. Raises images.ImageError if the bytes are no picture, Full if the folder would
+    the folder. Raises images.ImageError if the bytes are not a picture, Full if the folder would
     exceed `max_bytes`, OSError if it cannot be written to.
     """
     from filelock import FileLock  # most servers keep no corrections, and start faster without it

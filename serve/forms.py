@@ -1,4 +1,4 @@
-"""Multipart forms, read chunk by chunk. The name of a file decides nothing."""
+"""Multipart forms, read chunk by chunk. The name of a file has no influence."""
 
 import re
 from urllib.parse import unquote_to_bytes
@@ -46,7 +46,7 @@ class Form:
         )
 
     def feed(self, chunk: bytes) -> None:
-        """Parse the next bytes, at the end b""; raises ApiError if they are no such form."""
+        """Parse the next bytes, at the end b""; raises ApiError if the form is malformed."""
         try:
             for event in self._parser.parse(chunk):
                 if isinstance(event, bytes):
@@ -55,7 +55,7 @@ class Form:
                     self._begin(Part(event))
         except multipart.MultipartError as error:
             reason = f"cannot be read: {error}" if chunk else "ends before its last boundary"
-            raise bad_request(f"the form {reason}; let the HTTP client make it") from error
+            raise bad_request(f"the form {reason}; let the HTTP client create it") from error
 
     def pictures(self) -> list[Part]:
         """The parts named `field`, also without a file name. Raises ApiError if there are none."""

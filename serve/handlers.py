@@ -40,7 +40,7 @@ async def _unknown_model(request: Request, error: registry.UnknownModel) -> JSON
 
 
 async def _client_disconnected(request: Request, error: ClientDisconnect) -> JSONResponse:
-    message = "the client left before the end of the upload"
+    message = "the client disconnected before the end of the upload"
     return error_response(request.scope, 400, "bad_request", message)
 
 

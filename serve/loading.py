@@ -21,8 +21,8 @@ NAMED_MODELS = 3  # kept in memory; `parallel` takes 30 MB in int8, 113 in torch
 RETRY_S = 60.0  # until a model that failed to load is loaded again: a disk may have been offline
 
 
-class Reading(NamedTuple):
-    """What a model reads in one picture: see inference.Readings."""
+class Prediction(NamedTuple):
+    """The prediction of a model for one picture: see inference.Predictions."""
 
     probabilities: list[float]
     uncertain: bool
@@ -53,24 +53,24 @@ class LoadedModel:
             max_pixels=self.max_pixels,
         )
 
-    def classify(self, pictures: np.ndarray) -> list[Reading]:
-        readings, classes = self.classifier.read(pictures), self.record["dataset"]["classes"]
-        rows = zip(readings.probabilities.tolist(), readings.uncertain.tolist(), strict=True)
-        return [Reading(*row, readings.labels(i, classes)) for i, row in enumerate(rows)]
+    def classify(self, pictures: np.ndarray) -> list[Prediction]:
+        predictions, classes = self.classifier.predict(pictures), self.record["dataset"]["classes"]
+        rows = zip(predictions.probabilities.tolist(), predictions.uncertain.tolist(), strict=True)
+        return [Prediction(*row, predictions.labels(i, classes)) for i, row in enumerate(rows)]
 
-    def answer(self, reading: Reading, top: int) -> dict[str, Any]:
+    def answer(self, prediction: Prediction, top: int) -> dict[str, Any]:
         """schemas.Answer without `filename` and `view`."""
-        probabilities = reading.probabilities
+        probabilities = prediction.probabilities
         classes, study = self.record["dataset"]["classes"], self.record["study"]
         ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
-        prediction, probability = ranked[0]
+        predicted_class, probability = ranked[0]
         return {
-            "prediction": prediction,
+            "prediction": predicted_class,
             "probability": probability,
             "probabilities": dict(zip(classes, probabilities, strict=True)),
             "top": ranked[:top],
-            "uncertain": reading.uncertain,
-            "labels": reading.labels,
+            "uncertain": prediction.uncertain,
+            "labels": prediction.labels,
             "model": self.name,
             "study": study["name"],
             "trial": study["trial"],
@@ -78,7 +78,7 @@ class LoadedModel:
 
 
 class Loader:
-    """Notices changes of the registry and loads its models."""
+    """Detects changes of the registry and loads its models."""
 
     def __init__(self, settings: Settings, shared: Path | None) -> None:
         self._settings = settings
@@ -192,7 +192,7 @@ class NamedModels:
         if name in self._errors:
             raise registry.RegistryError(str(self._errors[name]))
         if self._waiting > self._max_waiting:
-            raise Busy("loading", f"it loads {name}")
+            raise Busy("loading", f"it is loading {name}")
         task = self._tasks.get(name)
         if task is None:
             self._tasks[name] = task = asyncio.create_task(self._load(name))

@@ -77,7 +77,7 @@ class Metrics:
             "requests", "Answered requests", ["method", "route", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "request_seconds", "From the request's head to its answer", ["route"],
+            "request_seconds", "From the head of the request to its response", ["route"],
             buckets=SECONDS_BUCKETS, registry=registry,
         )  # fmt: skip
         self.rejected = Counter(
@@ -103,7 +103,7 @@ class Metrics:
             "predictions", "Answers", ["model", "prediction", "uncertain"], registry=registry
         )
         self.confidence = Histogram(
-            "prediction_probability", "Probability of the class answered", ["model"],
+            "prediction_probability", "Probability of the predicted class", ["model"],
             buckets=PROBABILITY_BUCKETS, registry=registry,
         )  # fmt: skip
 

@@ -19,8 +19,8 @@ class Answer(BaseModel):
     )
     uncertain: bool = Field(description="the picture does not look like any class")
     labels: list[str] | None = Field(
-        description="the classes that hold the true one with a probability of COVERAGE, the most "
-        "likely one first; null for models of old",
+        description="the prediction set: classes that contain the true one with a probability of "
+        "COVERAGE, the most likely one first; null for older models",
         examples=[["3"]],
     )
     model: str = Field(examples=[NAME])
@@ -29,27 +29,27 @@ class Answer(BaseModel):
     view: str | None = Field(None, description="with view=true: the model's input, a data: URL")
 
 
-class Mistake(BaseModel):
+class ErrorDetail(BaseModel):
     code: str = Field(examples=["not_an_image"])
     message: str
     request_id: str
 
 
-class Problem(BaseModel):
+class ErrorResponse(BaseModel):
     """The body of every error."""
 
-    error: Mistake
+    error: ErrorDetail
 
 
-class Unread(BaseModel):
+class BatchError(BaseModel):
     """The error of one picture of a batch, in place of its answer."""
 
     filename: str | None
-    error: Mistake
+    error: ErrorDetail
 
 
 class Batch(BaseModel):
-    results: list[Answer | Unread]
+    results: list[Answer | BatchError]
 
 
 class Base64(BaseModel):
@@ -79,7 +79,7 @@ class Unavailable(BaseModel):
     refused: dict[str, str] = {}
 
 
-class Brief(BaseModel):
+class ModelSummary(BaseModel):
     name: str = Field(examples=[NAME])
     dataset: str = Field(examples=["mnist"])
     network: str = Field(examples=["parallel"])
@@ -89,26 +89,26 @@ class Brief(BaseModel):
 
 class Models(BaseModel):
     current: str | None = Field(examples=[NAME])
-    models: list[Brief]
+    models: list[ModelSummary]
 
 
-class Kept(BaseModel):
-    """A correction that was kept."""
+class Correction(BaseModel):
+    """A correction that was stored."""
 
     label: str = Field(examples=["7"])
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route for these statuses, each with a Problem as its body."""
-    return {status: {"model": Problem, "description": CODES[status]} for status in statuses}
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route for these statuses, each with an ErrorResponse as its body."""
+    return {status: {"model": ErrorResponse, "description": CODES[status]} for status in statuses}
 
 
 CODES = {
     400: "bad_request: a form, JSON or parameter that cannot be read",
     401: "unauthorised: keys are set, none or a wrong one in X-API-Key",
-    404: "unknown_model: the name is no model's",
+    404: "unknown_model: no saved model has this name",
     413: "too_large, too_many_pixels, too_many_files, full: over a limit",
-    415: "not_an_image: no decoder reads it, or it ends early",
+    415: "not_an_image: no decoder can read it, or it ends early",
     422: "blank: nothing is drawn; missing_file: nothing was sent",
     429: "busy: the queue is full or the deadline cannot be met; see Retry-After",
     503: "no_model: nothing to answer with; not_kept: a correction could not be written",
@@ -128,16 +128,16 @@ def form(**fields: dict[str, Any]) -> dict[str, Any]:
 
 
 PICTURE = {"type": "string", "format": "binary"}
-ONE = body(
+ONE_PICTURE = body(
     "multipart/form-data",
     form(file=PICTURE),
     **{"application/octet-stream": PICTURE, "image/*": PICTURE},
 )
-SEVERAL = body(
+SEVERAL_PICTURES = body(
     "multipart/form-data", form(files={"type": "array", "minItems": 1, "items": PICTURE})
 )
 CLASS = {"type": "string", "format": "class", "description": "one of the model's classes"}
-CORRECTION = body("multipart/form-data", form(file=PICTURE, label=CLASS))
-BY_NAME = {  # FastAPI's own parameter would add a 422 that no name can cause
+CORRECTION_FORM = body("multipart/form-data", form(file=PICTURE, label=CLASS))
+NAME_PARAMETER = {  # FastAPI's own parameter would add a 422 that no name can cause
     "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
 }

@@ -18,8 +18,8 @@ from pydantic import (
 
 from mnist import conformal, registry
 
-Words = tuple[str, ...]
-"""In the environment, words separated by commas."""
+Strings = tuple[str, ...]
+"""In the environment, strings separated by commas."""
 
 MAX = 10**12  # of sizes, numbers and ms
 ORIGIN = re.compile(
@@ -54,13 +54,13 @@ class Settings(BaseModel):
     max_batch_files: int = Field(64, ge=1, le=MAX, description="most pictures in one request")
     max_queue: int = Field(256, ge=1, le=MAX, description="most requests in progress at a time")
     deadline_ms: int = Field(1000, ge=1, le=MAX, description="longest wait for an answer, in ms")
-    api_keys: Words = Field((), description="API keys; if set, POST and /metrics need one")
-    cors_origins: Words = Field((), description="allowed web origins; * for all")
+    api_keys: Strings = Field((), description="API keys; if set, POST and /metrics need one")
+    cors_origins: Strings = Field((), description="allowed web origins; * for all")
     coverage: float = Field(
         conformal.DEFAULT_COVERAGE,
         gt=0,
         lt=1,
-        description="share of true classes in `labels`",
+        description="share of pictures whose true class is in `labels`",
     )
     canary: tuple[str, float] | None = Field(
         None, description="NAME:SHARE, a model that answers this share (0..1) of the requests"
@@ -72,7 +72,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_environment(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _read_environment(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         variables = {name.lower(): text for name, text in os.environ.items()}
         settings = {name: variables[name] for name in cls.model_fields if name in variables}
         return settings | arguments
@@ -89,19 +89,19 @@ class Settings(BaseModel):
 
     @field_validator("api_keys")
     @classmethod
-    def _sendable(cls, keys: Words) -> Words:
+    def _check_keys(cls, keys: Strings) -> Strings:
         if not all(key.isprintable() for key in keys):
             raise ValueError("a key has a character that no HTTP header can have; leave it out")
         return keys
 
     @field_validator("cors_origins")
     @classmethod
-    def _origins(cls, origins: Words) -> Words:
-        return tuple(map(_as_sent, origins))
+    def _normalise_origins(cls, origins: Strings) -> Strings:
+        return tuple(map(_normalise_origin, origins))
 
     @field_validator("models", "feedback_dir")
     @classmethod
-    def _folder(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+    def _expand_folder(cls, path: Path | None, info: ValidationInfo) -> Path | None:
         if path is None:
             return None
         try:
@@ -110,7 +110,7 @@ class Settings(BaseModel):
             if not nearest.is_dir():
                 raise ValueError(f"{nearest} is a file; name a folder")
         except RuntimeError as error:
-            raise ValueError("its ~ stands for no home folder here; write it out") from error
+            raise ValueError("the home folder for ~ is unknown; write the whole path") from error
         except OSError as error:
             raise ValueError(f"{error.strerror}; name another folder") from error
         if info.field_name == "feedback_dir" and not os.access(nearest, os.W_OK):
@@ -119,14 +119,14 @@ class Settings(BaseModel):
 
     @field_validator("models", "api_keys", "feedback_dir", mode="before")
     @classmethod
-    def _not_empty(cls, text: Any) -> Any:
-        if not str(text).strip(" ,"):  # no folder, or no keys where some were meant
+    def _reject_empty(cls, text: Any) -> Any:
+        if not str(text).strip(" ,"):  # would mean no folder, or no keys
             raise ValueError("it is empty; give it a value or unset it")
         return text
 
     @field_validator("canary", mode="before")
     @classmethod
-    def _canary(cls, text: str) -> tuple[str, float] | None:
+    def _parse_canary(cls, text: str) -> tuple[str, float] | None:
         name, _, share = text.partition(":")
         try:
             if registry.NAME.fullmatch(name) and 0 <= float(share) <= 1:
@@ -137,7 +137,7 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _plain(cls, value: Any) -> Any:
+    def _strip(cls, value: Any) -> Any:
         """The value without spaces around it; of all validators here, the last one runs first."""
         if not isinstance(value, str):
             return value
@@ -147,7 +147,7 @@ class Settings(BaseModel):
         return text
 
 
-def _as_sent(origin: str) -> str:
+def _normalise_origin(origin: str) -> str:
     """An origin as browsers send it: in small letters, without a final slash or default port."""
     if origin in ("*", "null"):
         return origin
@@ -155,7 +155,7 @@ def _as_sent(origin: str) -> str:
     if match is None or int(match["port"] or 0) > 65535:
         remedy = "an origin has a scheme, a host and no path, as https://example.org:8443"
         if "*" in origin:
-            remedy = "there are no patterns; list each origin, or * for all"
+            remedy = "patterns are not supported; list each origin, or * for all"
         raise ValueError(f"{remedy}; {origin} matches none")
     scheme, host = match["scheme"].lower(), match["host"].lower()
     port = f":{int(match['port'])}" if match["port"] else ""
@@ -164,7 +164,7 @@ def _as_sent(origin: str) -> str:
     try:
         host = host if host.isascii() else host.encode("idna").decode()
     except UnicodeError as error:
-        raise ValueError(f"the host of {origin} is no domain name") from error
+        raise ValueError(f"the host of {origin} is not a domain name") from error
     return f"{scheme}://{host}{port}"
 
 

@@ -1,4 +1,4 @@
-"""What makes the server start and answer faster; the first import of its two programs.
+"""Settings that make the server start and answer faster; the first import of its two programs.
 
 These are serve.app and serve.preflight_worker. The settings apply to the whole process, and have
 to be made before other modules are imported. No other module of the server changes any.

@@ -20,7 +20,7 @@ def ignore_upgrades() -> None:
         module.HttpToolsProtocol._should_upgrade = _starts_no_request
         module.HttpToolsProtocol.data_received = _receive
     if module := sys.modules.get("uvicorn.protocols.http.h11_impl"):
-        module.H11Protocol._should_upgrade = lambda self: False  # nor is WebSocket spoken
+        module.H11Protocol._should_upgrade = lambda self: False  # WebSocket is not supported either
 
 
 def _starts_no_request(self: "HttpToolsProtocol") -> bool:

@@ -109,7 +109,7 @@ def _decode_base64(body: bytes) -> tuple[bytes, list[str]]:
     try:
         sent = schemas.Base64.model_validate_json(body.decode(json.detect_encoding(body)))
     except ValueError as error:  # also of pydantic
-        raise bad_request(f"the body is no such JSON; {BASE64}") from error
+        raise bad_request(f"the body is not such JSON; {BASE64}") from error
     text = unquote(sent.image) if "%" in sent.image else sent.image
     text = text.lstrip("\ufeff")
     if prefix := DATA_URL.match(text):
@@ -118,7 +118,7 @@ def _decode_base64(body: bytes) -> tuple[bytes, list[str]]:
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
-        raise bad_request(f"`image` is no base64; {BASE64}") from error
+        raise bad_request(f"`image` is not base64; {BASE64}") from error
     return data, [*(sent.model_extra or {})]
 
 
@@ -163,7 +163,7 @@ async def _upload_timeout() -> AsyncIterator[None]:
 
 
 def _content_length(request: Request) -> int:
-    """Bytes, 0 without the header; raises ApiError if its value is no number."""
+    """Bytes, 0 without the header; raises ApiError if its value is not a number."""
     length = request.headers.get("content-length", "0")
     if not re.fullmatch("[0-9]{1,18}", length):
         raise bad_request(f"Content-Length is {quote(length)}; it must be a number of bytes")
@@ -171,7 +171,7 @@ def _content_length(request: Request) -> int:
 
 
 def _too_large(request: Request, limit: int = 0) -> ApiError:
-    """`limit` is that of a whole body, which has more than a picture, or several pictures."""
+    """`limit`: of a whole body, which may have several pictures."""
     text = f"a picture may have {_limit(request)} bytes (MAX_UPLOAD_BYTES)"
     if limit >= MAX_BODIES_BYTES:
         text = f"all pictures together may have {limit} bytes; send fewer at a time"

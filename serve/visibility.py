@@ -1,4 +1,4 @@
-"""What GET routes show without an API key while keys are set: nothing about this machine."""
+"""What GET routes show without an API key, if keys are set: nothing about this machine."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from fastapi import Request
 
 PUBLIC = ("created", "dataset", "model", "metrics", "calibration", "quick")  # of a record
 PUBLIC_STUDY = ("name", "trial", "trials")
-WITHHELD = "withheld; the log says it, or this route with a key (X-API-Key)"
+WITHHELD = "withheld; see the log, or send a key as X-API-Key"
 
 
 def reason(request: Request, text: str) -> str:

@@ -15,7 +15,7 @@ def until(true: Callable[[], Any], what: str, seconds: float = LONG_S) -> None:
     """Return as soon as the condition is true; raises AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"after {seconds:.0f} s it is still not so: {what}"
+        assert time.monotonic() < end, f"after {seconds:.0f} s this is still not true: {what}"
         time.sleep(0.02)
 
 
@@ -49,7 +49,7 @@ class Gate:
             return float("inf")
 
     def allow(self, steps: int) -> None:
-        """Allow so many further steps, waiting ones first; then the gate closes."""
+        """Allow a number of further steps, waiting ones first; then the gate closes."""
         count = self.count()
         last = int(min(self.last(), count))
         for pid in self._pids(last, count):
@@ -112,9 +112,9 @@ class Gates:
         statements: int | None = None,
         going: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Let so many runs end and so many reports follow; then a worker is held in its run.
+        """Let `runs` runs end and `reports` reports follow; then a worker is held in its run.
 
-        With `statements`, the command is held in a transaction after so many statements, unless
+        With `statements`, the command is held in a transaction after that many statements, unless
         another run ends first. `going` raises when the command has ended.
         """
         self.statements.open()

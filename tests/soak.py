@@ -177,7 +177,7 @@ def replay(trial: FrozenTrial, dataset: data.Dataset, samples: int) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """A kill of `who`: after so many runs since the last kill, and then so many reports or
+    """A kill of `who`: after `runs` runs since the last kill, and then a number of reports or
     statements of the command."""
 
     who: str

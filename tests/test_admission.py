@@ -99,7 +99,7 @@ def test_rejected_requests_are_counted_by_reason_and_logged_as_one_number(
     assert 'requests_total{method="POST",route="other",status="429"} 4.0' in lines
 
 
-def test_reports_go_on_after_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reporting_continues_after_a_failed_report(monkeypatch: pytest.MonkeyPatch) -> None:
     waits, reports = [], []
 
     async def sleep(seconds: float) -> None:

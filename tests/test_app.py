@@ -190,7 +190,7 @@ def test_an_answer_has_the_prediction_set_of_its_coverage(
     assert answer["labels"] == [name for name, _ in answer["top"]][:members]
 
 
-def test_a_model_of_old_has_no_prediction_sets(
+def test_an_older_model_has_no_prediction_sets(
     saved: Path, picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
@@ -400,7 +400,7 @@ def test_models_are_listed_and_shown(client: TestClient, saved: Path) -> None:
     assert client.get(f"/models/{name}").json() == record
 
 
-def test_a_corrupt_record_is_no_model_rather_than_an_unknown_one(
+def test_a_corrupt_record_is_reported_as_no_model_not_as_unknown(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: bytes
 ) -> None:
     folder = tmp_path / "registry"

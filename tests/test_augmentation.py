@@ -77,7 +77,7 @@ def test_a_slant_moves_the_top_against_the_bottom() -> None:
     assert 2.2 < float((top - bottom).abs().max()) < 4.5
 
 
-def test_pictures_keep_their_strokes_and_go_on_as_their_edge_is() -> None:
+def test_plain_pictures_keep_their_strokes_and_are_padded_with_their_edge() -> None:
     white = torch.ones(50, 3, 28, 28)
     assert torch.allclose(augmentation.augment(white, seeded(), recipe="plain"), white)
     assert float(augmentation.augment(white[:, :1], seeded(), recipe="digit").min()) == 0

@@ -82,7 +82,7 @@ def test_letters_are_drawn_dark_on_light() -> None:
     assert (len(inputs), refused) == (1, 1)
 
 
-def test_scores_that_tell_all_and_nothing_have_the_known_measures() -> None:
+def test_perfect_and_uninformative_scores_have_the_known_measures() -> None:
     known = {group: np.linspace(0, 1, 101) for group in ("calibration", "validation")}
     far, alike = np.full(50, -1.0), np.linspace(0, 1, 101)
     assert ood.flag(known, far) == ood.compute_auroc(known, far) == 100

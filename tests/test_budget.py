@@ -25,7 +25,7 @@ def test_a_plan_spends_the_time_it_is_given(images_per_s: float, bfloat16: bool)
     assert budget.MIN_TRIAL_SAMPLES <= plan.trial_samples <= budget.MAX_TRIAL_SAMPLES
 
 
-def test_a_slow_machine_takes_longer_to_show_the_final_model_enough() -> None:
+def test_a_slow_machine_takes_longer_to_train_the_final_model_on_enough_images() -> None:
     totals = [budget.make_plan(MNIST, speed, 10.0).total_s for speed in (3_000, 1_400, 1_000, 800)]
     assert totals[0] == pytest.approx(budget.TARGET_S)
     assert totals == sorted(totals)
@@ -34,7 +34,7 @@ def test_a_slow_machine_takes_longer_to_show_the_final_model_enough() -> None:
     assert 0.7 * budget.ENOUGH_FINAL_SAMPLES < enough < 1.3 * budget.ENOUGH_FINAL_SAMPLES
 
 
-def test_a_fast_machine_is_done_sooner() -> None:
+def test_a_fast_machine_needs_less_time() -> None:
     plan = budget.make_plan(MNIST, 1e6, 10.0)
     assert plan.trial_samples == budget.MAX_TRIAL_SAMPLES
     assert plan.final_s == MNIST.max_final_samples / 1e6
@@ -50,7 +50,7 @@ def test_on_a_slow_machine_trials_and_the_final_model_have_their_least() -> None
 
 
 @pytest.mark.parametrize("images_per_s", [500, 3_000])
-def test_a_thorough_run_takes_as_long_as_it_takes(images_per_s: float) -> None:
+def test_a_thorough_run_has_no_time_limit(images_per_s: float) -> None:
     plan = budget.make_plan(replace(MNIST, thorough=True), images_per_s, budget.START_S)
     assert plan.trial_samples == MNIST.train
     assert plan.final_s * images_per_s == pytest.approx(60 * (MNIST.train + MNIST.validation))
@@ -69,14 +69,14 @@ def test_a_trial_has_the_requested_number_of_images() -> None:
     assert budget.make_plan(MNIST, 1_000, 10.0, trial_samples=1_234).trial_samples == 1_234
 
 
-def test_confirmations_are_paid_for_by_shorter_trials() -> None:
+def test_confirmations_make_trials_shorter() -> None:
     none = budget.make_plan(replace(MNIST, confirmations=0), 2_000, 10.0)
     many = budget.make_plan(replace(MNIST, confirmations=8), 2_000, 10.0)
     assert none.confirm_s == 0
     assert many.trial_samples < none.trial_samples
 
 
-def test_the_final_training_has_what_is_left_near_to_what_was_planned() -> None:
+def test_the_final_training_gets_the_remaining_time_within_limits() -> None:
     plan = budget.Plan(1_000, 1.0, 200.0, 100.0, release_s=20.0, total_s=500.0)
     for remaining_s, final_s in ((220, 200), (200, 180), (50, 150), (1_000, 220)):
         assert budget.allot_final_s(plan, remaining_s) == pytest.approx(final_s)
@@ -94,7 +94,7 @@ def test_the_final_training_has_what_is_left_near_to_what_was_planned() -> None:
         (0, 0, 220, 210),
     ],
 )
-def test_the_end_is_announced_with_the_final_training_that_will_be_left(
+def test_the_forecast_includes_the_time_that_remains_for_the_final_training(
     search_s: float, confirm_s: float, elapsed_s: float, remaining_s: float
 ) -> None:
     plan = budget.Plan(1_000, 5.0, 200.0, 100.0, confirm_s=50.0, release_s=20.0, total_s=430.0)
@@ -113,7 +113,7 @@ def test_rungs_are_within_the_trial() -> None:
     ("trials", "done", "elapsed_s", "remaining_s"),
     [(32, 0, 0, 160), (27, 5, 25, 135), (27, 5, 75, 270), (0, 32, 160, 0), (-1, 33, 160, 0)],
 )
-def test_the_search_that_is_left_goes_by_the_plan_then_by_the_trials(
+def test_the_forecast_of_the_search_follows_the_plan_then_the_trials(
     trials: int, done: int, elapsed_s: float, remaining_s: float
 ) -> None:
     plan = budget.Plan(1_000, trial_s=5.0, final_s=200.0, images_per_s=100.0)
@@ -123,13 +123,13 @@ def test_the_search_that_is_left_goes_by_the_plan_then_by_the_trials(
 @pytest.mark.parametrize(
     ("share", "elapsed_s", "remaining_s"), [(0, 0, 100), (0.01, 5, 95), (0.5, 80, 80), (1, 150, 0)]
 )
-def test_the_training_that_is_left_goes_by_the_plan_then_by_its_speed(
+def test_the_forecast_of_a_training_follows_the_plan_then_its_speed(
     share: float, elapsed_s: float, remaining_s: float
 ) -> None:
     assert budget.estimate_training_s(100, share, elapsed_s) == pytest.approx(remaining_s)
 
 
-def test_a_forecast_is_judged_by_its_worst_moment_after_the_first_quarter() -> None:
+def test_the_error_of_forecasts_is_the_largest_after_the_first_quarter() -> None:
     forecasts = [(1.0, 500.0), (30.0, 75.0), (60.0, 38.0), (90.0, 10.0)]
     assert budget.forecast_error(forecasts, 100.0) == pytest.approx(0.05)
     assert budget.forecast_error([(1.0, 500.0)], 100.0) == 0

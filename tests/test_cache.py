@@ -72,7 +72,7 @@ def test_without_a_writable_cache_pictures_are_read_again(tmp_path: Path) -> Non
     assert make.calls == 2
 
 
-def test_a_path_is_shown_in_a_terminal_as_it_is(
+def test_a_path_is_shown_in_a_terminal_unchanged(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal

@@ -61,7 +61,7 @@ def names(files: Checkpoints) -> set[str]:
     return {path.name for path in files.files()}
 
 
-def test_in_a_study_that_goes_on_only_files_without_a_use_are_removed(study: Checkpoints) -> None:
+def test_in_an_unfinished_study_only_unneeded_files_are_removed(study: Checkpoints) -> None:
     study.remove(study.files(), needed={study.trial(2)}, finished=False)
     assert names(study) == {"trial-2.pt", "confirm-1-0.pt", ".trial-1.pt.new.tmp"}
     study.remove([], needed=(), finished=False)
@@ -88,7 +88,7 @@ def test_in_a_finished_study_only_needed_files_stay(study: Checkpoints) -> None:
         (ValueError("No space left on device"), False),
     ],
 )
-def test_a_full_disk_is_told_from_other_errors(error: Exception, is_full: bool) -> None:
+def test_a_full_disk_is_distinguished_from_other_errors(error: Exception, is_full: bool) -> None:
     assert checkpoints.is_disk_full(error) == is_full
 
 
@@ -142,7 +142,7 @@ def test_a_missing_checkpoint_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quota", "expected"), [(None, 500), (1_000, 500), (450, 150), (100, -200)]
 )
-def test_what_can_be_written_is_bounded_by_the_disk_and_by_the_quota(
+def test_free_bytes_are_bounded_by_the_disk_and_by_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: int | None, expected: int
 ) -> None:
     def disk_usage(folder: Path) -> Any:

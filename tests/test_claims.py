@@ -53,7 +53,7 @@ def requeue_orphans(shared: SharedStudy, trials: Trials, *living: str) -> bool:
     return trials.requeue_orphans(shared.study.get_trials(deepcopy=False), entries)
 
 
-def test_a_claim_says_what_to_run_and_the_trial_says_who_runs_it(
+def test_a_claim_has_the_parameters_and_the_trial_has_its_owner(
     shared: SharedStudy, mine: Trials
 ) -> None:
     claim = ask(mine)
@@ -122,9 +122,7 @@ def test_a_trial_of_another_owner_cannot_be_changed(
     assert (trial.value, trial.intermediate_values) == (0.9 if is_told else None, {})
 
 
-def test_a_trial_is_told_once_also_if_its_owner_says_it_twice(
-    shared: SharedStudy, mine: Trials
-) -> None:
+def test_a_trial_that_is_told_twice_ends_once(shared: SharedStudy, mine: Trials) -> None:
     claim = ask(mine)
     for _ in range(2):  # the first answer of the database was lost
         assert mine.tell(claim, TrialState.COMPLETE, 0.75, resumed=True) == 0.75
@@ -140,9 +138,7 @@ def test_a_trial_is_told_once_also_if_its_owner_says_it_twice(
     assert trial.user_attrs["fail_reason"] == "nan: so it is"
 
 
-def test_a_trial_waits_once_also_if_its_owner_says_it_twice(
-    shared: SharedStudy, mine: Trials
-) -> None:
+def test_a_trial_that_is_requeued_twice_waits_once(shared: SharedStudy, mine: Trials) -> None:
     claim = ask(mine)
     for _ in range(2):
         mine.requeue(claim)
@@ -179,7 +175,7 @@ def test_a_report_is_stored_and_answered_by_the_pruner(shared: SharedStudy, mine
 @pytest.mark.parametrize(
     ("living", "state"), [(("me", "other"), "RUNNING"), (("me",), "WAITING"), ((), "RUNNING")]
 )
-def test_a_trial_of_a_member_that_is_gone_is_requeued(
+def test_a_trial_of_a_dead_member_is_requeued(
     shared: SharedStudy, mine: Trials, living: tuple[str, ...], state: str
 ) -> None:
     ask(make_trials(shared, "other"))
@@ -233,7 +229,7 @@ def ask_in_a_transaction_that_fails(trials: Trials) -> None:
             trials.ask(9, 0)
 
 
-def test_a_claim_whose_transaction_failed_is_none(shared: SharedStudy, mine: Trials) -> None:
+def test_a_claim_whose_transaction_failed_is_dropped(shared: SharedStudy, mine: Trials) -> None:
     kept = ask(mine)
     ask_in_a_transaction_that_fails(mine)
     assert states(shared) == ["RUNNING", "RUNNING"]

@@ -28,7 +28,7 @@ def test_ink_as_bright_as_its_ground_is_read(
     assert_reads_as_the_seven(encode(drawing, kind), least=0.93)
 
 
-def test_random_colours_are_told_apart() -> None:
+def test_random_colours_are_separated() -> None:
     dice = np.random.default_rng(0)
     for _ in range(60):
         ink, ground = (tuple(dice.integers(0, 256, 3).tolist()) for _ in range(2))
@@ -55,7 +55,7 @@ def test_empty_coloured_paper_is_blank() -> None:
     assert refused(encode(flat)).code == "blank"
 
 
-def test_a_picture_with_ink_in_grey_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_are_ignored_if_grey_has_ink(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(_: np.ndarray) -> None:
         raise AssertionError("the colours were examined")
 

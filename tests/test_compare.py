@@ -13,7 +13,7 @@ from tests.test_registry import entry
 
 
 def make_predictions(wrong: range, n: int = 100) -> bytes:
-    """Make the predictions of two classes; the images in `wrong` are read wrong."""
+    """Make the predictions of two classes; the images in `wrong` are misclassified."""
     labels = np.zeros(n, np.int64)
     is_wrong = np.isin(np.arange(n), wrong)
     stream = io.BytesIO()
@@ -36,7 +36,7 @@ def save(folder: Path, wrong: range) -> str:
         (range(8, 10), range(2, 9), 2 * (1 + 7) / 2**7),  # 1 against 6
     ],
 )
-def test_the_chance_is_that_of_throwing_a_coin_for_each_image_that_one_alone_got_wrong(
+def test_the_p_value_is_that_of_a_coin_toss_for_each_image_that_only_one_model_got_wrong(
     tmp_path: Path, one: range, other: range, p: float
 ) -> None:
     names = save(tmp_path, one), save(tmp_path, other)
@@ -64,9 +64,9 @@ def save_worse_copy(folder: Path, more: int) -> str:
 
 @pytest.mark.parametrize(
     ("more", "p", "verdict"),
-    [(1, 1.0, "not told apart (p 1.00)"), (6, 2 / 2**6, "worse (p 0.03)")],
+    [(1, 1.0, "no significant difference (p 1.00)"), (6, 2 / 2**6, "worse (p 0.03)")],
 )
-def test_a_row_says_what_the_record_says_and_how_it_stands_to_the_best(
+def test_a_row_has_the_values_of_the_record_and_a_comparison_with_the_best(
     saved: Path, tmp_path: Path, more: int, p: float, verdict: str
 ) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
@@ -85,7 +85,7 @@ def test_a_row_says_what_the_record_says_and_how_it_stands_to_the_best(
         assert text in page
 
 
-def test_several_comparisons_with_the_best_count_as_several(saved: Path, tmp_path: Path) -> None:
+def test_p_values_are_multiplied_by_the_number_of_comparisons(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
     names = [registry.record(folder)[0], save_worse_copy(folder, 6), save_worse_copy(folder, 7)]
     assert [row.p for row in compare.compare_models(folder, names)] == [

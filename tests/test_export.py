@@ -138,7 +138,7 @@ def test_exporting_leaves_the_model_as_it_was_and_repeats_exactly() -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_files_say_nothing_of_the_machine_that_made_them() -> None:
+def test_exported_files_do_not_name_the_machine() -> None:
     dataset = small(1, 16, 3)
     for _, content in export.export(fresh(Normed, dataset), dataset).files.values():
         assert str(Path(__file__).parents[1]).encode() not in content
@@ -214,7 +214,7 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     for logits, features in zip(given["torch"], given["onnx"], strict=True):
         assert logits == pytest.approx(features, abs=1e-4)
     for engine in inference.ENGINE_FILES:  # one score and one threshold fit all of them
-        uncertain = inference.load(tmp_path, name, engine=engine).read(images).uncertain
+        uncertain = inference.load(tmp_path, name, engine=engine).predict(images).uncertain
         assert uncertain.mean() <= 2 * calibration.MAX_UNCERTAIN
 
 
@@ -242,7 +242,7 @@ def drawn(n: int, sharper: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("sharper", [0.5, 1.0, 3.0])
-def test_the_temperature_undoes_what_made_a_model_too_sure(sharper: float) -> None:
+def test_the_temperature_corrects_an_overconfident_model(sharper: float) -> None:
     logits, labels = drawn(20_000, sharper)
     temperature = calibration.fit_temperature(logits, labels)
     assert temperature == pytest.approx(sharper, rel=0.05)
@@ -287,7 +287,7 @@ def test_at_most_one_in_a_hundred_calibration_images_is_uncertain(
     exported = export.export(fresh(network, dataset), dataset)
     assert exported.calibration["score"] == score
     assert ("likeness" in exported.files) == (score == "likeness")
-    uncertain = exported.served.read(dataset.calibration.images.numpy()).uncertain
+    uncertain = exported.served.predict(dataset.calibration.images.numpy()).uncertain
     assert 0.005 < uncertain.mean() <= calibration.MAX_UNCERTAIN
     assert exported.calibration["uncertain_below"] == exported.served.uncertain_below
 
@@ -297,8 +297,8 @@ def test_noise_is_uncertain() -> None:
     exported = export.export(trained(dataset), dataset)
     shape = (100, 1, dataset.size, dataset.size)
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    assert exported.served.read(noise)[1].mean() > 0.95
-    assert exported.served.read(dataset.validation.images.numpy())[1].mean() < 0.1
+    assert exported.served.predict(noise)[1].mean() > 0.95
+    assert exported.served.predict(dataset.validation.images.numpy())[1].mean() < 0.1
 
 
 def test_logits_are_the_score_where_the_features_of_an_engine_differ() -> None:
@@ -316,7 +316,7 @@ def test_logits_are_the_score_where_the_features_of_an_engine_differ() -> None:
 
 
 @pytest.mark.parametrize("n", [10, 99, 100, 250, 2_500])
-def test_the_threshold_is_as_high_as_may_be(n: int) -> None:
+def test_the_threshold_is_the_highest_possible(n: int) -> None:
     scores = np.random.default_rng(0).normal(-1, 0.3, n).astype(np.float32)
     limit = calibration.fit_threshold(scores)
     assert (scores < limit).sum() <= calibration.MAX_UNCERTAIN * n
@@ -336,7 +336,7 @@ def test_golden_images_range_from_the_least_to_the_most_certain() -> None:
         assert (sure[0], sure[-1]) == pytest.approx((every.min(), every.max()), abs=1e-6)
 
 
-def test_run_saves_what_serving_needs(saved: Path) -> None:
+def test_a_run_saves_all_files_that_serving_needs(saved: Path) -> None:
     name, record = registry.record(saved)
     kinds = {"weights", "onnx", "onnx_int8", "golden", "likeness", "predictions"}
     assert set(record["files"]) == kinds
@@ -365,7 +365,7 @@ def test_run_saves_what_serving_needs(saved: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("from_plugin", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
+def test_a_model_that_cannot_be_exported_is_saved_nevertheless(
     from_plugin: bool,
     run: Command,
     tmp_path: Path,
@@ -392,7 +392,7 @@ def test_a_model_that_cannot_be_exported_is_saved_all_the_same(
     assert classifier.skipped_engines["onnx"] == "made up"
 
 
-def test_a_model_of_before_training_forms_answers_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_model_from_before_training_forms_answers_as_it_was_saved(tmp_path: Path) -> None:
     """Its int8 file and its weights are different networks, each with its own calibration."""
     dataset = data.load("digits")
     model, other = (trained(dataset, seed=seed, samples=4_000) for seed in (0, 1))

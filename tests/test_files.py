@@ -23,7 +23,7 @@ def names(paths: list[Path], root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in paths]
 
 
-def test_pictures_folders_and_the_rest_are_told_apart(tmp_path: Path) -> None:
+def test_pictures_folders_and_other_files_are_separated(tmp_path: Path) -> None:
     pictures, folders, left_out = list_folder(fill(tmp_path))
     assert names(pictures, tmp_path) == PICTURES
     assert names(folders, tmp_path) == ["deep", "shots.png"]
@@ -47,10 +47,10 @@ def test_links_to_nowhere_and_in_circles_are_no_pictures(tmp_path: Path) -> None
     assert describe_links(tmp_path, list_tree(tmp_path).folders) == []
 
 
-def test_what_is_left_out_is_counted_and_named_in_a_line(tmp_path: Path) -> None:
+def test_left_out_files_are_counted_and_named_in_a_line(tmp_path: Path) -> None:
     (note,) = describe_left_out(tmp_path, list_tree(fill(tmp_path)).left_out)
     assert note == (
-        f"{tmp_path}: 11 left out, as no picture files by name: .DS_Store, ._1.png, "
+        f"{tmp_path}: 11 left out, as their names are not those of pictures: .DS_Store, ._1.png, "
         ".hidden.png, .ipynb_checkpoints, @eaDir and 6 more"
     )
     assert describe_left_out(tmp_path, []) == []

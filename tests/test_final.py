@@ -13,13 +13,13 @@ from mnist.job.options import Options
 from mnist.search import budget
 from mnist.search.checkpoints import Checkpoints
 from mnist.search.members import Member
-from mnist.search.runs import Recipe
+from mnist.search.runs import StudyConfig
 from tests.conftest import SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
-def test_the_time_left_has_what_comes_after_a_training(
+def test_the_remaining_time_includes_the_steps_after_a_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(display, "PLAIN_INTERVAL_S", -1.0)
@@ -38,14 +38,14 @@ def test_an_interrupted_final_training_keeps_its_number_of_images(
 ) -> None:
     affordable = iter([5_000, 7_000])
     monkeypatch.setattr(FinalTraining, "_affordable_samples", lambda *_: next(affordable))
-    recipe = Recipe("linear", 0, 600, Checkpoints(tmp_path))
+    config = StudyConfig("linear", 0, 600, Checkpoints(tmp_path))
     best: Any = types.SimpleNamespace(number=3)
     unused: Any = None
     with Member(f"sqlite:///{tmp_path}/db.sqlite3", "study", threads=1) as member:
-        final = FinalTraining(member, unused, unused, Options(), recipe, unused, unused, 1_000)
+        final = FinalTraining(member, unused, unused, Options(), config, unused, unused, 1_000)
         assert final._choose_samples(best) == 5_000
         assert final._choose_samples(best) == 7_000  # it had no checkpoint yet
-        recipe.checkpoints.final(3, 7_000).touch()
+        config.checkpoints.final(3, 7_000).touch()
         assert final._choose_samples(best) == 7_000
 
 

@@ -78,7 +78,7 @@ def test_pictures_equal_those_that_the_server_reads_from_the_same_files(tmp_path
     assert read <= served
 
 
-def test_train_and_test_folders_are_kept_to(tmp_path: Path) -> None:
+def test_train_and_test_folders_are_used(tmp_path: Path) -> None:
     fill(tmp_path / "pets" / "train", {"cat": 20, "dog": 15})
     fill(tmp_path / "pets" / "test", {"cat": 2, "dog": 1})
     dataset = load(tmp_path / "pets")
@@ -95,7 +95,7 @@ def test_folders_called_train_and_test_may_be_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("train", "test"), [("training", "testing"), ("Train", "test")])
-def test_parts_have_other_names_too(
+def test_parts_may_have_other_names(
     train: str, test: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(tmp_path / "pets" / train, {"cat": 20, "dog": 15})
@@ -110,17 +110,15 @@ def test_parts_have_other_names_too(
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (("training", "val"), "has a training/ with classes but no test/ with the same ones; call "
-         "val/ so"),
-        (("train", "validation"), "call validation/ so"),
+        (("training", "val"), "has a training/ with classes but no test/ with the same ones; "
+         "rename val/ to test/"),
+        (("train", "validation"), "rename validation/ to test/"),
         (("testing", "valid"), "has a testing/ with classes but no train/ with the same ones"),
         (("train", "training", "test"), "has train/ and training/, both with classes"),
         (("train", "test", "testing"), "has test/ and testing/, both with classes"),
     ],
 )  # fmt: skip
-def test_parts_that_are_not_clear_are_asked_about(
-    names: tuple[str, ...], words: str, tmp_path: Path
-) -> None:
+def test_ambiguous_parts_are_refused(names: tuple[str, ...], words: str, tmp_path: Path) -> None:
     for name in names:
         fill(tmp_path / "pets" / name, {"cat": 10, "dog": 10})
     text = problem(tmp_path / "pets")
@@ -131,7 +129,8 @@ def test_parts_that_are_not_clear_are_asked_about(
 def test_a_folder_with_pictures_is_never_to_be_removed(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets", {"cat": 10, "dog": 10, "emu/young": 3})
     text = problem(root)
-    assert "class 'emu' has 0 pictures right in its folder, but 3 further below (emu/young" in text
+    assert "class 'emu' has 0 pictures directly in its folder" in text
+    assert "but 3 in folders below it (emu/young" in text
     assert f"put them into {root / 'emu'}" in text
     shutil.move(root / "emu" / "young" / "000.png", root / "emu")
     text = problem(root)
@@ -159,7 +158,7 @@ def test_names_of_classes_are_the_same_in_every_unicode_form(tmp_path: Path) -> 
     assert len(dataset.train + dataset.validation + dataset.calibration) == 40
 
 
-def test_the_same_picture_in_two_classes_is_told(
+def test_the_same_picture_in_two_classes_causes_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = fill(tmp_path / "pets", {"cat": 20, "dog": 20, "emu": 20})
@@ -176,7 +175,7 @@ def test_the_same_picture_in_two_classes_is_told(
     assert text in caplog.text
 
 
-def test_test_pictures_among_the_training_pictures_are_told(
+def test_test_pictures_among_the_training_pictures_cause_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "pets"
@@ -191,7 +190,7 @@ def test_test_pictures_among_the_training_pictures_are_told(
     assert caplog.text.count(f"{text}test/cat/seen.png and train/cat/006.png") == 1
 
 
-def test_a_picture_that_a_random_split_repeats_is_told(
+def test_a_picture_in_both_parts_of_a_random_split_causes_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = fill(tmp_path / "pets", {"cat": 20, "dog": 20})
@@ -202,7 +201,7 @@ def test_a_picture_that_a_random_split_repeats_is_told(
     assert "more than one class" not in caplog.text
 
 
-def test_a_train_folder_without_a_test_folder_is_told(tmp_path: Path) -> None:
+def test_a_train_folder_without_a_test_folder_is_refused(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets" / "train", {"cat": 10, "dog": 10}).parent
     fill(root / "val", {"cat": 10, "dog": 10})
     assert "has a train/ with classes but no test/" in problem(root)
@@ -216,7 +215,7 @@ def test_a_class_that_is_renamed_makes_another_study(tmp_path: Path) -> None:
     assert studies.fingerprint(load(root), "linear", 100) != before
 
 
-def test_names_that_are_not_utf_8_do_no_harm_or_are_told(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_are_read_or_refused(tmp_path: Path) -> None:
     root = fill(tmp_path / "pets", {"cat": 12, "dog": 12})
     (root / "cat" / "000.png").rename(root / "cat" / os.fsdecode(b"k\xe4se.png"))
     assert len(load(root).classes) == 2
@@ -258,16 +257,16 @@ def test_pictures_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"cat": 3, "dog": 20}, "class 'cat' has 3 pictures; at least 10 are needed: add some to"),
         ({"cat": 20, "dog": 0}, "class 'dog' has 0 pictures"),
         ({"cat": 20}, "has only one class, 'cat'; at least two are needed"),
-        ({".cat": 20}, "has no class folders; put each class into one, such as"),
+        ({".cat": 20}, "has no class folders; put the pictures of each class into one"),
     ],
 )
-def test_a_folder_that_will_not_do_gets_one_line(
+def test_an_unusable_folder_gets_one_line(
     numbers: dict[str, int], words: str, tmp_path: Path
 ) -> None:
     assert words in problem(fill(tmp_path / "pets", numbers))
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert problem(tmp_path / "pets") == f"there is no folder {tmp_path / 'pets'}"
 
 
@@ -297,7 +296,7 @@ def test_ignored_files_and_folders_are_named(
     fill(root / "cat", {"young": 2}, colour=False)
     (root / "cat" / "000.png").rename(root / "stray.png")
     data.load(f"folder:{root}", tmp_path)
-    assert "files beside the class folders are not read: stray.png" in caplog.text
+    assert "files next to the class folders are not read: stray.png" in caplog.text
     assert "folders in class folders are not read: cat/young" in caplog.text
     assert f"are the classes those in {root}?" in problem(root.parent)
 
@@ -313,7 +312,8 @@ def test_files_and_folders_of_the_system_are_left_out_and_counted(
     dataset = load(root)
     assert dataset.classes == ("cat", "dog")
     assert len(dataset.train + dataset.validation + dataset.calibration + dataset.open_test()) == 40
-    assert f"{root}: 6 left out, as no picture files by name: @eaDir, __MACOSX, " in caplog.text
+    note = "6 left out, as their names are not those of pictures: @eaDir, __MACOSX, "
+    assert f"{root}: {note}" in caplog.text
     assert "folders in class folders are not read: cat/shots.png" in caplog.text
     assert "cannot be used" not in caplog.text
 
@@ -324,7 +324,7 @@ def test_a_class_that_is_mostly_unreadable_is_refused(tmp_path: Path) -> None:
         path.write_bytes(b"damaged")
     text = problem(root)
     assert "class 'cat': 11 of 20 files cannot be used (000.png: these 7 bytes" in text
-    assert "mend or remove them" in text
+    assert "repair or remove them" in text
 
 
 def test_lost_detail_and_colour_cause_a_warning(
@@ -342,7 +342,7 @@ def test_lost_detail_and_colour_cause_a_warning(
     assert "a larger --image-size" in caplog.text
 
 
-def test_twenty_to_one_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rare_class_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         dataset = load(fill(tmp_path / "pets", {"cat": 200, "dog": 10}, (9, 9), colour=False))
     assert "class 'cat' has 200 pictures, 'dog' only 10" in caplog.text
@@ -352,5 +352,5 @@ def test_twenty_to_one_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def test_size_and_color_are_refused_for_other_data_sets() -> None:
     for settings in ({"image_size": 20}, {"color": True}):
-        with pytest.raises(ValueError, match="are for folder:PATH; digits is as it is"):
+        with pytest.raises(ValueError, match="are only for folder:PATH, not for digits"):
             data.load("digits", **settings)  # type: ignore[arg-type]

@@ -92,7 +92,7 @@ def test_known_networks_fold_into_themselves(name: str) -> None:
     assert largest_difference(form, plain, torch.randn(8, 1, 28, 28)) < 1e-4
 
 
-def test_a_network_that_does_not_ask_for_it_is_trained_as_it_is() -> None:
+def test_a_network_without_normalised_has_no_training_form() -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(1, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3, bias=False))
     form = folding.training_form(plain)
@@ -101,7 +101,7 @@ def test_a_network_that_does_not_ask_for_it_is_trained_as_it_is() -> None:
     assert folding.fold(form).state_dict().keys() == plain.state_dict().keys()
 
 
-def test_only_what_gains_is_factored() -> None:
+def test_only_layers_that_get_smaller_are_factorised() -> None:
     assert factored(folding.training_form(models.build("compact", 1, 28, 10))) == set()
     parallel = folding.training_form(models.build("parallel", 1, 28, 10))
     assert factored(parallel) == set(models.Parallel.NORMALISED)

@@ -43,7 +43,7 @@ def form(*parts: tuple[bytes, bytes]) -> bytes:
         (b'name="file"', None),
     ],
 )
-def test_the_name_of_a_file_decides_nothing(
+def test_the_name_of_a_file_has_no_influence(
     disposition: bytes, name: str | None, client: TestClient
 ) -> None:
     expected = client.post("/predict", content=PICTURE).json() | {"filename": name}
@@ -87,14 +87,14 @@ def test_pictures_without_a_file_name_count_as_files(client: TestClient) -> None
         (
             "/predict",
             "multipart/form-data; boundary=x",
-            "before its last boundary; let the HTTP client make it",
+            "before its last boundary; let the HTTP client create it",
         ),
         ("/predict", "multipart/form-data; boundary=\xe9", "no valid boundary"),
         ("/predict/batch", "image/png", 'not "image/png"; `curl -F files=@7.png` sends one'),
         ("/predict/batch", "", "there is no Content-Type; `curl -F files=@7.png` sends one"),
     ],
 )
-def test_a_body_that_is_no_form_gets_the_remedy(
+def test_a_body_that_is_not_a_form_gets_the_remedy(
     path: str, content_type: str, words: str, client: TestClient
 ) -> None:
     headers = {"content-type": content_type.encode("latin-1")} if content_type else None

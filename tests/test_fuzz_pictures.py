@@ -105,8 +105,8 @@ def test_a_webp_is_read_with_any_metadata(exif: bytes, xmp: bytes, profile: byte
 
 
 def assert_read(content: bytes, kind: str) -> None:
-    found = images.normalise(content)
-    assert np.array_equal(found, metadata.EXPECTED[kind])
+    result = images.normalise(content)
+    assert np.array_equal(result, metadata.EXPECTED[kind])
     assert images.read_header(content)[1:] == (120, 120)
 
 

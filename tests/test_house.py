@@ -18,6 +18,7 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"mnist.images", "mnist.models"},
     {"mnist.data", "mnist.inference", "mnist.outliers"},
     {"mnist.metrics"},
+    {"mnist.batch_norms"},
     {"mnist.training", "mnist.calibration"},
     {"mnist.export", "mnist.search"},
     {"mnist.report"},

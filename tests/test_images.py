@@ -53,7 +53,7 @@ def extent(digit):
 def similarity(a, b):
     """Correlation of two pictures, at best within a pixel's shift: 1 for the same."""
     shifted = [np.roll(a, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    return max(np.corrcoef(each.ravel(), b.ravel())[0, 1] for each in shifted)
+    return max(np.corrcoef(image.ravel(), b.ravel())[0, 1] for image in shifted)
 
 
 REFERENCE = normalise(encode(seven()))[0]
@@ -418,8 +418,8 @@ def test_thin_strokes_from_edge_to_edge_are_a_digit(bar, stem):
     pen = ImageDraw.Draw(drawing)
     for line in (bar, stem):
         pen.line(line, fill=0, width=4)
-    found = normalise(encode(drawing))[0]
-    assert (found > 127).any(0).sum() >= 10  # as wide as its bar
+    result = normalise(encode(drawing))[0]
+    assert (result > 127).any(0).sum() >= 10  # as wide as its bar
 
 
 def test_a_digit_that_fills_its_picture_is_no_frame():
@@ -518,22 +518,22 @@ def test_a_plain_picture_of_the_right_size_passes_through_bit_for_bit(channels):
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     if channels == 1:
         noise = noise[..., :1]
-    found = plain(Image.fromarray(noise.squeeze()), 32, channels)
-    assert found.dtype == np.uint8
-    assert found.flags.writeable  # torch warns of others
-    assert np.array_equal(found, noise.transpose(2, 0, 1))
+    result = plain(Image.fromarray(noise.squeeze()), 32, channels)
+    assert result.dtype == np.uint8
+    assert result.flags.writeable  # torch warns of others
+    assert np.array_equal(result, noise.transpose(2, 0, 1))
     opaque = Image.fromarray(noise.squeeze()).convert("RGBA")
-    assert np.array_equal(plain(opaque, 32, channels), found)
+    assert np.array_equal(plain(opaque, 32, channels), result)
 
 
 def test_a_plain_picture_keeps_its_aspect_and_is_padded_with_its_own_ground():
     for size in [(400, 200), (200, 400), (90, 45)]:
-        found = plain(photo(size))
-        assert found.shape == (3, 28, 28)
-        red = found[0] > 128
+        result = plain(photo(size))
+        assert result.shape == (3, 28, 28)
+        red = result[0] > 128
         assert extent(red) == pytest.approx((28 / 3, 28 / 3), abs=1.5)
         assert np.allclose(mass_centre(red.astype(int)), 13.5, atol=0.6)
-        for corner in found[:, [0, 0, -1, -1], [0, -1, 0, -1]].T:
+        for corner in result[:, [0, 0, -1, -1], [0, -1, 0, -1]].T:
             assert corner.tolist() == [0, 0, 200]
 
 
@@ -548,8 +548,8 @@ def test_a_plain_picture_keeps_its_polarity():
 def test_a_plain_picture_is_anti_aliased():
     stripes = np.tile(np.array([0, 255], np.uint8), (560, 280))
     stripes[:280] = 255
-    found = plain(Image.fromarray(stripes), channels=1)[0]
-    assert np.abs(found[16:-2, 2:-2].astype(int) - 128).max() < 12
+    result = plain(Image.fromarray(stripes), channels=1)[0]
+    assert np.abs(result[16:-2, 2:-2].astype(int) - 128).max() < 12
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -558,26 +558,26 @@ def test_the_camera_s_rotation_of_a_plain_picture_is_undone(kind):
     ImageDraw.Draw(upright).rectangle((0, 0, 299, 40), fill="white")  # the sky
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = plain(upright.transpose(Image.Transpose.ROTATE_90), kind=kind, exif=exif)
-    assert found[:, :3].min() > 200
-    assert found[1, 5:].max() < 100
+    result = plain(upright.transpose(Image.Transpose.ROTATE_90), kind=kind, exif=exif)
+    assert result[:, :3].min() > 200
+    assert result[1, 5:].max() < 100
 
 
 def test_a_cut_out_lies_on_a_page_that_shows_it():
     for colour, page in (((30, 90, 30), 255), ((250, 250, 240), 0)):
         cut_out = Image.new("RGBA", (100, 100))
         ImageDraw.Draw(cut_out).ellipse((20, 20, 80, 80), fill=colour)
-        found = plain(cut_out)
-        assert found[:, 14, 14].tolist() == pytest.approx(list(colour), abs=3)
-        assert found[:, 0, 0].tolist() == [page] * 3
+        result = plain(cut_out)
+        assert result[:, 14, 14].tolist() == pytest.approx(list(colour), abs=3)
+        assert result[:, 0, 0].tolist() == [page] * 3
 
 
 @pytest.mark.parametrize(("kind", "mode"), FORMATS)
 def test_a_plain_picture_reads_the_same_in_every_common_format_and_mode(kind, mode):
     if mode not in ("1", "F"):
         expected = plain(photo().convert("L"), channels=1)[0].astype(int)
-        found = plain(photo(mode=mode), channels=1, kind=kind)[0]
-        assert np.abs(found - expected).mean() < 8
+        result = plain(photo(mode=mode), channels=1, kind=kind)[0]
+        assert np.abs(result - expected).mean() < 8
 
 
 def test_a_plain_picture_of_one_colour_is_blank():
@@ -644,13 +644,13 @@ def bar(top, bottom, left=12, right=16, level=200):
     ],
 )
 def test_only_an_array_in_the_recipe_s_form_is_returned_as_it_is(grey, follows):
-    found = centre(grey)
-    assert found.shape == (28, 28)
-    assert np.array_equal(found, grey) == follows
+    result = centre(grey)
+    assert result.shape == (28, 28)
+    assert np.array_equal(result, grey) == follows
     if follows:
-        assert not np.shares_memory(found, grey)
+        assert not np.shares_memory(result, grey)
     else:
-        assert found.max() == 255
+        assert result.max() == 255
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 1), (100, 3), (1, 100), (60, 2), (100, 9)])
@@ -677,9 +677,9 @@ def test_ink_whose_mass_is_far_from_its_middle_stays_inside_the_picture(corner):
     ink[:, :14] = ink[:14] = 255
     ink[:90, :90] = 255
     ink = np.rot90(ink, {(0, 0): 0, (1, 0): 1, (1, 1): 2, (0, 1): 3}[corner])
-    found = centre(np.ascontiguousarray(ink))
-    assert extent(found) == (20, 20)
-    y, x = np.nonzero(found)
+    result = centre(np.ascontiguousarray(ink))
+    assert extent(result) == (20, 20)
+    y, x = np.nonzero(result)
     assert (y.min() == 8, x.min() == 8) == (corner[0] == 0, corner[1] == 0)
     assert (y.max() == 19, x.max() == 19) == (corner[0] == 1, corner[1] == 1)
 
@@ -730,12 +730,12 @@ def test_a_plain_picture_is_centred_on_the_median_of_its_rim(size, rows, columns
         (size[0] // 4, size[1] // 4, size[0] * 3 // 4, size[1] * 3 // 4), fill=250
     )
     image.putpixel((0, 0), 0)
-    found = plain(image, channels=1)[0].astype(int)
+    result = plain(image, channels=1)[0].astype(int)
     inside = np.zeros((28, 28), bool)
     inside[slice(*rows), slice(*columns)] = True
-    assert (found[~inside] == 100).all()
-    assert found[14, 14] == 250
-    centre_of_mass = mass_centre(np.where(found > 150, found, 0))
+    assert (result[~inside] == 100).all()
+    assert result[14, 14] == 250
+    centre_of_mass = mass_centre(np.where(result > 150, result, 0))
     assert centre_of_mass == pytest.approx((13.5, 13.5), abs=0.6)
 
 
@@ -752,10 +752,10 @@ def test_the_ground_of_a_plain_picture_is_that_of_its_longer_edges(transposed):
     picture = np.full((14, 28), 200, np.uint8)
     picture[[0, -1]] = 10
     picture = picture.T if transposed else picture
-    found = plain(Image.fromarray(picture), channels=1)[0]
-    found = found.T if transposed else found
-    assert np.array_equal(found[7:21], picture.T if transposed else picture)
-    assert set(found[[*range(7), *range(21, 28)]].ravel()) == {10}
+    result = plain(Image.fromarray(picture), channels=1)[0]
+    result = result.T if transposed else result
+    assert np.array_equal(result[7:21], picture.T if transposed else picture)
+    assert set(result[[*range(7), *range(21, 28)]].ravel()) == {10}
 
 
 @pytest.mark.parametrize(("opaque", "ground"), [(40, 255), (49, 255), (51, 60), (60, 60)])

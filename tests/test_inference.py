@@ -90,21 +90,21 @@ def test_every_engine_is_uncertain_of_the_same_pictures(
     classify = inference.load(saved, engine=engine)
     predicted = classify.scores(*classify.outputs(images))
     assert predicted == pytest.approx(wanted.scores(*wanted.outputs(images)), rel=0.1)
-    shares, uncertain, sets = classify.read(images)
+    shares, uncertain, sets = classify.predict(images)
     assert classify.set_limits is not None
     assert np.array_equal(sets, conformal.make_sets(shares, predicted, classify.set_limits))
     assert np.array_equal(shares, classify(images))
     assert np.array_equal(uncertain, predicted < classify.uncertain_below)
 
 
-def test_a_record_of_old_is_never_uncertain(folder: Path) -> None:
+def test_an_older_record_is_never_uncertain(folder: Path) -> None:
     def make_old(record: dict[str, Any]) -> None:
         del record["files"]["likeness"]
         record["calibration"] = {"temperature": record["calibration"]["temperature"]}
 
     noise = np.random.default_rng(0).integers(0, 256, (20, 1, 28, 28), np.uint8)
     change(folder, make_old)
-    assert not inference.load(folder).read(noise)[1].any()
+    assert not inference.load(folder).predict(noise)[1].any()
 
 
 def test_auto_takes_int8(saved: Path) -> None:
@@ -122,9 +122,9 @@ def test_on_a_gpu_auto_takes_torch(saved: Path, monkeypatch: pytest.MonkeyPatch)
 def test_torch_answers_several_threads_at_once(saved: Path, digits: data.Dataset) -> None:
     classify = inference.load(saved, engine="torch")
     images = digits.validation.images[:8].numpy()
-    expected, expected_uncertain, _ = classify.read(images)
+    expected, expected_uncertain, _ = classify.predict(images)
     with ThreadPoolExecutor(4) as threads:
-        for predicted, uncertain, _ in threads.map(lambda _: classify.read(images), range(200)):
+        for predicted, uncertain, _ in threads.map(lambda _: classify.predict(images), range(200)):
             assert predicted == pytest.approx(expected, abs=1e-6)
             assert (uncertain == expected_uncertain).all()
 

@@ -84,8 +84,8 @@ def test_strokes_narrower_than_two_fifths_of_the_side_are_bridged(
     for width, is_bridged in ((bridged, True), (bridged + 1, False)):
         level = np.full((side, side), high, np.float32)
         level[:, (side - width) // 2 :][:, :width] = low
-        found = ink._bridge(level, dark)
-        assert (found == high).all() == is_bridged
+        result = ink._bridge(level, dark)
+        assert (result == high).all() == is_bridged
 
 
 @pytest.mark.parametrize(("paper", "drawn"), [(200, 50), (40, 240)])
@@ -139,9 +139,9 @@ def test_ink_needs_a_contrast_of_20(paper: int, sign: int) -> None:
     for contrast, is_ink in ((19, False), (20, True), (100, True)):
         grey = np.full((PAGE, PAGE), paper, np.uint8)
         grey[STROKE] = paper + sign * contrast
-        found = ink.find_ink(grey)
+        result = ink.find_ink(grey)
         expected = np.where(mask(STROKE) & is_ink, 255, 0)
-        assert np.abs(found - expected).max() <= 1  # of rounding
+        assert np.abs(result - expected).max() <= 1  # of rounding
 
 
 def test_a_small_digit_among_weak_shades_needs_a_contrast_of_50() -> None:
@@ -152,20 +152,20 @@ def test_a_small_digit_among_weak_shades_needs_a_contrast_of_50() -> None:
         grey[::4, ::2] = 185
         digit = box(40, 60, 48, 52)
         grey[digit] = 200 - contrast
-        found = ink.find_ink(grey)
-        assert bool(found.any()) == is_ink
+        result = ink.find_ink(grey)
+        assert bool(result.any()) == is_ink
         if is_ink:
-            assert np.count_nonzero(found[digit]) == 80
-            assert np.count_nonzero(found) < 90
+            assert np.count_nonzero(result[digit]) == 80
+            assert np.count_nonzero(result) < 90
 
 
 def test_grey_edges_of_ink_keep_their_share_of_its_contrast() -> None:
     grey = np.full((PAGE, PAGE), 200, np.uint8)
     grey[STROKE] = 100
     grey[30:70, [44, 55]] = 150  # half covered
-    found = ink.find_ink(grey)
-    assert found[STROKE].min() >= 254
-    edges = found[30:70, [44, 55]]
+    result = ink.find_ink(grey)
+    assert result[STROKE].min() >= 254
+    edges = result[30:70, [44, 55]]
     assert (edges == edges[0, 0]).all()
     assert 100 <= edges[0, 0] <= 130
 
@@ -187,11 +187,11 @@ def test_ink_begins_above_the_noise_of_the_paper(
     relief[30:60, 30:60] = 240
     relief[30:60, 60:62] = 100  # the edge of a stroke
     monkeypatch.setattr(ink, "_subtract_background", lambda grey: grey)
-    found = ink.find_ink(relief)
-    assert found[30:60, 30:60].min() >= 254
-    assert set(found[30:60, 60:62].ravel().tolist()) <= {tone, tone - 1}
-    found[30:60, 30:62] = 0
-    assert not found.any()
+    result = ink.find_ink(relief)
+    assert result[30:60, 30:60].min() >= 254
+    assert set(result[30:60, 60:62].ravel().tolist()) <= {tone, tone - 1}
+    result[30:60, 30:62] = 0
+    assert not result.any()
 
 
 # --- rules
@@ -267,11 +267,11 @@ def test_rules_are_erased_but_not_the_strokes_that_cross_them() -> None:
         assert np.array_equal(drawn, before)
 
 
-def test_a_line_that_is_all_there_is_stays() -> None:
-    for rest in (box(40, 55, 45, 55), box(40, 54, 45, 54)):
-        drawn = mask(box(20, 22, 0, 100), rest)
-        longest = rest[0].stop - rest[0].start
-        expected = mask(rest) if longest >= 0.15 * PAGE else drawn
+def test_a_line_stays_without_other_large_ink() -> None:
+    for other in (box(40, 55, 45, 55), box(40, 54, 45, 54)):
+        drawn = mask(box(20, 22, 0, 100), other)
+        longest = other[0].stop - other[0].start
+        expected = mask(other) if longest >= 0.15 * PAGE else drawn
         assert np.array_equal(ink._remove_rules(drawn), expected)
 
 

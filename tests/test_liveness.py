@@ -118,7 +118,7 @@ def test_a_member_on_this_machine_without_a_lock_file_is_dead_after_its_silence(
     assert alive == [True] * 7 + [False]
 
 
-def test_a_member_that_others_took_for_dead_joins_again(member: Liveness) -> None:
+def test_a_member_that_others_declared_dead_joins_again(member: Liveness) -> None:
     before, file = member.id, lock_file(member)
     entries = member.update({})
     assert member.id == before  # its first update is not the second one after a death

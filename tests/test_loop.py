@@ -11,7 +11,7 @@ from mnist.search import loop
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints, NoRoom
 from mnist.search.members import Member
-from mnist.search.runs import Recipe, Report, Run, RunResult
+from mnist.search.runs import Report, Run, RunResult, StudyConfig
 from mnist.training import Progress
 
 SAMPLES = 600
@@ -136,9 +136,9 @@ def member(tmp_path: Path) -> Iterator[Member]:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+def config(tmp_path: Path) -> StudyConfig:
     (tmp_path / "study").mkdir()
-    return Recipe("linear", 5, SAMPLES, Checkpoints(tmp_path / "study"))
+    return StudyConfig("linear", 5, SAMPLES, Checkpoints(tmp_path / "study"))
 
 
 class Clock:
@@ -162,15 +162,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def run_search(member: Member, pool: FakePool, recipe: Recipe, trials: int) -> list[loop.Update]:
-    return list(loop.search(member, pool, recipe, trials=trials))  # type: ignore[arg-type]
+def run_search(
+    member: Member, pool: FakePool, config: StudyConfig, trials: int
+) -> list[loop.Update]:
+    return list(loop.search(member, pool, config, trials=trials))  # type: ignore[arg-type]
 
 
-def test_each_message_of_a_trial_is_an_update(member: Member, recipe: Recipe, clock: Clock) -> None:
+def test_each_message_of_a_trial_is_an_update(
+    member: Member, config: StudyConfig, clock: Clock
+) -> None:
     reports = [report(100), report(300, 0.25)]
     done = RunResult(accuracy=0.75)
     pool = FakePool(1, [[(0, reports[0])], [(0, reports[1]), (0, done)]])
-    updates = run_search(member, pool, recipe, 1)
+    updates = run_search(member, pool, config, 1)
     params, none = studies.FIRST_PARAMS, loop.Update()
     assert updates == [
         loop.Update(0, params, reports[0].progress),
@@ -182,18 +186,18 @@ def test_each_message_of_a_trial_is_an_update(member: Member, recipe: Recipe, cl
     trial = member.study.trials[0]
     assert (trial.value, trial.intermediate_values) == (0.75, {300: 0.25})
     assert "resumed" not in trial.user_attrs
-    assert pool.workers[0].runs == [Run.for_trial(recipe, 0, params, 3)]
+    assert pool.workers[0].runs == [Run.for_trial(config, 0, params, 3)]
     assert pool.discarded == []
 
 
 def test_a_pruned_trial_is_stopped_and_has_the_value_of_its_last_report(
-    member: Member, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    member: Member, config: StudyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(member.trials, "report", report_and_prune(member))
     script = [[(0, report(300, 0.25)), (0, report(SAMPLES, 0.5))]]
     script += [[(0, RunResult(accuracy=0.5, stopped=True))]]
     pool = FakePool(1, script)
-    last = run_search(member, pool, recipe, 1)[-2]
+    last = run_search(member, pool, config, 1)[-2]
     assert pool.workers[0].replies == [True, False]  # at its end there is nothing to stop
     assert (last.state, last.value) == (TrialState.PRUNED, 0.5)
 
@@ -210,18 +214,18 @@ def report_and_prune(member: Member) -> Any:
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_trial_that_begins_with_a_checkpoint_is_recorded_as_resumed(
-    member: Member, recipe: Recipe, exists: bool
+    member: Member, config: StudyConfig, exists: bool
 ) -> None:
-    checkpoint = recipe.checkpoints.trial(0)
+    checkpoint = config.checkpoints.trial(0)
     if exists:
         checkpoint.touch()
-    run_search(member, FakePool(1, [[(0, RunResult(accuracy=0.5))]]), recipe, 1)
+    run_search(member, FakePool(1, [[(0, RunResult(accuracy=0.5))]]), config, 1)
     assert member.study.trials[0].user_attrs.get("resumed", False) == exists
     assert not checkpoint.exists()
 
 
-def test_a_trial_is_retried_as_its_last_attempt_says(member: Member, recipe: Recipe) -> None:
-    checkpoint = recipe.checkpoints.trial(0)
+def test_a_trial_is_retried_as_its_last_attempt_says(member: Member, config: StudyConfig) -> None:
+    checkpoint = config.checkpoints.trial(0)
     checkpoint.touch()
     results = [
         RunResult(failure="died"),
@@ -230,7 +234,7 @@ def test_a_trial_is_retried_as_its_last_attempt_says(member: Member, recipe: Rec
         RunResult(accuracy=0.5),  # of the next trial
     ]
     pool = FakePool(1, [[(0, result)] for result in results])
-    states = [update.state.name for update in run_search(member, pool, recipe, 1) if update.state]
+    states = [update.state.name for update in run_search(member, pool, config, 1) if update.state]
     assert states == ["WAITING", "WAITING", "FAIL", "COMPLETE"]
     attempts = [(run.deaths, run.micro_batch) for run in pool.workers[0].runs]
     assert attempts == [(0, None), (1, None), (1, 8), (0, None)]
@@ -241,13 +245,13 @@ def test_a_trial_is_retried_as_its_last_attempt_says(member: Member, recipe: Rec
 
 
 def test_a_command_waits_for_the_trials_of_other_members(
-    member: Member, recipe: Recipe, clock: Clock, tmp_path: Path
+    member: Member, config: StudyConfig, clock: Clock, tmp_path: Path
 ) -> None:
     with Member(f"sqlite:///{tmp_path}/db.sqlite3", "study", threads=1) as other:
         claim = other.trials.ask(1, 0)
         assert claim is not None
         pool = FakePool()
-        updates = loop.search(member, pool, recipe, trials=1)  # type: ignore[arg-type]
+        updates = loop.search(member, pool, config, trials=1)  # type: ignore[arg-type]
         assert [next(updates), next(updates)] == [loop.Update()] * 2
         assert clock.slept == [loop.WAIT_S]
         other.trials.tell(claim, TrialState.COMPLETE, 0.5)
@@ -256,19 +260,23 @@ def test_a_command_waits_for_the_trials_of_other_members(
 
 
 def test_a_member_that_waits_finds_the_trials_of_a_dead_one(
-    member: Member, recipe: Recipe, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    member: Member,
+    config: StudyConfig,
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with Member(f"sqlite:///{tmp_path}/db.sqlite3", "study", threads=1) as other:
         other.trials.ask(1, 0)
         pool = FakePool(1, [[(0, RunResult(accuracy=0.5))]])
         monkeypatch.setattr(clock, "sleep", lambda _: other.liveness.file_lock.release())
-        updates = run_search(member, pool, recipe, 1)
+        updates = run_search(member, pool, config, 1)
         other.liveness.file_lock.acquire()
     assert [update.state for update in updates] == [None, TrialState.COMPLETE, None]
 
 
 def test_the_worker_of_a_trial_that_another_member_has_is_discarded(
-    member: Member, recipe: Recipe
+    member: Member, config: StudyConfig
 ) -> None:
     def lose_claim() -> Iterator[list[Any]]:
         taken = {"by": "another", "threads": 1}
@@ -279,7 +287,7 @@ def test_the_worker_of_a_trial_that_another_member_has_is_discarded(
         return [trial._trial_id for trial in member.study.trials]
 
     pool = FakePool(2, lose_claim())
-    updates = loop.search(member, pool, recipe, trials=2)  # type: ignore[arg-type]
+    updates = loop.search(member, pool, config, trials=2)  # type: ignore[arg-type]
     assert next(updates) == loop.Update()
     assert pool.discarded == [pool.workers[0]]
     updates.close()
@@ -287,23 +295,23 @@ def test_the_worker_of_a_trial_that_another_member_has_is_discarded(
 
 
 def test_five_failed_trials_in_a_row_end_the_search_with_the_last_reason(
-    member: Member, recipe: Recipe
+    member: Member, config: StudyConfig
 ) -> None:
     failures = [[(0, RunResult(failure="nan", reason=f"reason {i}"))] for i in range(5)]
     with pytest.raises(loop.SearchFailed, match="5 trials in a row failed, the last for reason 4;"):
-        run_search(member, FakePool(1, failures), recipe, 9)
+        run_search(member, FakePool(1, failures), config, 9)
     assert len(member.study.trials) == 5
 
 
 def test_a_trial_whose_worker_cannot_write_waits_and_keeps_its_checkpoint(
-    member: Member, recipe: Recipe
+    member: Member, config: StudyConfig
 ) -> None:
-    recipe.checkpoints.trial(0).touch()
+    config.checkpoints.trial(0).touch()
     pool = FakePool(1, [[(0, RunResult(failure="disk", reason="it is full"))]])
     with pytest.raises(NoRoom, match="it is full"):
-        run_search(member, pool, recipe, 1)
+        run_search(member, pool, config, 1)
     assert member.study.trials[0].state == TrialState.WAITING
-    assert recipe.checkpoints.trial(0).exists()
+    assert config.checkpoints.trial(0).exists()
 
 
 # --- confirmations
@@ -318,26 +326,26 @@ def add_trials(member: Member, *values: float) -> None:
 
 
 def test_confirmations_train_as_the_trial_did_on_fresh_seeds(
-    member: Member, recipe: Recipe
+    member: Member, config: StudyConfig
 ) -> None:
     add_trials(member, 0.9)
     pool = FakePool(1, [[(0, RunResult(accuracy=value))] for value in (0.5, 0.75)])
-    counts = list(loop.confirm(member, pool, recipe, 1))  # type: ignore[arg-type]
+    counts = list(loop.confirm(member, pool, config, 1))  # type: ignore[arg-type]
     assert counts == [(1, 2), (2, 2)]
     params = member.study.trials[0].params
-    expected = [Run.for_confirmation(recipe, 0, params, i, None) for i in range(2)]
+    expected = [Run.for_confirmation(config, 0, params, i, None) for i in range(2)]
     assert pool.workers[0].runs == expected
     assert studies.confirmations(member.study, 0) == [0.5, 0.75]
 
 
 def test_a_trial_that_fails_on_a_fresh_seed_is_excluded_and_the_next_best_confirmed(
-    member: Member, recipe: Recipe
+    member: Member, config: StudyConfig
 ) -> None:
     add_trials(member, 0.6, 0.9, 0.7)
     bad = RunResult(failure="nan", reason="the loss is nan")
     good = RunResult(accuracy=0.5)
     pool = FakePool(1, [[(0, bad)], *[[(0, good)]] * 20])
-    counts = list(loop.confirm(member, pool, recipe, 1))  # type: ignore[arg-type]
+    counts = list(loop.confirm(member, pool, config, 1))  # type: ignore[arg-type]
     assert member.study.user_attrs["set_aside"] == {"1": "nan: the loss is nan"}
     winner = studies.select_winner(member.study, 1)
     assert winner is not None
@@ -345,6 +353,6 @@ def test_a_trial_that_fails_on_a_fresh_seed_is_excluded_and_the_next_best_confir
     assert counts[-1][0] == counts[-1][1]
 
 
-def test_none_to_confirm_is_nothing_to_do(member: Member, recipe: Recipe) -> None:
+def test_without_trials_to_confirm_nothing_runs(member: Member, config: StudyConfig) -> None:
     add_trials(member, 0.9)
-    assert list(loop.confirm(member, FakePool(), recipe, 0)) == []  # type: ignore[arg-type]
+    assert list(loop.confirm(member, FakePool(), config, 0)) == []  # type: ignore[arg-type]

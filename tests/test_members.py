@@ -139,7 +139,7 @@ def test_a_transaction_that_stalls_is_ended_and_its_locks_with_it(
 
 
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
-def test_an_action_that_failed_during_a_sleep_longer_than_all_retries_is_retried(
+def test_an_action_that_failed_during_a_long_suspension_is_retried(
     one: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storages, "RETRY_S", 0.0)
@@ -212,7 +212,7 @@ def test_a_trial_recorded_as_this_member_s_without_a_claim_is_requeued(
     assert again.number == claim.number
 
 
-def test_however_a_database_is_spelled_it_has_the_same_lock(storage: str) -> None:
+def test_all_urls_of_a_database_have_the_same_lock(storage: str) -> None:
     other = storage.replace("sqlite:", "sqlite+pysqlite:").replace("sql:", "sql+psycopg:")
     order = []
     with Member(storage, "study", threads=1) as one, Member(other, "study", threads=1) as two:
@@ -253,7 +253,7 @@ def lose_claim(one: Member, two: Member) -> Claim:
     return claim
 
 
-def test_a_member_that_was_taken_for_dead_cannot_change_the_trial(one: Member, two: Member) -> None:
+def test_a_member_that_was_declared_dead_cannot_change_the_trial(one: Member, two: Member) -> None:
     claim = lose_claim(one, two)
     with pytest.raises(ClaimLost, match="trial 0 was taken over"):
         one.trials.report(claim, 100, 0.1)
@@ -411,7 +411,7 @@ def drop_database(storage: str) -> None:
     ],
     indirect=["storage"],
 )
-def test_a_study_that_is_gone_is_said_to_be_gone(
+def test_an_error_says_that_a_study_was_removed(
     storage: str, act: Callable[[str], None], tmp_path: Path
 ) -> None:
     with Member(storage, "study", threads=1) as member:
@@ -430,7 +430,7 @@ def test_a_study_that_is_gone_is_said_to_be_gone(
 
 
 @pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
-def test_a_failing_database_is_not_taken_for_a_removed_one(one: Member) -> None:
+def test_a_failing_database_is_not_reported_as_removed(one: Member) -> None:
     def divide(_: object) -> None:
         with one.shared.engine.connect() as connection:
             connection.execute(text("SELECT 1 / 0"))
@@ -467,7 +467,7 @@ def test_a_member_takes_the_lead_of_one_that_is_gone(one: Member, two: Member) -
 
 
 @sqlite_only
-def test_a_member_that_was_taken_for_dead_leads_again_after_its_next_poll(one: Member) -> None:
+def test_a_member_that_was_declared_dead_leads_again_after_its_next_poll(one: Member) -> None:
     assert one.become_leader()
     one.run_locked(lambda study: study.set_user_attr("members", {}))
     assert not one.become_leader()
@@ -477,7 +477,7 @@ def test_a_member_that_was_taken_for_dead_leads_again_after_its_next_poll(one: M
 
 
 @sqlite_only
-def test_heartbeats_go_on_after_an_error(
+def test_heartbeats_continue_after_an_error(
     storage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(liveness, "HEARTBEAT_S", 0.01)

@@ -110,8 +110,8 @@ GIF_METADATA = {
 def test_a_gif_is_read_whatever_its_metadata(name: str) -> None:
     gif = make_seven("GIF", transparency=3)
     at = 13 + 3 * 2 ** ((gif[10] & 7) + 1)
-    found = images.normalise(gif[:at] + GIF_METADATA[name] + gif[at:])
-    assert np.array_equal(found, images.normalise(gif))
+    result = images.normalise(gif[:at] + GIF_METADATA[name] + gif[at:])
+    assert np.array_equal(result, images.normalise(gif))
 
 
 TIFF_METADATA = {
@@ -137,10 +137,10 @@ def test_a_tag_past_the_end_hides_no_later_one() -> None:
     Image.fromarray(slope).save(stream, "TIFF")  # of floats, as tag 339 says
     floats = stream.getvalue()
     expected = images.normalise(floats, recipe="plain")
-    found = images.normalise(
+    result = images.normalise(
         with_tag(floats, *TIFF_METADATA["a resolution past the end"]), recipe="plain"
     )
-    assert np.array_equal(found, expected)
+    assert np.array_equal(result, expected)
 
 
 def test_a_webp_is_read_whatever_its_metadata() -> None:

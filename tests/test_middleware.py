@@ -229,7 +229,7 @@ def test_openapi_lists_every_status_of_predict(models: Path) -> None:
         "200", "400", "401", "404", "413", "415", "422", "429", "503"
     }  # fmt: skip
     for status, response in predict["responses"].items():
-        name = "Answer" if status == "200" else "Problem"
+        name = "Answer" if status == "200" else "ErrorResponse"
         assert response["content"]["application/json"]["schema"]["$ref"].endswith(name)
 
 
@@ -313,7 +313,7 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELS", str(SAMPLE))
 
 
-def test_every_answer_forbids_what_browsers_would_guess_frame_tell_or_cache(sample: None) -> None:
+def test_every_response_has_the_security_headers(sample: None) -> None:
     expected = {
         "x-content-type-options": "nosniff",
         "x-frame-options": "DENY",

@@ -18,7 +18,7 @@ def test_each_kind_differs_from_picture_to_picture(draw: outliers.Draw) -> None:
     assert len({picture.tobytes() for picture in drawn}) > 20
 
 
-def test_they_have_the_form_of_training_images(digits: Dataset) -> None:
+def test_outliers_have_the_form_of_training_images(digits: Dataset) -> None:
     made = outliers.make(digits.train.images.numpy(), 100, 0)
     assert (made.dtype, made.shape) == (np.uint8, (100, 1, 28, 28))
     for picture in made[:, 0]:
@@ -28,14 +28,14 @@ def test_they_have_the_form_of_training_images(digits: Dataset) -> None:
     assert len({picture.tobytes() for picture in made}) > 80
 
 
-def test_the_seed_decides_them(digits: Dataset) -> None:
+def test_the_seed_determines_the_outliers(digits: Dataset) -> None:
     known = digits.train.images.numpy()
     one, two, other = (outliers.make(known, 20, seed) for seed in (0, 0, 1))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, other)
 
 
-def test_none_is_like_a_training_image(digits: Dataset) -> None:
+def test_no_outlier_is_similar_to_a_training_image(digits: Dataset) -> None:
     known = digits.train.images.numpy()
     made = outliers.make(known, 200, 0)
     rows = [part.reshape(len(part), -1).astype(float) for part in (made, known)]

@@ -352,7 +352,7 @@ def test_axe_finds_nothing_serious_and_nothing_shifts(
     assert page.evaluate("document.documentElement.scrollWidth") == width
     page.add_script_tag(path=axe)
     violations = page.evaluate("axe.run()")["violations"]
-    serious = [each for each in violations if each["impact"] in ("serious", "critical")]
+    serious = [entry for entry in violations if entry["impact"] in ("serious", "critical")]
     assert not serious, json.dumps(serious, indent=1)[:3000]
 
 
@@ -513,7 +513,7 @@ def test_the_page_asks_for_a_key_and_shows_errors_in_words(
         page.wait_for_function("answers > 0")
         page.evaluate("late = false")
         page.wait_for_selector("#key-field", state="visible")
-        assert "wants an API key" in page.inner_text("#words")
+        assert "needs an API key" in page.inner_text("#words")
         page.evaluate("late = true; answers = 0")
         draw(page, SEVEN[2:])
         page.wait_for_function("answers > 0")  # a request without the key is still in progress

@@ -45,7 +45,7 @@ def test_a_parameter_that_is_not_the_route_s_names_the_right_one(
 
 
 @pytest.mark.parametrize("field", ["model", "modle", "Model", "top", "topk", "view"])
-def test_a_parameter_among_the_fields_belongs_into_the_url(field: str, client: TestClient) -> None:
+def test_a_query_parameter_sent_as_a_field_is_refused(field: str, client: TestClient) -> None:
     sent: list[dict[str, Any]] = [
         {"url": "/predict", "files": FORM, "data": {field: "x"}},
         {"url": "/predict/base64", "json": {"image": "", field: "x"}},
@@ -74,7 +74,7 @@ def test_a_path_with_a_final_slash_is_answered_as_without(client: TestClient) ->
         assert client.get(f"{path}/").status_code == 200
 
 
-def test_what_is_not_there_is_named(client: TestClient) -> None:
+def test_an_unknown_path_or_method_is_named(client: TestClient) -> None:
     for response in (client.get("/models/%22%0a"), client.post("/predict?model=%22%0a")):
         message = refused(response, 404, "unknown_model")
         assert message == 'there is no model "\\"\\n"; GET /models lists the saved models'

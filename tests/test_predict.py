@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from mnist import images, inference, predict, registry
 from tests.conftest import ROOT, Done
-from tests.test_inference import change
+from tests.test_inference import HEAVY, change
 
 Predict = Callable[..., Done]
 
@@ -193,7 +193,7 @@ def test_a_folder_s_files_of_the_system_are_left_out_and_counted(ask: Predict, s
     assert answered == ["7.png", "scan.pnm", "web.jfif"]
     assert done.returncode == 0
     assert done.stderr == (
-        f"predict: {seven.parent}: 4 left out, as no picture files by name: "
+        f"predict: {seven.parent}: 4 left out, as their names are not those of pictures: "
         "._7.png, .ipynb_checkpoints, Thumbs.db, __MACOSX\n"
     )
 
@@ -250,7 +250,7 @@ def test_plot_is_a_picture_of_all_answers(ask: Predict, seven: Path) -> None:
         assert words in wrong.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_error_to_talk_about(saved: Path, seven: Path) -> None:
+def test_a_closed_output_pipe_prints_no_error(saved: Path, seven: Path) -> None:
     command = [sys.executable, "-m", "mnist.predict", "--models", str(saved)]
     files = [str(seven)] * 200
     with subprocess.Popen(
@@ -261,3 +261,29 @@ def test_a_reader_that_has_seen_enough_is_no_error_to_talk_about(saved: Path, se
         assert process.stdout.readline().startswith(f"{seven}  7  ")
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+def test_predictions_need_no_more_than_the_server(seven: Path, saved: Path) -> None:
+    code = (
+        "import sys; from mnist import predict; predict.run_cli(sys.argv[1:]); print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "--models", str(saved), str(seven)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    line, modules = done.stdout.splitlines()
+    assert line.startswith(f"{seven}  7  ")
+    assert not {*modules.split()} & (HEAVY | {"rich"})
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    ask: Predict, seven: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModuleNotFoundError(name="matplotlib")
+
+    monkeypatch.setattr(predict, "plot_predictions", fail)
+    done = ask("--plot", seven.parent / "out.png", seven)
+    remedy = "`pip install -r requirements.txt` installs it"
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"predict: matplotlib is not installed; {remedy}\n",
+    )

@@ -164,7 +164,7 @@ def test_the_environment_is_extended_for_a_block(monkeypatch: pytest.MonkeyPatch
     assert os.environ["OTHER"] == "kept"
 
 
-def test_a_run_leaves_nothing_in_the_home_folder(saved: Path) -> None:
+def test_a_run_writes_nothing_into_the_home_folder(saved: Path) -> None:
     assert not [*(saved.parent / "home").rglob("*")]
 
 
@@ -178,7 +178,7 @@ def test_a_run_leaves_nothing_in_the_home_folder(saved: Path) -> None:
     ],
     ids=["predict", "registry", "preflight", "library"],
 )
-def test_no_command_leaves_anything_in_the_home_folder(
+def test_no_command_writes_into_the_home_folder(
     saved: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     (tmp_path / "picture.png").write_bytes(PICTURE)
@@ -196,7 +196,7 @@ def saved_name(folder: Path) -> str:
     return json.loads((folder / "model_info.json").read_text())["current"]
 
 
-def test_the_server_leaves_nothing_in_the_home_folder(
+def test_the_server_writes_nothing_into_the_home_folder(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", empty_home(tmp_path / "home"))

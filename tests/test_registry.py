@@ -86,14 +86,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(
 
 def test_a_file_beside_a_model_is_removed_with_it(tmp_path: Path) -> None:
     name, current = save(tmp_path, entry()), save(tmp_path, entry())
-    registry.put_beside(tmp_path, name, ".report.html", b"page")
+    registry.attach_file(tmp_path, name, ".report.html", b"page")
     assert (tmp_path / f"{name}.report.html").read_bytes() == b"page"
     assert list(registry.record(tmp_path, name)[1]["files"]) == ["weights"]
     registry.remove(tmp_path, name)
     assert not list(tmp_path.glob(f"*{name}.*"))
     assert (tmp_path / f"{current}.pth").exists()
     with pytest.raises(registry.UnknownModel):
-        registry.put_beside(tmp_path, name, ".report.html", b"page")
+        registry.attach_file(tmp_path, name, ".report.html", b"page")
 
 
 def test_two_models_of_one_second_have_two_names(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_the_next_save_completes_a_killed_removal(tmp_path: Path) -> None:
     }
 
 
-def test_a_model_without_its_record_is_not_taken_for_a_left_over(tmp_path: Path) -> None:
+def test_a_model_without_its_record_is_not_removed_as_an_orphan(tmp_path: Path) -> None:
     name = save(tmp_path, entry())
     (tmp_path / "model_info.json").unlink()
     save(tmp_path, entry())
@@ -274,9 +274,7 @@ def test_an_altered_or_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "", "20261121-120301/../x", "nothing"])
-def test_a_name_that_is_no_model_is_refused_on_read_use_and_remove(
-    tmp_path: Path, name: str
-) -> None:
+def test_an_unknown_name_is_refused_on_read_use_and_remove(tmp_path: Path, name: str) -> None:
     save(tmp_path, entry())
     for act in (registry.record, registry.use, registry.remove, registry.file):
         with pytest.raises(registry.RegistryError, match="no model"):
@@ -375,7 +373,7 @@ def test_info_nested_beyond_reason_is_refused(tmp_path: Path) -> None:
         registry.read(tmp_path)
 
 
-def test_an_unknown_name_is_told_from_a_broken_registry(tmp_path: Path) -> None:
+def test_an_unknown_name_is_distinguished_from_a_broken_registry(tmp_path: Path) -> None:
     with pytest.raises(registry.UnknownModel, match="it has none"):
         registry.record(tmp_path, NAME)
     (tmp_path / "model_info.json").write_text("{")
@@ -471,7 +469,7 @@ def test_a_saved_record_has_the_contract_s_fields(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["no pickle", "another network", "unknown network", "code"])
-def test_weights_that_make_no_model_are_refused_in_a_line_with_its_name(
+def test_unusable_weights_are_refused_in_a_line_with_the_model_s_name(
     tmp_path: Path, harm: str
 ) -> None:
     stream = io.BytesIO()
@@ -612,7 +610,7 @@ def test_without_a_current_model_the_message_says_what_makes_one(
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
-def test_a_file_system_that_syncs_no_folders_will_do(
+def test_a_file_system_that_syncs_no_folders_is_accepted(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail_for_folders(descriptor: int) -> None:
@@ -644,7 +642,7 @@ def test_files_are_readable_by_those_whom_the_umask_admits(umask: int, tmp_path:
     before = os.umask(umask)
     try:
         name = save(tmp_path, entry())
-        registry.put_beside(tmp_path, name, ".report.html", b"report")
+        registry.attach_file(tmp_path, name, ".report.html", b"report")
     finally:
         os.umask(before)
     files = [path for path in tmp_path.iterdir() if path.name != ".lock"]
@@ -675,7 +673,7 @@ def test_info_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         (None, None),
     ],
 )
-def test_a_secret_in_a_record_of_old_is_not_shown(
+def test_a_secret_in_an_older_record_is_not_shown(
     storage: str | None, shown: str | None, tmp_path: Path
 ) -> None:
     name = save(tmp_path, entry(options={"storage": storage, "trials": 3}))

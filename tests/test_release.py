@@ -103,4 +103,4 @@ def test_plain_trains_the_layers_themselves(run: Command, tmp_path: Path) -> Non
     assert record["training"]["form"] == "plain"
     other = run("--dataset", "digits", "--model", "parallel", *SHORT)
     assert other.returncode == 2
-    assert "layers is in their training form, there plain" in other.stderr
+    assert "layers is in their training form, in the study plain" in other.stderr

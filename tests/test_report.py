@@ -100,7 +100,7 @@ def extract_pictures(html: str) -> list[Image.Image]:
         pytest.param("cc", ["0", "1", "2"], 3, None, id="colour, nothing pruned"),
         pytest.param("cpppp", ODD, 1, None, id="odd names, only the first trial complete"),
         pytest.param("cfpwfc", [f"class {i}" for i in range(47)], 1, None, id="47 classes"),
-        pytest.param("cpcf", list("0123456789"), 1, 3, id="all read as one class"),
+        pytest.param("cpcf", list("0123456789"), 1, 3, id="one class predicted for all"),
     ],
 )
 def test_the_page_shows_any_study_and_model(
@@ -110,7 +110,7 @@ def test_the_page_shows_any_study_and_model(
     html = page.render_page(
         page.draw(make_study(states), "20261121-120301", record(classes, channels), arrays)
     )
-    assert "40 of 60 test images are read wrong: 33.33% are right" in html
+    assert "40 of 60 test images are misclassified: the accuracy is 33.33%" in html
     assert f"{states.count('c')} trials were completed, {states.count('p')} pruned" in html
     assert ("<li>2 \N{MULTIPLICATION SIGN} nan: the loss is nan" in html) == (
         states.count("f") == 2

@@ -159,7 +159,7 @@ def test_a_run_stopped_in_mid_trial_loses_no_finished_trial(
         assert code == 130, errors
         assert "Traceback" not in errors
         assert errors.endswith(
-            "run.py: interrupted; what was finished is kept, the same command goes on\n"
+            "run.py: interrupted; finished work is kept; the same command continues\n"
         )
         assert TrialState.RUNNING not in states(tmp_path)
     done = run(*LONG)
@@ -205,14 +205,14 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
     [
         (["--trials", "0"], "'--trials': 0 is not in the range"),
         (["--trials", "many"], "'--trials': 'many' is not a valid integer"),
-        (["--dataset", "mnits"], "'mnits' is no data set; known: mnist, digits, fashion"),
+        (["--dataset", "mnits"], "'mnits' is not a data set; known: mnist, digits, fashion"),
         (["--dataset", "/tmp"], "'/tmp' is a folder; write folder:/tmp"),
         (["--dataset", "folder:nowhere"], "'folder:nowhere': there is no folder nowhere"),
-        (["--dataset", "folder:"], "'folder:' is no data set; known: mnist"),
-        (["--color"], "--image-size and --color are for folder:PATH; digits is as it is"),
-        (["--image-size", "20"], "are for folder:PATH; digits is as it is"),
+        (["--dataset", "folder:"], "'folder:' is not a data set; known: mnist"),
+        (["--color"], "--image-size and --color are only for folder:PATH, not for digits"),
+        (["--image-size", "20"], "are only for folder:PATH, not for digits"),
         (["--image-size", "4"], "'--image-size': 4 is not in the range"),
-        (["--model", "x"], "'x' is no network; known: parallel"),
+        (["--model", "x"], "'x' is not a network; known: parallel"),
         (["--param", "optimizer=Adam,SGD"], "choice:Adam,SGD lets each be chosen"),
         (["--param", "lr=float:2:1"], "lr: 'float:2:1': LOW is above HIGH"),
         (["--space", "nowhere.toml"], "nowhere.toml: neither a space"),
@@ -222,7 +222,7 @@ def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
         (["--train-samples", "999999"], "train-samples is 999999; digits takes 10"),
         (["--storage", "sqlite:////no/where/db.sqlite3"], "there is no folder /no/where"),
         (["--colour", "red"], "No such option '--colour'"),
-        (["--artifacts", "s3://bucket"], "'s3://bucket' is no folder; mount the bucket"),
+        (["--artifacts", "s3://bucket"], "'s3://bucket' is not a folder; mount the bucket"),
         (["--disk-quota", "1MB"], "'1MB' is under 20MB"),
         (["--device", "mps"], "device 'mps' is not on this machine"),
         (["--storage", "nonsense"], "--storage 'nonsense' cannot be opened"),
@@ -418,7 +418,7 @@ def test_an_error_in_one_of_several_studies_is_reported_before_the_first(
         ([*two, "--model", "compact", "--param", "dropout=0.1"], "digits-linear: dropout: the net"),
         ([*two, "--model", "cnn", "--param", "lrr=3"], "digits-linear: lrr: no such hyper"),
         ([*two, "--dataset", f"folder:{small}"], "class 'dog' has 3 pictures"),
-        ([*two, "--model", "cnn", "--color"], "--color are for folder:PATH"),
+        ([*two, "--model", "cnn", "--color"], "--color are only for folder:PATH"),
     ):
         done = run(*options)
         assert (done.returncode, done.stdout) == (2, "")
@@ -428,7 +428,7 @@ def test_an_error_in_one_of_several_studies_is_reported_before_the_first(
 
 
 @pytest.mark.slow
-def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
+def test_a_study_that_cannot_be_finished_does_not_stop_the_others(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = run_module.run_trials
@@ -447,7 +447,7 @@ def test_a_study_that_cannot_be_finished_does_not_hold_up_the_others(
 
 
 @pytest.mark.slow
-def test_a_study_that_cannot_be_continued_does_not_hold_up_the_others(run: Command) -> None:
+def test_a_study_that_cannot_be_continued_does_not_stop_the_others(run: Command) -> None:
     assert run("--dataset", "digits", "--model", "linear", *SHORT).returncode == 0
     both = ["--dataset", "digits", "--model", "linear", "--model", "compact"]
     done = run(*both, *SHORT, "--epochs", "0.6")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 URL = "sqlite:///db.sqlite3"
 NAME = "digits-linear-quick"
-KEPT = "what was finished is kept, the same command goes on from here"
+KEPT = "finished work is kept; the same command continues from here"
 
 
 def test_a_study_that_is_deleted_in_mid_run_ends_it_with_one_line(
@@ -38,7 +38,7 @@ def test_a_study_that_is_deleted_in_mid_run_ends_it_with_one_line(
     assert (done.returncode, done.stdout) == (1, "")
     *progress, line = done.stderr.splitlines()
     assert line.startswith(f"run.py: study {NAME} is gone from {URL}: it was deleted or renamed; ")
-    assert "goes on" not in line
+    assert "command continues" not in line
     assert not any("run.py:" in other for other in progress)
 
 
@@ -89,23 +89,23 @@ def test_a_name_or_a_storage_that_cannot_hold_a_study_is_refused(
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (loop.Unfinished("--timeout: x"), "--timeout: x; the same command goes on from here"),
+        (loop.Unfinished("--timeout: x"), "--timeout: x; the same command continues from here"),
         (loop.SearchFailed("5 trials failed"), "5 trials failed"),
         (
             StorageError("x: locked", passing=True),
-            "x: locked; what was finished is kept, the same command goes on",
+            "x: locked; finished work is kept; the same command continues",
         ),
         (StorageError("x: readonly"), "x: readonly"),
         (StudyGone("s", "x", "deleted"), "study s is gone from x: deleted; this command starts"),
         (NoRoom("no room"), f"no room; {KEPT}"),
         (
             OSError(28, "No space"),
-            "[Errno 28] No space; what was finished is kept, the same command goes on",
+            "[Errno 28] No space; finished work is kept; the same command continues",
         ),
         (PermissionError(13, "Denied", "x"), "[Errno 13] Denied: 'x'"),
     ],
 )
-def test_a_line_says_that_the_command_goes_on_only_where_it_does(
+def test_a_line_says_that_the_command_continues_only_where_it_does(
     run: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
 ) -> None:
     def fail(*_: object) -> None:
@@ -115,10 +115,10 @@ def test_a_line_says_that_the_command_goes_on_only_where_it_does(
     done = run(*DIGITS)
     assert done.returncode == 1
     assert done.stderr.startswith(f"run.py: {line}")
-    assert ("goes on" in line) == ("goes on" in done.stderr)
+    assert ("command continues" in line) == ("command continues" in done.stderr)
 
 
-def test_several_studies_that_cannot_go_on_do_not_promise_to() -> None:
+def test_studies_that_cannot_continue_do_not_promise_to_continue() -> None:
     gone, invalid = StudyGone("s", "x", "deleted"), registry.RegistryError("x")
     later = loop.Unfinished("--timeout")
     kinds = [
@@ -137,7 +137,7 @@ def test_an_unexpected_error_is_one_line(
     assert done.returncode == 1
     assert done.stderr.startswith("run.py: unexpected KeyError: 'made up'; the traceback is in ")
     assert done.stderr.count("\n") == 1
-    assert "goes on" not in done.stderr
+    assert "command continues" not in done.stderr
 
 
 def test_data_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

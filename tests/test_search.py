@@ -15,13 +15,13 @@ from mnist.search import budget, loop
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints
 from mnist.search.members import Member
-from mnist.search.runs import Recipe, Run, RunResult, Setup
+from mnist.search.runs import Run, RunResult, Setup, StudyConfig
 from mnist.search.space import DEFAULT
 from mnist.search.workers import Pool, Worker
 
 SETUP = Setup(functools.partial(data.load, "digits"), "cpu", threads=1)
 SAMPLES = 600
-RECIPE = Recipe("linear", 0, SAMPLES, Checkpoints(Path("none")))
+CONFIG = StudyConfig("linear", 0, SAMPLES, Checkpoints(Path("none")))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def member(folder: Path, name: str = "study") -> Member:
 
 def run_search(member: Member, pool: Pool, trials: int, **options: Any) -> list[loop.Update]:
     with member:
-        return list(loop.search(member, pool, RECIPE, trials=trials, **options))
+        return list(loop.search(member, pool, CONFIG, trials=trials, **options))
 
 
 def outcome(member: Member) -> list[tuple[Any, ...]]:
@@ -87,7 +87,7 @@ def test_a_stop_in_mid_trial_changes_nothing(tmp_path: Path, pool: Pool) -> None
     whole, stopped = member(tmp_path, "whole"), member(tmp_path, "stopped")
     run_search(whole, pool, 4)
     with stopped:
-        updates = loop.search(stopped, pool, RECIPE, trials=4)
+        updates = loop.search(stopped, pool, CONFIG, trials=4)
         next(update for update in updates if update.number == 2 and update.progress)
         updates.close()
         assert states(stopped)[2:] == [TrialState.WAITING]
@@ -162,9 +162,9 @@ def test_a_bug_in_a_network_is_the_trial_s_failure_not_the_search_s(
 ) -> None:
     real = Run.for_trial
 
-    def make_second_fail(recipe: Recipe, number: int, *arguments: Any) -> Run:
+    def make_second_fail(config: StudyConfig, number: int, *arguments: Any) -> Run:
         return real(
-            replace(recipe, network="unknown") if number == 1 else recipe, number, *arguments
+            replace(config, network="unknown") if number == 1 else config, number, *arguments
         )
 
     monkeypatch.setattr(Run, "for_trial", make_second_fail)
@@ -182,7 +182,7 @@ def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_retried(
     run_search(undisturbed, pool, 2)
     states_seen = []
     with one:
-        for update in loop.search(one, pool, RECIPE, trials=2):
+        for update in loop.search(one, pool, CONFIG, trials=2):
             states_seen.append(update.state)
             if update.number == 1 and update.progress and TrialState.WAITING not in states_seen:
                 pool.workers[0].process.kill()
@@ -201,7 +201,7 @@ def test_the_speed_of_a_worker_is_measured_and_a_network_that_fails_says_why(poo
 def test_a_trial_on_which_three_workers_die_is_given_up(tmp_path: Path, pool: Pool) -> None:
     one = member(tmp_path)
     with one:
-        for update in loop.search(one, pool, RECIPE, trials=1):
+        for update in loop.search(one, pool, CONFIG, trials=1):
             if update.number == 0 and update.progress:
                 pool.workers[0].process.kill()
                 pool.workers[0].process.join()
@@ -216,7 +216,7 @@ def test_a_full_disk_ends_the_search_and_the_trial_waits(tmp_path: Path, pool: P
     with one:
         claim = one.trials.ask(5, 0)
         assert claim is not None
-        run = Run.for_trial(RECIPE, claim.number, claim.params, claim.threads)
+        run = Run.for_trial(CONFIG, claim.number, claim.params, claim.threads)
         trial = loop.RunningTrial(claim, run, 0.0)
         full = RunResult(failure="disk", reason="[Errno 28] No space left on device")
         with pytest.raises(OSError, match="No space left"):
@@ -235,19 +235,19 @@ def test_confirmations_are_kept_as_they_come_in_and_made_once(
 
     monkeypatch.setattr(Run, "for_confirmation", counted)
     with one:
-        list(loop.search(one, pool, RECIPE, trials=4))
+        list(loop.search(one, pool, CONFIG, trials=4))
         best = [trial.number for trial in studies.best_trials(one.study, 2)]
         compared = {
             *best,
             *(trial.number for trial in studies.select_baselines(one.study).values()),
         }
-        for done, _ in loop.confirm(one, pool, RECIPE, 2):
+        for done, _ in loop.confirm(one, pool, CONFIG, 2):
             if done == 1:
                 break
         first = studies.select_winner(one.study, 2)
         runs.clear()
         left = 2 * len(compared) - 1
-        assert list(loop.confirm(one, pool, RECIPE, 2))[-1] == (left, left)
+        assert list(loop.confirm(one, pool, CONFIG, 2))[-1] == (left, left)
         assert first is None
         assert len(runs) == left
         assert studies.select_winner(one.study, 2) is not None

@@ -77,7 +77,7 @@ def mean_regret(outcomes: list[search.Outcome]) -> float:
     return float(np.mean([outcome.regret for outcome in outcomes]))
 
 
-def test_tau_is_1_where_few_images_tell_all_and_about_0_where_they_tell_nothing(
+def test_tau_is_1_for_equal_rankings_and_about_0_for_random_ones(
     informative: replay.Table, uninformative: replay.Table
 ) -> None:
     assert len(informative.params) == N
@@ -90,7 +90,7 @@ def test_tau_is_1_where_few_images_tell_all_and_about_0_where_they_tell_nothing(
     assert math.isnan(search.compute_tau(np.ones(1), np.ones(1)))
 
 
-def test_halving_needs_fewer_images_where_a_rung_tells_and_fails_where_it_does_not(
+def test_halving_needs_fewer_images_where_rungs_are_informative_and_fails_elsewhere(
     informative: replay.Table, uninformative: replay.Table
 ) -> None:
     halving = replay.OptunaSearch(search.RANDOM, budget.RUNGS)
@@ -116,7 +116,7 @@ def test_tpe_learns_from_reported_values(tmp_path: Path) -> None:
     assert mean_rank(search.TPE) < 0.75 * mean_rank(search.RANDOM)
 
 
-def test_one_round_of_all_finds_the_best_at_once_where_a_rung_tells(
+def test_one_round_finds_the_best_at_once_where_rungs_are_informative(
     informative: replay.Table, uninformative: replay.Table
 ) -> None:
     for metric in replay.METRICS:

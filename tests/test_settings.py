@@ -1,4 +1,4 @@
-"""serve/settings.py: a setting that cannot work stops the start, or is put right."""
+"""serve/settings.py: a setting that cannot work stops the start; others are normalised."""
 
 import os
 import subprocess
@@ -65,7 +65,7 @@ def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, 
         ("API_KEYS", "", "it is empty"),
         ("FEEDBACK_DIR", "", "it is empty"),
         ("MODELS", "'saved_models'", "leave out the quotation marks"),
-        ("MODELS", "~no-such-user/models", "write it out"),
+        ("MODELS", "~no-such-user/models", "write the whole path"),
         ("MODELS", __file__, "is a file; name a folder"),
         ("MODELS", "x" * 300, "File name too long"),
         ("FEEDBACK_DIR", f"{__file__}/new", "is a file; name a folder"),
@@ -83,7 +83,7 @@ def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, 
         ),
         ("CORS_ORIGINS", "https://a.example, https://*.example.org", "list each origin, or *"),
         ("CORS_ORIGINS", "*.example.org", "list each origin, or *"),
-        ("CORS_ORIGINS", f"https://{'é' * 70}.example", "is no domain name"),
+        ("CORS_ORIGINS", f"https://{'é' * 70}.example", "is not a domain name"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_in_one_line(

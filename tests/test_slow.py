@@ -16,7 +16,7 @@ from tests.conftest import DIGITS, Command
 pytestmark = pytest.mark.slow
 
 
-def test_mnist_is_fetched_into_an_empty_folder_from_what_is_in_reach(tmp_path: Path) -> None:
+def test_mnist_is_downloaded_into_an_empty_folder_from_any_source(tmp_path: Path) -> None:
     dataset = data.load("mnist", tmp_path)
     assert len(dataset.train) == 52_500
     assert {path.name for path in (tmp_path / "MNIST" / "raw").iterdir()} == set(

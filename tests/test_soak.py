@@ -95,7 +95,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def start_as(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartAs:
     """Starts a Command as on a machine of that name; with the gates of that machine.
 
-    Of these some are closed after so many steps.
+    Some of the gates are closed after a number of steps.
     """
 
     def start_as(host: str, options: list[str], patch: str, **closed: int) -> tuple[Command, Gates]:
@@ -179,7 +179,7 @@ def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_seco
     assert soak.finished(postgresql)[number].user_attrs["run"]["by"] != owner
 
 
-def test_a_machine_that_falls_asleep_in_a_transaction_holds_up_no_other(
+def test_a_machine_that_sleeps_in_a_transaction_blocks_no_other(
     start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "14"]

@@ -105,7 +105,7 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_have_windows_lines(tmp_path
         (["batch_size=64", "optimizer=Adam"], 10**6, None),
     ],
 )
-def test_a_space_with_fewer_combinations_than_trials_is_told(
+def test_a_space_with_fewer_combinations_than_trials_causes_a_warning(
     entries: list[str], trials: int, combinations: str | None
 ) -> None:
     note = space.describe_repeats(space.read_space("default", entries), trials)

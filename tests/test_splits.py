@@ -21,7 +21,7 @@ def test_each_class_is_in_each_part_of_small_and_of_unbalanced_data(counts: list
     assert np.bincount(labels[train]).min() >= 5
 
 
-def test_a_share_is_kept_to_where_the_data_allow_it() -> None:
+def test_a_share_is_exact_where_the_data_allow_it() -> None:
     labels = np.repeat(np.arange(10), 100)
     first, second = splits.split_stratified(np.arange(1000), labels, 0.125, min_per_class=2)
     assert (len(first), len(second)) == (875, 125)

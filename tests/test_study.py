@@ -76,7 +76,8 @@ def test_trials_that_cannot_be_compared_are_refused_in_one_line(
     studies.check_fingerprint(study, studies.fingerprint(digits, "linear", 600))
     with pytest.raises(StudyError) as caught:
         studies.check_fingerprint(study, studies.fingerprint(digits, "parallel", 700))
-    for word in ("network is parallel, there linear", "images a trial is 700", "--study study-2"):
+    network = "network is parallel, in the study linear"
+    for word in (network, "images a trial is 700", "--study study-2"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -88,7 +89,7 @@ def test_a_finished_study_from_before_training_forms_is_accepted(
     study.set_user_attr("fingerprint", {k: v for k, v in wanted.items() if k != "layers"})
     studies.check_fingerprint(study, wanted, finished=True)
     studies.check_fingerprint(study, wanted | {"layers": "plain"})
-    with pytest.raises(StudyError, match="layers is in their training form, there plain"):
+    with pytest.raises(StudyError, match="layers is in their training form, in the study plain"):
         studies.check_fingerprint(study, wanted)
 
 
@@ -264,9 +265,12 @@ def test_a_difference_is_described_with_both_values(study: optuna.Study) -> None
     wanted = {"data": "b", "layers": "plain", "space": {"lr": "9", "same": "3", "dropout": "4"}}
     with pytest.raises(StudyError) as caught:
         studies.check_fingerprint(study, wanted)
-    assert "it has other images" in str(caught.value)
+    assert "its images differ" in str(caught.value)
     assert "layers" not in str(caught.value)
-    differences = ("lr 9, there 1", "dropout 4, there None", "momentum None, there 2")
+    differences = (
+        *("lr 9, in the study 1", "dropout 4, in the study None"),
+        "momentum None, in the study 2",
+    )
     assert f"space is {'; '.join(differences)}" in str(caught.value)
     assert "same" not in str(caught.value)
 

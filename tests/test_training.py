@@ -112,13 +112,6 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(digits: Dat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_batch_norms_get_no_batch_of_one_image(digits: Dataset) -> None:
-    form = folding.training_form(build(digits, "parallel"))
-    fit(form, digits, samples=66, batch_size=33, micro_batch=8)  # 7, 7, 7, 6, 6
-    with pytest.raises(ValueError, match="batch_size is 1; batch norms need at least 2"):
-        fit(form, digits, samples=10, batch_size=1)
-
-
 def test_bfloat16_rounds_and_learns_with_weights_in_float32(digits: Dataset) -> None:
     ends = []
     for bfloat16 in (False, True):
@@ -190,7 +183,7 @@ def test_dropout_is_set_in_all_layers_of_the_network(digits: Dataset) -> None:
     assert [layer.p for layer in training.dropout_layers(model)] == [0.1, 0.1]
 
 
-def test_a_loss_that_is_no_number_ends_the_run(digits: Dataset) -> None:
+def test_a_loss_that_is_nan_ends_the_run(digits: Dataset) -> None:
     with pytest.raises(
         training.Diverged, match=r"the loss is (nan|inf) after .* a lower lr may help"
     ):
@@ -225,7 +218,7 @@ def test_errors_count_the_last_smaller_batch_right(digits: Dataset) -> None:
     assert metrics.errors(model, digits, split) == int((logits.argmax(1) != split.labels).sum())
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
+def test_a_missing_device_is_named() -> None:
     if torch.backends.mps.is_available():
         pytest.skip("this machine has mps")
     with pytest.raises(ValueError, match="device 'mps' is not on this machine"):
@@ -259,22 +252,6 @@ def test_outliers_are_added_to_each_batch_with_equal_targets(digits: Dataset) ->
     assert [len(batch) for batch in seen] == [25, 25]
     assert all(torch.equal(batch[20:], expected.expand(5, -1, -1, -1)) for batch in seen)
     assert [report.samples for report in reports][-1] == 40  # they do not count
-
-
-def test_batch_norms_have_the_statistics_of_images_and_outliers(digits: Dataset) -> None:
-    model = folding.training_form(build(digits, "parallel"))
-    outliers = 255 - digits.train.images[:400]
-    norms = training.batch_norms(model)
-    seen: list[int] = []
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    means = []
-    for extra in (None, outliers):
-        training.recompute_batch_norms(model, digits, digits.train, extra)
-        assert norms[0].running_mean is not None
-        means.append(norms[0].running_mean.clone())
-    shown = min(training.NORM_IMAGES, len(digits.train))
-    assert sum(seen) > 2 * shown  # each of them once, and the outliers
-    assert (means[0] - means[1]).abs().max() > 0.01
 
 
 def test_a_network_trained_with_outliers_is_unsure_of_them(digits: Dataset) -> None:
@@ -370,30 +347,6 @@ def test_a_report_s_loss_is_the_mean_since_the_last_one(
 def test_validation_at_no_images_or_past_the_end_is_left_out(digits: Dataset) -> None:
     reports = fit(build(digits), digits, samples=320, batch_size=32, validate_at=[0, 64, 10_000])
     assert [report.samples for report in reports if report.n] == [64, 320]
-
-
-def test_batch_norms_get_the_statistics_of_images_as_they_are(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of whole evaluation batches of the first training images, with dropout off."""
-    monkeypatch.setattr(training, "NORM_IMAGES", 250)
-    monkeypatch.setattr(metrics, "EVAL_BATCH", 100)
-    norm = nn.BatchNorm1d(28 * 28, momentum=0.3)
-    untracked = nn.BatchNorm1d(28 * 28, track_running_stats=False)
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), norm, untracked)
-    norm.running_mean.fill_(7)  # type: ignore[union-attr]
-    training.recompute_batch_norms(model, digits, digits.train)
-    inputs = digits.standardise(digits.train.images[:200]).flatten(1)
-    expected = torch.stack([batch.mean(0) for batch in inputs.split(100)]).mean(0)
-    assert torch.allclose(norm.running_mean, expected, atol=1e-5)  # type: ignore[arg-type]
-    assert (norm.momentum, norm.training, model.training) == (0.3, True, True)
-    assert training.batch_norms(model) == [norm]
-
-
-def test_a_network_without_batch_norms_is_left_as_it_is(digits: Dataset) -> None:
-    model = build(digits).eval()
-    training.recompute_batch_norms(model, digits, digits.train)
-    assert not model.training
 
 
 @pytest.mark.parametrize(

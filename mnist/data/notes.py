@@ -1,4 +1,4 @@
-"""What is worth a warning about the pictures of a folder data set."""
+"""Warnings about the pictures of a folder data set."""
 
 import contextlib
 import hashlib
@@ -39,7 +39,7 @@ def describe_broken(classes: Sequence[str], files: Labelled, broken: Broken) -> 
             file, _, error = next(entry for entry in broken if entry[1] == label)
             raise DataError(
                 f"class {classes[label]!r}: {n} of {totals[label]} files cannot be used "
-                f"({join_names([file.name])}: {error}); mend or remove them"
+                f"({join_names([file.name])}: {error}); repair or remove them"
             )
     names = join_names([f"{file.parent.name}/{file.name}" for file, _, _ in broken])
     reasons = Counter(
@@ -59,8 +59,8 @@ def describe_imbalance(classes: Sequence[str], labels: list[int]) -> list[str]:
         return []
     return [
         f"class {classes[most]!r} has {n} pictures, {classes[least]!r} only {m}: the model will "
-        f"hardly ever answer {classes[least]!r}; add pictures of it, or take some of "
-        f"{classes[most]!r} away"
+        f"hardly ever answer {classes[least]!r}; add pictures of it, or remove some of "
+        f"{classes[most]!r}"
     ]
 
 
@@ -141,7 +141,8 @@ def _describe_leaks(
     example = _join(root, files[len(hashes) + i], files[trained[key]])
     return [
         f"{len(leaks)} of {len(test_hashes)} test pictures are training pictures, too, with the "
-        f"same pixels, such as {example}: the test will flatter the model; keep each picture once"
+        f"same pixels, such as {example}: the test accuracy will be too high; keep each picture "
+        "once"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Normalisation: any raw picture (bytes) -> the uint8 array that models take; the only place."""
+"""Normalisation: any raw picture (bytes) -> the uint8 array that a model takes as its input."""
 
 import math
 import struct
@@ -43,10 +43,10 @@ def normalise(
 
     Returns uint8 (channels, size, size). A picture that already has this form is returned bit for
     bit. With the recipe "digit", the ink that `ink.find_ink` finds is high (255) on 0, whatever the
-    picture's polarity, in the position and size that `centre` describes; where ink and ground are
-    equally bright, their colours count. With the recipe "plain", the whole picture is scaled with
-    its aspect ratio, and padded to a square with the colour of its rim; its tones stay, grey (1
-    channel) or RGB (3).
+    picture's polarity, in the position and size that `centre` describes; where ink and background
+    are equally bright, they are separated by their colours. With the recipe "plain", the whole
+    picture is scaled with its aspect ratio and padded to a square with the colour of its rim, in
+    grey (1 channel) or RGB (3).
 
     Raises ImageError: `not_an_image` if no decoder reads all of it, `too_many_pixels` if its header
     exceeds `max_pixels`, `blank` if it shows nothing. Raises ValueError for another recipe or
@@ -70,7 +70,7 @@ def normalise(
 
 
 def is_small(data: bytes) -> bool:
-    """Whether normalise() takes a few ms, and for no content more than some tens of ms.
+    """Whether normalise() takes a few ms, and at most some tens of ms for any content.
 
     Only for PNG files, by their header: in other formats neither bytes nor pixels limit the time (a
     JPEG of 49 KB with 4,000 scans took a second).

@@ -29,7 +29,7 @@ class ImageError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a file says before its pixels: one of FORMATS, and the size in pixels."""
+    """The header of a picture file: one of FORMATS, and the size in pixels."""
 
     format: str
     width: int
@@ -53,10 +53,10 @@ def decode(
     mode: str,
     min_side: int,
 ) -> Image.Image:
-    """Decode a picture, `flatten` it to one mode and rotate it as its EXIF orientation says.
+    """Decode a picture, `flatten` it to one mode and rotate it by its EXIF orientation.
 
     A JPEG is decoded at a reduced size, with sides of at least `min_side`, and in `mode`. Metadata
-    that Pillow refuses is passed over. Raises ImageError: `not_an_image` if no decoder reads all
+    that Pillow rejects is ignored. Raises ImageError: `not_an_image` if no decoder reads all
     pixels, `too_many_pixels` if the header exceeds `max_pixels`.
     """
 
@@ -77,7 +77,7 @@ def decode(
 
 
 def _simplify(image: Image.Image, file_format: str | None) -> Image.Image:
-    """The picture without what Pillow reads and cannot convert, or no viewer shows."""
+    """Convert L*a*b*, which Pillow cannot flatten, and drop an alpha that viewers ignore."""
     if image.mode == "LAB":
         return image.convert("RGB")
     if file_format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():

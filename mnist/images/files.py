@@ -9,18 +9,18 @@ SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".mpo"}
 )
-# What systems and programs leave beside pictures, in lower case; names with a leading dot, too.
+# Names of files of operating systems, in lower case; names with a leading dot count, too.
 SYSTEM_NAMES = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini"})
 MAX_NAMED = 5  # files that a note names
 
 
 class Listing(NamedTuple):
-    """What a folder has, each sorted: pictures by their suffix, other folders, and the rest."""
+    """The entries of a folder, sorted: pictures by their suffix, other folders, and other files."""
 
     pictures: list[Path]
     folders: list[Path]
     left_out: list[Path]
-    """Files that are no pictures, and files and folders of the system."""
+    """Files that are not pictures, and files and folders of the operating system."""
 
 
 def list_folder(folder: Path) -> Listing:
@@ -53,15 +53,15 @@ def list_tree(folder: Path) -> Listing:
 
 
 def describe_left_out(root: Path, paths: Sequence[Path]) -> list[str]:
-    """A note, in one line, that counts what is left out because of its name; none for none."""
+    """A line that counts the paths that are left out because of their names; [] without paths."""
     if not paths:
         return []
     names = join_names([str(path.relative_to(root)) for path in paths])
-    return [f"{root}: {len(paths)} left out, as no picture files by name: {names}"]
+    return [f"{root}: {len(paths)} left out, as their names are not those of pictures: {names}"]
 
 
 def describe_links(root: Path, folders: Sequence[Path]) -> list[str]:
-    """A note, in one line, on the links among the folders of list_tree(), which it passes over."""
+    """A line that names the links among the folders of list_tree(), which does not follow them."""
     links = [str(path.relative_to(root)) for path in folders if path.is_symlink()]
     return [f"{root}: links to folders are not followed: {join_names(links)}"] if links else []
 

@@ -13,6 +13,6 @@ def configure() -> None:
     cv2.setNumThreads(1)
     # OpenCV would print a line on standard error for each file that it cannot read.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    # Pillow's warnings (odd metadata, many pixels) do not help those who serve or train a model.
+    # Pillow's warnings (odd metadata, many pixels) are of no use in serving or training.
     # They are filtered once, as catch_warnings() around each picture changes the process as well.
     warnings.filterwarnings("ignore", module=r"PIL\.")

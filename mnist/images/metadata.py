@@ -1,4 +1,4 @@
-"""Metadata of picture files: EXIF's orientation, and the file without anything but pixels."""
+"""Metadata of picture files: the EXIF orientation, and files without their metadata."""
 
 import struct
 import zlib
@@ -28,7 +28,7 @@ _TIFF_PIXEL_TAGS = {
 
 
 def rotate_upright(image: Image.Image, decoded: Image.Image) -> Image.Image:
-    """`decoded` as the orientation of `image`, whose pixels it has, says.
+    """`decoded`, the pixels of `image`, rotated by the EXIF orientation of `image`.
 
     EXIF that cannot be read counts as none.
     """
@@ -42,8 +42,8 @@ def rotate_upright(image: Image.Image, decoded: Image.Image) -> Image.Image:
 def strip_metadata(data: bytes) -> bytes:
     """The file without colour profiles, texts and other metadata, but with EXIF.
 
-    For PNG, JPEG, GIF and TIFF, which Pillow refuses for some metadata. Nothing is decompressed.
-    Returns `data` itself if there is nothing to remove, or the file is malformed.
+    For PNG, JPEG, GIF and TIFF, which Pillow rejects because of some metadata. Nothing is
+    decompressed. Returns `data` itself if there is nothing to remove, or the file is malformed.
     """
     strip: Callable[[bytes], bytes] = next(
         (strip for magic, strip in _STRIPPERS.items() if data.startswith(magic)), bytes
@@ -123,7 +123,7 @@ def _strip_tiff(data: bytes) -> bytes:
 
 
 def drop_dangling_tags(data: bytes) -> bytes:
-    """A TIFF without the metadata whose values lie past its end; any other file as it is.
+    """A TIFF without the metadata whose values lie past its end; any other file unchanged.
 
     Pillow reads no tag after one of these, and may take floats for integers then.
     """

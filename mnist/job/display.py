@@ -25,8 +25,8 @@ from mnist.training import Progress
 
 PLAIN_INTERVAL_S = 10.0
 FORECAST_INTERVAL_S = 5.0  # between recorded forecasts
-MAX_FAILURES = 3  # printed with their reasons; the report lists all
-MAX_ROWS = 10
+MAX_FAILURES = 3  # failed trials whose reasons are printed; the report lists all
+MAX_ROWS = 10  # trials in the table
 
 
 class Display:
@@ -116,8 +116,10 @@ class Display:
     def show_training(
         self, label: str, progress: Progress, expected_s: float, after_s: float
     ) -> None:
-        """Show a training outside the search: it takes `expected_s` in all, and the steps after it
-        take `after_s`."""
+        """Show a training outside the search.
+
+        It takes `expected_s` in all, and the steps after the training take `after_s`.
+        """
         now, share = time.monotonic(), progress.samples / progress.total
         start, share_before = self.started.setdefault(label, (now, share))
         remaining = 1 - share_before  # share of the run after the checkpoint that it resumed from
@@ -190,7 +192,7 @@ def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
     option = "" if is_default else f"--folder {shlex.quote(folder)} "
     activate = [] if place == "current" else [f"python -m mnist.registry {option}use {name}"]
     if activate:
-        console.print("it is not the current model; the first of these makes it so")
+        console.print("it is not the current model; the first of these commands makes it current")
     console.print("next:")
     for command in (
         *activate,
@@ -203,7 +205,7 @@ def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
 
 
 def _print_study(console: Console, outcome: dict[str, Any]) -> None:
-    """Print the trials: counts, failures, the best one beside the first, importances."""
+    """Print the trials: counts, failures, the best one compared with the first, importances."""
     counts = outcome["trials"]
     n = counts["complete"]
     console.print(
@@ -240,7 +242,7 @@ def _print_errors(console: Console, outcome: dict[str, Any]) -> None:
     )
     engine = outcome.get("engines", {}).get("served", "torch")  # old records have none
     if engine != "torch":
-        console.print(f"as it is served, in {engine}: {test['served_errors']} errors")
+        console.print(f"as served, in {engine}: {test['served_errors']} errors")
 
 
 def full_message(error: Exception) -> str:

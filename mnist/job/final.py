@@ -14,7 +14,7 @@ from mnist.report.text import format_params
 from mnist.search import budget, checkpoints, loop
 from mnist.search import study as studies
 from mnist.search.members import Member
-from mnist.search.runs import Recipe, Report, Run, RunResult
+from mnist.search.runs import Report, Run, RunResult, StudyConfig
 from mnist.search.workers import Pool, training_threads
 
 MIN_FINAL_SAMPLES = 1_200  # a model trained on fewer images is of no use
@@ -33,20 +33,20 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class FinalTraining:
-    """The training of one study's final model; `epoch` is the number of images that it may see."""
+    """The training of one study's final model; `epoch` is the number of images in one epoch."""
 
     member: Member
     pool: Pool
     screen: Display
     options: Options
-    recipe: Recipe
+    config: StudyConfig
     plan: budget.Plan
     clock: Clock
     epoch: int
 
     def confirm(self) -> None:
-        """Train with the best trials' and the baselines' hyperparameters again, on fresh seeds."""
-        runs = loop.confirm(self.member, self.pool, self.recipe, self.options.confirmed)
+        """Train again with the hyperparameters of the best trials and baselines, on fresh seeds."""
+        runs = loop.confirm(self.member, self.pool, self.config, self.options.confirmed)
         for done, total in runs:
             self.screen.show_confirmation(done, total)
             self.clock.check("the best trials are not confirmed yet")
@@ -91,11 +91,11 @@ class FinalTraining:
     def _exclude(self, number: int, result: RunResult) -> None:
         reason = f"{result.failure}: {result.reason}"
         self.member.run_locked(lambda study: studies.exclude_trial(study, number, reason))
-        self.screen.print_line(f"trial {number} is set aside: {result.reason}")
+        self.screen.print_line(f"trial {number} is excluded: {result.reason}")
 
     def _execute(self, run: Run) -> tuple[RunResult, float | None]:
         """Train in a worker; also returns the seconds for all of `run.samples`."""
-        progress: list[tuple[int, float]] = []  # images, time; a resumed run starts with more
+        progress: list[tuple[int, float]] = []  # images, time; a resumed run starts above 0 images
         expected_s = self._available_s()
         for _, message in loop.execute_runs(self.pool, {"final": run}):
             if isinstance(message, Report):
@@ -115,7 +115,7 @@ class FinalTraining:
         """The final training, on all cores, as no other run competes for them."""
         samples, micro_batch = self._choose_samples(best), studies.micro_batch(best)
         return Run.for_final(
-            self.recipe, best.number, best.params, samples, training_threads(), micro_batch
+            self.config, best.number, best.params, samples, training_threads(), micro_batch
         )
 
     def _choose_samples(self, best: FrozenTrial) -> int:
@@ -123,7 +123,7 @@ class FinalTraining:
         if self.options.final_epochs:
             return round(self.options.final_epochs * self.epoch)
 
-        paths = self.recipe.checkpoints
+        paths = self.config.checkpoints
         stored = self.member.run_locked(lambda study: studies.final_samples(study, best.number))
         if stored is not None and any(
             path(best.number, stored).exists() for path in (paths.final, paths.weights)
@@ -140,12 +140,12 @@ class FinalTraining:
         if self._available_s() * self.plan.images_per_s <= minimum:
             return minimum
         run = Run.for_speed(
-            self.recipe.network,
+            self.config.network,
             best.params,
             training_threads(),
-            self.recipe.plain,
-            outliers=not self.recipe.plain,
-            bfloat16=self.recipe.bfloat16,
+            self.config.plain,
+            outliers=not self.config.plain,
+            bfloat16=self.config.bfloat16,
             micro_batch=studies.micro_batch(best),
         )
         try:

@@ -40,7 +40,7 @@ POSITIVE = click.FloatRange(min=0, max=10_000, min_open=True)
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one study, which are also part of its model's record."""
+    """The options of one study; the record of its model repeats them."""
 
     dataset: str = option(
         "mnist",
@@ -58,18 +58,20 @@ class Options:
         None, "The study's total of finished trials. [default: 32, with --quick 3]", type=AT_LEAST_1
     )
     epochs: float | None = option(
-        None, "Most training a trial may see, in epochs. [default: fits the machine]", type=POSITIVE
+        None, "Longest training of a trial, in epochs. [default: fits the machine]", type=POSITIVE
     )
     final_epochs: float | None = option(
         None, "The same for the final model. [default: fits the machine]", type=POSITIVE
     )
     timeout: float | None = option(
-        None, "Wall clock for the whole command, e.g. 15m; wins over --trials.", type=Duration()
+        None,
+        "Time limit for the whole command, e.g. 15m; takes precedence over --trials.",
+        type=Duration(),
     )
     train_samples: int | None = option(
-        None, "Train on a stratified subset of so many images.", type=AT_LEAST_1
+        None, "Train on a stratified subset of this many images.", type=AT_LEAST_1
     )
-    space: str = option("default", "What trials choose from: default, wide, or a TOML file.")
+    space: str = option("default", "Search space: default, wide, or a TOML file.")
     param: tuple[str, ...] = option(
         (), f"One entry of the space, as NAME=SPEC; SPEC is {spaces.SPECS}.", multiple=True
     )
@@ -81,7 +83,7 @@ class Options:
     color: bool = option(False, "Read a folder's pictures in color, not grey.", is_flag=True)
     storage: str = option(
         "sqlite:///db.sqlite3",
-        "Where the study is kept (Optuna's RDB storage).",
+        "Database of the study (Optuna's RDB storage).",
         type=StorageURL(),
     )
     study: str | None = option(None, "The study's name. [default: DATASET-MODEL]")
@@ -89,17 +91,17 @@ class Options:
         None, "Training processes. [default: 1 on a CPU, else one per GPU]", type=AT_LEAST_1
     )
     sampler: str = option(
-        "tpe", "How trials are chosen.", type=click.Choice(list(studies.SAMPLERS))
+        "tpe", "How hyperparameters are chosen.", type=click.Choice(list(studies.SAMPLERS))
     )
     pruner: str = option(
         "halving", "How trials are stopped early.", type=click.Choice(list(studies.PRUNERS))
     )
     confirm: int | None = option(
         None,
-        "So many of the best trials are run again on fresh seeds. [default: 2, with --quick 0]",
+        "Number of best trials that are trained again on fresh seeds. [default: 2, with --quick 0]",
         type=click.IntRange(min=0),
     )
-    seed: int = option(0, "Of search and training.", type=click.IntRange(0, 2**31 - 1))
+    seed: int = option(0, "Seed of search and training.", type=click.IntRange(0, 2**31 - 1))
     device: str = option(
         "auto", "Where to train.", type=click.Choice(["auto", "cpu", "cuda", "mps"])
     )
@@ -114,11 +116,11 @@ class Options:
     )
     artifacts: Path = option(
         Path("artifacts"),
-        "Folder of checkpoints; where machines share it, one continues another's trial.",
+        "Folder of pictures and checkpoints; machines that share it continue each other's trials.",
         type=Folder(path_type=Path, file_okay=False),
     )
     disk_quota: int | None = option(
-        None, "Most that all in --artifacts may take, e.g. 2GB. [default: no limit]", type=Size()
+        None, "Size limit for all files in --artifacts, e.g. 2GB. [default: no limit]", type=Size()
     )
     promote: str = option(
         "better",
@@ -135,7 +137,9 @@ class Options:
     )
     quick: bool = option(False, "The whole path in about a minute.", is_flag=True)
     thorough: bool = option(
-        False, "For a night or a GPU: a trial sees a pass, the final model 60.", is_flag=True
+        False,
+        "For a night or a GPU: a trial trains for one epoch, the final model for 60.",
+        is_flag=True,
     )
     plain: bool = option(
         False, "Train the network's own layers, not its training form.", is_flag=True

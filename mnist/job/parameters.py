@@ -57,7 +57,7 @@ class DatasetName(click.ParamType):
             if Path(expand_home(value)).is_dir():
                 self.fail(f"{value!r} is a folder; write {prefix}{value}", param, ctx)
             names = ", ".join(data.DATASETS)
-            self.fail(f"{value!r} is no data set; known: {names}, {prefix}PATH", param, ctx)
+            self.fail(f"{value!r} is not a data set; known: {names}, {prefix}PATH", param, ctx)
         if not path.is_dir():
             self.fail(f"{value!r}: there is no folder {path}", param, ctx)
         return f"{prefix}{path.absolute()}"
@@ -80,10 +80,10 @@ def check_study_name(name: str) -> None:
     """Raise click.UsageError for a name that the database or a line of output cannot hold."""
     if len(name) > MAX_STUDY_NAME:
         text = f"the study's name has {len(name)} letters, more than {MAX_STUDY_NAME}"
-        raise click.UsageError(f"{text}; --study gives it another one")
+        raise click.UsageError(f"{text}; choose another one with --study")
     if not name.isprintable():
         text = f"the study's name {name!a} has letters that cannot be printed"
-        raise click.UsageError(f"{text}; --study gives it another one")
+        raise click.UsageError(f"{text}; choose another one with --study")
 
 
 class Folder(UserPath):
@@ -91,7 +91,8 @@ class Folder(UserPath):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if "://" in str(value):
-            self.fail(f"{value!r} is no folder; mount the bucket and name its folder", param, ctx)
+            text = f"{value!r} is not a folder; mount the bucket and name its folder"
+            self.fail(text, param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -103,7 +104,7 @@ class NetworkName(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         if value not in (*models.NETWORKS, ALL):
             names = ", ".join(models.NETWORKS)
-            self.fail(f"{value!r} is no network; known: {names}, {ALL}", param, ctx)
+            self.fail(f"{value!r} is not a network; known: {names}, {ALL}", param, ctx)
         return value
 
 

@@ -14,7 +14,7 @@ import optuna
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mnist import data, disk, folding, models, plugins, training
+from mnist import batch_norms, data, disk, folding, models, plugins, training
 from mnist.job.clock import Clock
 from mnist.job.display import full_message, root_cause
 from mnist.job.options import Options
@@ -24,7 +24,7 @@ from mnist.search import space as spaces
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints, is_disk_full
 from mnist.search.members import Member
-from mnist.search.runs import Recipe, Run
+from mnist.search.runs import Run, StudyConfig
 from mnist.search.urls import sqlite_file
 from mnist.search.workers import Pool, training_threads
 
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a study needs: search space, plan, recipe, and the number of images that the final
-    training may see."""
+    """What a study needs: search space, plan, config, and the images in an epoch of the final
+    training."""
 
     space: spaces.Space
     plan: budget.Plan
-    recipe: Recipe
+    config: StudyConfig
     epoch: int
 
 
@@ -63,7 +63,7 @@ def prepare(
         len(dataset.train),
         len(dataset.validation),
         min(training.VALIDATION_SUBSET, len(dataset.validation)),
-        training.NORM_IMAGES if training.batch_norms(model) else 0,
+        batch_norms.NORM_IMAGES if batch_norms.list_layers(model) else 0,
         options.thorough,
     )
     stored = member.run_locked(lambda study: study.user_attrs.get("plan"))
@@ -79,7 +79,7 @@ def prepare(
         final_s = options.final_epochs * epoch / plan.images_per_s
         plan = replace(plan, final_s=final_s, total_s=0.0)
     member.study.pruner = studies.PRUNERS[options.pruner](plan.trial_samples)
-    recipe = Recipe(
+    config = StudyConfig(
         options.model,
         options.seed,
         plan.trial_samples,
@@ -87,7 +87,7 @@ def prepare(
         options.plain,
         plan.bfloat16,
     )
-    return Preparation(space, plan, recipe, epoch)
+    return Preparation(space, plan, config, epoch)
 
 
 def check_all(option_sets: list[Options]) -> None:
@@ -275,8 +275,8 @@ def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[flo
 
 
 def may_use_bfloat16(options: Options, device: torch.device, model: torch.nn.Module) -> bool:
-    """Whether to measure bfloat16: for training forms on devices that have it, in studies that no
-    other machine shares, as a machine without bfloat16 would get other results."""
+    """Whether to measure bfloat16: for training forms, on devices that support it, in studies that
+    no other machine shares, as a machine without bfloat16 would get other results."""
     if not folding.has_factors(model) or sqlite_file(options.storage) is None:
         return False
     if device.type == "cuda":

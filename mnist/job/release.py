@@ -21,7 +21,7 @@ from mnist.job.results import describe_origin, find_result
 from mnist.search import checkpoints, runs
 from mnist.search import study as studies
 from mnist.search.members import Member
-from mnist.search.runs import Recipe
+from mnist.search.runs import StudyConfig
 
 MAX_MISTAKES = 24  # whose images are saved for the report
 EVALUATION_BYTES = 10_000_000  # an upper bound on the size of a saved evaluation
@@ -41,15 +41,15 @@ def finish(final: FinalTraining, load: Callable[[], Dataset]) -> dict[str, Any]:
             final.confirm()
             if result := find_result(member, options):
                 screen.print_line(
-                    f"trial {result['study']['trial']} has won before; its model is kept"
+                    f"trial {result['study']['trial']} is still the best; its saved model is kept"
                 )
                 return result
             trained = final.train()
             final.pool.stop_workers()  # frees memory for the plain network and its export
             screen.print_line("evaluating, once, and saving")
-            if result := save(trained, load(), member, options, final.recipe):
+            if result := save(trained, load(), member, options, final.config):
                 return result
-        screen.show_waiting("another process finishes the study")
+        screen.show_waiting("another process is finishing the study")
         time.sleep(POLL_INTERVAL_S)
         final.clock.check("another process has not finished the study yet")
         member.poll()
@@ -58,18 +58,18 @@ def finish(final: FinalTraining, load: Callable[[], Dataset]) -> dict[str, Any]:
 
 
 def is_replaced(member: Member, options: Options) -> bool:
-    """Whether another member has the lead or has finished the study, as this one was silent."""
+    """Whether another member leads or has finished the study, because this one was silent."""
     return not member.become_leader() or find_result(member, options) is not None
 
 
 def save(
-    trained: TrainedModel, dataset: Dataset, member: Member, options: Options, recipe: Recipe
+    trained: TrainedModel, dataset: Dataset, member: Member, options: Options, config: StudyConfig
 ) -> dict[str, Any] | None:
     """Export the model, evaluate it once on the test split and save it; returns the result.
 
     None where another member has replaced this one as the leader.
     """
-    form = runs.build_network(recipe.network, dataset, recipe.plain)
+    form = runs.build_network(config.network, dataset, config.plain)
     form.load_state_dict(trained.weights)
     model, merged = folding.fold(form.eval()), folding.merge_norms(form)
     exported = export.export(model, dataset, merged)
@@ -81,17 +81,17 @@ def save(
     digest.update(files.get(exported.served.engine, ("", b""))[1])
     if is_replaced(member, options):
         return None
-    path = recipe.checkpoints.evaluation(digest.hexdigest()[:16])
+    path = config.checkpoints.evaluation(digest.hexdigest()[:16])
     evaluation = evaluate(merged, dataset, exported, path, options.disk_quota)
     record = {
         "dataset": dataset.record(len(evaluation["labels"])),
-        "model": {"name": recipe.network, "parameters": parameters},
+        "model": {"name": config.network, "parameters": parameters},
         "hyperparameters": trained.best.params,
         "training": {
             "samples": trained.samples,
             "seconds": trained.seconds,
             "form": "factored" if folding.has_factors(form) else "plain",
-            "bfloat16": recipe.bfloat16,
+            "bfloat16": config.bfloat16,
         },
         "study": describe_study(member, trained.best),
         "metrics": {
@@ -107,7 +107,7 @@ def save(
     files["predictions"] = (".test.npz", compressed_bytes(evaluation))
     if is_replaced(member, options):
         return None
-    promote = choose_promotion(options, recipe.network, exported.served.engine)
+    promote = choose_promotion(options, config.network, exported.served.engine)
     name = registry.save(options.output, files, record, promote)
     return registry.record(options.output, name)[1] | {"name": name}
 
@@ -115,7 +115,7 @@ def save(
 def choose_promotion(options: Options, network: str, engine: str) -> str:
     """--promote, or "never" for a model that no server can run."""
     if engine == "torch" and plugins.is_from_plugin(models.NETWORKS[network]):
-        log.warning("without ONNX nothing can serve a plugin's network; it is not made current")
+        log.warning("a plugin's network cannot be served without ONNX; it does not become current")
         return "never"
     return options.promote
 
@@ -162,7 +162,7 @@ def evaluate(
             model.to(device), dataset, test.images.to(device), exported.calibration["temperature"]
         )
         worst = metrics.worst_mistakes(probabilities, test.labels, MAX_MISTAKES)
-        served = exported.served.read(test.images.numpy())
+        served = exported.served.predict(test.images.numpy())
         evaluation = {
             "probabilities": probabilities,
             "served": torch.from_numpy(served.probabilities),

@@ -56,7 +56,7 @@ def publish_result(member: Member, result: dict[str, Any]) -> None:
 
 def find_place(options: Options, name: str) -> str:
     """Where a model is: "current" or "saved" in this registry, or "elsewhere": on the machine that
-    finished the study. Raises registry.RegistryError where its weights are not as they were."""
+    finished the study. Raises registry.RegistryError where its weights are missing or altered."""
     local = registry.read(options.output)
     if name not in local["models"]:
         return "elsewhere"

@@ -11,7 +11,7 @@ from mnist.search import loop
 from mnist.search import study as studies
 from mnist.search.budget import Plan
 from mnist.search.members import Member
-from mnist.search.runs import Recipe
+from mnist.search.runs import StudyConfig
 from mnist.search.space import Space
 from mnist.search.workers import Pool
 
@@ -22,7 +22,7 @@ def run_trials(
     screen: Display,
     options: Options,
     space: Space,
-    recipe: Recipe,
+    config: StudyConfig,
     plan: Plan,
     clock: Clock,
 ) -> None:
@@ -40,7 +40,7 @@ def run_trials(
         f"{format_duration(plan.after_search_s)} for the final model"
     )
     half = clock.start + (options.timeout or math.inf) / 2
-    updates = loop.search(member, pool, recipe, trials=trials, sampler=options.sampler, space=space)
+    updates = loop.search(member, pool, config, trials=trials, sampler=options.sampler, space=space)
     with contextlib.closing(updates):
         for update in updates:
             screen.show_update(update)

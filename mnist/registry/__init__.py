@@ -50,7 +50,7 @@ def read(folder: Path) -> Info:
         raise RegistryError(f"{folder / INFO} is not of schema 1; a newer version wrote it")
     if location := find_fault(info):
         text = f"{folder / INFO}: {location} is missing or malformed"
-        raise RegistryError(f"{text}; correct it, or put a copy back")
+        raise RegistryError(f"{text}; correct it, or restore a copy")
     if info["current"] not in (None, *info["models"]):
         raise RegistryError(f"{folder / INFO}: `current` names none of its models; correct it")
     mask_secrets(info["models"])
@@ -92,7 +92,7 @@ def file(folder: Path, name: str, kind: str = "weights") -> Path:
     if actual != entry["sha256"]:
         raise RegistryError(
             f"{path} was altered: its SHA-256 is {actual}, the record says {entry['sha256']}; "
-            f"`python -m mnist.registry use` another model, or put the file back"
+            f"`python -m mnist.registry use` another model, or restore the file"
         )
     return path
 
@@ -185,8 +185,8 @@ def remove(folder: Path, name: str) -> None:
         _remove_orphans(folder, info)
 
 
-def put_beside(folder: Path, name: str, suffix: str, content: bytes) -> None:
-    """Save a reproducible file about a model, which the record does not list; removed with it.
+def attach_file(folder: Path, name: str, suffix: str, content: bytes) -> None:
+    """Save a reproducible file next to a model; remove() deletes it, the record does not list it.
 
     Raises UnknownModel where the model was removed meanwhile.
     """

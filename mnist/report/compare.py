@@ -16,7 +16,7 @@ from mnist import inference, registry
 TIMED_CALLS = 50  # calls with a single image per latency
 COLUMNS = (
     *("data set", "network", "test errors", "accuracy (95 %)"),
-    *("parameters", "final training", "one image", "served file", "beside the best"),
+    *("parameters", "final training", "one image", "served file", "compared with the best"),
 )
 WIDTH = 200  # of the table without a terminal
 SIGNIFICANCE = 0.05  # two models differ significantly if p is below it
@@ -132,7 +132,7 @@ def describe_verdict(row: Row) -> str:
     if row.p is None:
         return "best"
     p = f"p {row.p:.2f}" if row.p >= 0.01 else "p < 0.01"
-    return f"worse ({p})" if row.p < SIGNIFICANCE else f"not told apart ({p})"
+    return f"worse ({p})" if row.p < SIGNIFICANCE else f"no significant difference ({p})"
 
 
 def print_table(rows: Sequence[Row], stderr: bool = False) -> None:
@@ -144,7 +144,7 @@ def print_table(rows: Sequence[Row], stderr: bool = False) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     console.print(table)
-    console.print("errors are the weights' own; time and size are those of the file that is served")
+    console.print("errors are those of the weights, time and size those of the served file")
 
 
 def format_cells(row: Row) -> list[str]:

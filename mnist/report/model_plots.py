@@ -45,7 +45,7 @@ def plot_model(classes: Sequence[str], predictions: dict[str, NDArray[Any]]) -> 
         return pictures
     at, images = predictions["mistakes"], predictions["images"]
     captions = [
-        f"{true}: {true_share:.1%}\nread as {read}: {read_share:.1%}"
+        f"{true}: {true_share:.1%}\npredicted {read}: {read_share:.1%}"
         for true, read, true_share, read_share in list_mistakes(
             names, probabilities[at], labels[at]
         )
@@ -100,7 +100,7 @@ def plot_confusion(names: Sequence[str], predicted: Labels, labels: Labels) -> "
     rotation = 90 if max(map(len, names)) > 2 else 0
     axes.set_xticks(range(n), names, rotation=rotation, fontsize=8 if n <= 26 else 7)
     axes.set_yticks(range(n), names, fontsize=8 if n <= 26 else 7)
-    axes.set(xlabel="read as", ylabel="is")
+    axes.set(xlabel="predicted class", ylabel="true class")
     style_axes(axes).grid(visible=False)
     return figure
 
@@ -113,7 +113,7 @@ def plot_calibration(probabilities: Floats, labels: Labels) -> "Figure":
     figure, (axes, counts) = pyplot.subplots(
         2, sharex=True, figsize=(WIDTH, HEIGHT + 0.8), height_ratios=(3, 1)
     )
-    axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="as it should be")
+    axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
     intervals = [
         binomtest(round(accuracy * n), int(n)).proportion_ci(0.95, method="wilson")
         for n, _, accuracy in bins

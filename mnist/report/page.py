@@ -47,7 +47,7 @@ class Report:
 
 
 def make(member: Member, name: str, output: Path, artifacts: Path) -> None:
-    """Write the report page beside the weights, and add the figures to the dashboard.
+    """Write the report page next to the weights, and add the figures to the dashboard.
 
     Both are made once; a missing page is made again. A model in another machine's registry is
     skipped, as only that machine has its files.
@@ -61,7 +61,8 @@ def make(member: Member, name: str, output: Path, artifacts: Path) -> None:
         predictions = dict(file)
     study, record = member.run_locked(copy_to_memory), registry.record(output, name)[1]
     report = draw(study, name, record, predictions)
-    registry.put_beside(output, name, SUFFIX, render_page(report).encode(errors="backslashreplace"))
+    html = render_page(report).encode(errors="backslashreplace")
+    registry.attach_file(output, name, SUFFIX, html)
     if name not in reported:
         location = f"Model: `{output / name}.pth`\n\nReport: `{page}`"
         member.run_locked(lambda study: add_to_dashboard(study, report, artifacts, location))
@@ -117,10 +118,10 @@ def describe_result(report: Report) -> list[str]:
     counts, test = summary["trials"], report.record["metrics"]["test"]
     low, high = test["interval95"]
     engine = report.record.get("engines", {}).get("served", "torch")  # old records have none
-    served = f"As it is served, in {engine}, it reads {test.get('served_errors')} wrong."
+    served = f"As served, in {engine}, the model makes {test.get('served_errors')} errors."
     return [
-        f"{test['errors']:,} of {test['n']:,} test images are read wrong: {test['accuracy']:.2%} "
-        f"are right (95 % interval {low:.2%} to {high:.2%}).",
+        f"{test['errors']:,} of {test['n']:,} test images are misclassified: the accuracy "
+        f"is {test['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}).",
         *([] if engine == "torch" else [served]),
         *describe_sets(report.record["metrics"]["test"]),
         describe_winner(summary["best"], report.record["metrics"]["validation"]),
@@ -136,15 +137,16 @@ def describe_sets(test: Mapping[str, Any]) -> list[str]:
     if "coverage" not in test:
         return []
     return [
-        f"Its prediction sets hold the true class of {test['coverage']:.2%} of the test images "
-        f"({DEFAULT_COVERAGE:.1%} is wanted), and have {test['set_size']:.3f} classes in the mean."
+        f"The prediction sets contain the true class of {test['coverage']:.2%} of the test images "
+        f"({DEFAULT_COVERAGE:.1%} is the target), and have {test['set_size']:.3f} classes on "
+        "average."
     ]
 
 
 def describe_winner(best: dict[str, Any], confirmed: dict[str, Any]) -> str:
     text = (
         f"Trial {best['number']} won, with {format_params(best['params'])}: "
-        f"{best['accuracy']:.2%} of the validation images right."
+        f"{best['accuracy']:.2%} of the validation images were classified correctly."
     )
     if confirmed["std"] is None:
         return text
@@ -221,7 +223,7 @@ def describe_mistakes(classes: list[str], predictions: Predictions) -> list[str]
     at = predictions.get("mistakes", np.empty(0, np.int64))
     probabilities, labels = predictions["probabilities"][at], predictions["labels"][at]
     mistakes = model_plots.list_mistakes(classes, probabilities, labels)
-    return [f"{true} read as {read}" for true, read, *_ in mistakes]
+    return [f"{true} predicted as {read}" for true, read, *_ in mistakes]
 
 
 # --- in optuna-dashboard
@@ -238,7 +240,7 @@ def add_to_dashboard(study: optuna.Study, report: Report, artifacts: Path, locat
     # A finished trial takes no attributes; the dashboard also reads this key for its artifacts.
     attach_artifacts(study, f"dashboard:artifacts:{trial_id}:", report.model_figures, artifacts)
     task, result = describe_task(report), describe_result(report)
-    parts = ["## Asked", *task, "## Found", *result, "## Where", location]
+    parts = ["## What was asked", *task, "## What was found", *result, "## Files", location]
     save_note(study, "\n\n".join(parts))
     study.set_user_attr("reports", [*_reported_models(study), report.name])
 

@@ -38,7 +38,7 @@ STYLE: Any = {
 
 
 def plot_study(study: "optuna.Study", winner: int, with_importance: bool) -> dict[str, bytes]:
-    """The figures history, curves, slice and parallel, and importance if wanted, as PNG files."""
+    """The figures history, curves, slice, parallel and, if asked for, importance, as PNG files."""
     size = (WIDTH / 2 * max(2, len(study.trials[winner].params)), HEIGHT)
     pictures = {
         "history": render_png(lambda: plot_history(study)),
@@ -56,7 +56,7 @@ def render_png(
     size: tuple[float, float] | None = None,
     colours: int | None = MAX_COLOURS,
 ) -> bytes:
-    """Draw a figure without a screen, as PNG with at most so many colours (None: all).
+    """Draw a figure without a screen, as PNG with at most `colours` colours (None: all).
 
     `size` is in inches. Matplotlib's settings are restored afterwards.
     """
@@ -189,7 +189,7 @@ def plot_importance(study: "optuna.Study") -> "Figure":
     from optuna.visualization import matplotlib as plots
 
     axes: Any = plots.plot_param_importances(study)
-    axes.set(xlabel="share of what moves the accuracy", ylabel="")
+    axes.set(xlabel="importance for the accuracy", ylabel="")
     axes.set_title("", loc="left")
     axes.get_legend().remove()
     for bar in axes.patches:

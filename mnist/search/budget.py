@@ -12,9 +12,9 @@ REDUCTION_FACTOR = 3  # about one in this many trials survives a rung
 # Mean share of a trial's images that is trained: up to the first rung, and by survivors the rest.
 # More than one in REDUCTION_FACTOR survives, as the first trials are compared with few.
 TRIAL_SHARE = RUNGS[0] + (1 - RUNGS[0]) * 0.4
-TRIAL_OVERHEAD_S = 0.4  # for a new network and its study record, on a processor of 2024
+TRIAL_OVERHEAD_S = 0.4  # to build a network and record a trial, on a processor of 2024
 FORWARD_SHARE = 0.3  # time per image in evaluation, as a share of that in training
-SEARCH_SHARE, MIN_FINAL_SHARE = 0.4, 0.3  # of the time; confirmations belong to the search
+SEARCH_SHARE, MIN_FINAL_SHARE = 0.4, 0.3  # of the time; the search includes confirmations
 # Bounds on the training images of a trial, however fast the machine. The best trial should classify
 # 95 % of the images correctly at its first rung: the published best has 95.9 % after 4,000 images
 # (`parallel` on MNIST, benchmarks/curves.json).
@@ -33,7 +33,7 @@ START_S = 10.0  # from the command's start to the plan
 RELEASE_S = 20.0  # export, evaluation, saving and report of `parallel` on two cores
 QUICK_RELEASE_S = 8.0
 PLAN_WEIGHT = 5  # weight of the planned time of a trial, in trials
-MIN_SHARE = 0.05  # of a training; below it, the speed so far says little
+MIN_SHARE = 0.05  # of a training; before it, the measured speed is unreliable
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ def make_plan(
     quick: bool = False,
     bfloat16: bool = False,
 ) -> Plan:
-    """Divide the time that suits the machine, of which `elapsed_s` are over.
+    """Divide the time that suits the machine, of which `elapsed_s` have passed.
 
     The search gets SEARCH_SHARE, less where MAX_TRIAL_SAMPLES are enough for a trial; the release
     gets its time; the final training gets the rest. On a slow machine a trial still has
     MIN_TRIAL_SAMPLES, and the final training MIN_FINAL_SHARE of the time, however long that takes.
-    `trial_samples` is the number of images asked for, if any.
+    `trial_samples` is the requested number of images, if any.
     """
     cost = _Cost(work, images_per_s)
     release_s = QUICK_RELEASE_S if quick else RELEASE_S
@@ -166,8 +166,11 @@ class _Cost:
 
 
 def allot_final_s(plan: Plan, remaining_s: float) -> float:
-    """Seconds for the final training, where `remaining_s` of the planned total remain: what the
-    release leaves, but 0.75 to 1.1 times the planned time. A plan without a total: its time."""
+    """Seconds for the final training, where `remaining_s` of the planned total remain: the time
+    before the release, limited to 0.75 to 1.1 times the planned time of the training.
+
+    For a plan without a total, the planned time of the training.
+    """
     if not plan.total_s:
         return plan.final_s
     return min(max(remaining_s - plan.release_s, 0.75 * plan.final_s), 1.1 * plan.final_s)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class QuotaExceeded(Exception):
-    """A file does not fit under --disk-quota."""
+    """A file would exceed --disk-quota."""
 
 
 class NoRoom(OSError):
@@ -71,8 +71,8 @@ class Checkpoints:
         return list(self.folder.glob("*"))
 
     def remove(self, files: Iterable[Path], needed: Container[Path], finished: bool) -> None:
-        """Remove of the `files` those of trials that are not `needed`, what killed processes left,
-        and of a `finished` study all others."""
+        """Remove `files` that are not `needed`: those of trials, and temporary files of killed
+        processes. Of a `finished` study, remove all that are not needed."""
         for path in files:
             with contextlib.suppress(OSError):  # another process removed it, or it is a folder
                 stale = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > STALE_AFTER_S

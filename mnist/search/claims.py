@@ -1,4 +1,4 @@
-"""The trials of a study: which member runs which one, and how many there are."""
+"""The trials of a study: which member runs which trial, and how many trials run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from mnist.search.storage import SharedStudy
 
 
 class ClaimLost(RuntimeError):
-    """The member was silent for too long, and another member has its trial."""
+    """The member was silent for too long, and another member runs its trial now."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Claim:
     trial_id: int
     params: dict[str, Any]
     owner: str
-    threads: int  # of the first run of this trial: another number rounds differently
+    threads: int  # of the first run of this trial: another number of threads rounds differently
     attrs: dict[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""Studies and trials that others may have made: which of them the command continues."""
+"""Studies and trials that other programs may have made: which of them the command continues."""
 
 from typing import Any
 
@@ -26,7 +26,8 @@ def check(study: optuna.Study) -> None:
     if directions != [StudyDirection.MAXIMIZE]:
         goals = " and ".join(direction.name.lower() for direction in directions)
         raise StudyError(
-            f"study {name} is to {goals}; this command maximizes one value, the accuracy; {remedy}"
+            f"study {name} has the direction {goals}; this command maximizes one value, the "
+            f"accuracy; {remedy}"
         )
     for key, value in study.user_attrs.items():
         is_readable = _is_plan(value) if key == "plan" else True
@@ -36,21 +37,23 @@ def check(study: optuna.Study) -> None:
 
 
 def check_trials(study: optuna.Study, space: Space) -> None:
-    """Raise StudyError for a finished trial without all hyperparameters of the space, which
-    somebody has added: no final model could be trained with its values."""
+    """Raise StudyError for a finished trial with other hyperparameters than those of the space.
+
+    Another program has added such a trial, and no final model could be trained with its values.
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
         if {*trial.params} != {*space}:
             names = ", ".join(trial.params) or "nothing"
             raise StudyError(
-                f"study {study.study_name}: trial {trial.number} is of another search, in {names}; "
-                f"start another one with --study {study.study_name}-2"
+                f"study {study.study_name}: trial {trial.number} belongs to another search, with "
+                f"{names}; start another one with --study {study.study_name}-2"
             )
 
 
 def reject_trials(study: optuna.Study, trials: list[FrozenTrial], space: Space) -> bool:
     """Set WAITING trials, which anybody may enqueue, to FAIL if they lie outside the space.
 
-    Returns whether there were any. Called under the study's lock.
+    Returns whether a trial was rejected. Called under the study's lock.
     """
     rejected = False
     for trial in trials:

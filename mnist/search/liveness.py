@@ -21,8 +21,8 @@ Entries = dict[str, dict[str, Any]]
 class Liveness:
     """One member's sign of life, and its view of the others.
 
-    A living member holds a file lock, which the operating system releases with the process, and
-    increments its beat. Members on the same machine check the file lock, so a slow member never
+    A living member holds a file lock, which the operating system releases when the process ends,
+    and increments its beat. Members on the same machine check the file lock, so a slow member never
     counts as dead. Members on other machines watch the beat, by their own clock, and only while
     they reach the database themselves.
     """
@@ -47,12 +47,12 @@ class Liveness:
     def update(self, entries: Entries) -> Entries:
         """The entries with this member's next beat and without dead members.
 
-        A member that others took for dead joins again, with a new `id`. Called under the study's
-        lock.
+        A member that others have declared dead joins again, with a new `id`. Called under the
+        study's lock.
         """
         now = time.monotonic()
         elapsed, self._polled_at = min(now - self._polled_at, 2 * HEARTBEAT_S), now
-        if self.id in self._silence and self.id not in entries:  # others took it for dead
+        if self.id in self._silence and self.id not in entries:  # declared dead by others
             self.leave()
             self._join()
         beat = entries.get(self.id, {"beat": 0})["beat"] + 1

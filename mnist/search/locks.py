@@ -1,4 +1,4 @@
-"""Locks between processes, on files or in PostgreSQL, that hold signals back."""
+"""Locks between processes, on files or in PostgreSQL, that defer signals."""
 
 import contextlib
 import hashlib
@@ -64,7 +64,7 @@ def defer_signals() -> Iterator[None]:
 
 
 def host_id(folder: Path) -> str:
-    """An id of this machine for locks in `folder`: containers of one name have other folders."""
+    """An id of this machine for locks in `folder`: equally named containers differ in folders."""
     boot_id, status = Path("/proc/sys/kernel/random/boot_id"), folder.stat()
     parts = [socket.gethostname(), boot_id.read_text() if boot_id.exists() else ""]
     parts += [str(status.st_dev), str(status.st_ino)]

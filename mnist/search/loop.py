@@ -12,7 +12,7 @@ from mnist.search import checkpoints
 from mnist.search import study as studies
 from mnist.search.claims import Claim, ClaimLost
 from mnist.search.members import Member
-from mnist.search.runs import Recipe, Report, Run, RunResult
+from mnist.search.runs import Report, Run, RunResult, StudyConfig
 from mnist.search.space import DEFAULT, Space
 from mnist.search.workers import Pool, Worker
 
@@ -31,7 +31,7 @@ class Unfinished(RuntimeError):
 
 
 class SearchFailed(Unfinished):
-    """The command cannot finish; the same one would fail for the same reason."""
+    """The command cannot finish; the same command would fail for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RunningTrial:
 def search(
     member: Member,
     pool: Pool,
-    recipe: Recipe,
+    config: StudyConfig,
     *,
     trials: int,
     sampler: str = "tpe",
@@ -80,11 +80,11 @@ def search(
     try:
         while True:
             for worker in pool.idle_workers():
-                claim = member.trials.ask(trials, recipe.seed, sampler, space)
+                claim = member.trials.ask(trials, config.seed, sampler, space)
                 if claim is None:
                     break
                 retry = claim.attrs.get("again", {})
-                run = Run.for_trial(recipe, claim.number, claim.params, claim.threads, **retry)
+                run = Run.for_trial(config, claim.number, claim.params, claim.threads, **retry)
                 resumed = run.checkpoint is not None and run.checkpoint.exists()
                 running[worker] = RunningTrial(claim, run, time.monotonic(), resumed)
                 worker.start(run)
@@ -208,7 +208,7 @@ def measure_speed(pool: Pool, run: Run) -> float:
     raise AssertionError("a run ends with a RunResult")
 
 
-def confirm(member: Member, pool: Pool, recipe: Recipe, k: int) -> Generator[tuple[int, int]]:
+def confirm(member: Member, pool: Pool, config: StudyConfig, k: int) -> Generator[tuple[int, int]]:
     """Train with the hyperparameters of the k best trials, and of the baselines, on fresh seeds.
 
     Each result is stored with the study at once. A trial whose run fails is excluded, and the next
@@ -218,7 +218,7 @@ def confirm(member: Member, pool: Pool, recipe: Recipe, k: int) -> Generator[tup
     while unconfirmed := member.run_locked(lambda study: studies.find_unconfirmed(study, k)):
         runs = {
             (trial.number, i): Run.for_confirmation(
-                recipe, trial.number, trial.params, i, studies.micro_batch(trial)
+                config, trial.number, trial.params, i, studies.micro_batch(trial)
             )
             for trial, seeds in unconfirmed
             for i in seeds

@@ -1,4 +1,4 @@
-"""Processes that share a study: who is alive, and who leads."""
+"""Processes that share a study: which are alive, and which one leads."""
 
 import contextlib
 import logging
@@ -39,7 +39,7 @@ class Member:
 
     @property
     def id(self) -> str:
-        """Another one after other members have taken this one for dead."""
+        """The member's id; it changes after other members have declared this one dead."""
         return self.liveness.id
 
     def __enter__(self) -> "Member":
@@ -98,9 +98,9 @@ class Member:
         return self.study.user_attrs.get("members", {})
 
     def become_leader(self) -> bool:
-        """Whether this member finishes the study; it takes the lead where no living member has it.
+        """Whether this member finishes the study; it becomes the leader if no living member is.
 
-        False after other members have taken this one for dead, until its next poll().
+        False after other members have declared this one dead, until its next poll().
         """
 
         def take_lead(study: optuna.Study) -> bool:

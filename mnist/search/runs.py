@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist import folding, models, outliers, plugins, training
+from mnist import batch_norms, folding, models, outliers, plugins, training
 from mnist.data import Dataset
 from mnist.search import budget, checkpoints
 from mnist.search.checkpoints import Checkpoints, QuotaExceeded
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StudyConfig:
     """What all runs of a study share."""
 
     network: str
@@ -52,8 +52,8 @@ class Run:
     seed: int
     rungs: tuple[int, ...] = ()
     final: bool = False  # on training and validation images together
-    outliers: bool = False  # and on pictures without a class
-    measure: bool = False  # only measure the speed of a few steps
+    outliers: bool = False  # also on pictures without a class
+    measure: bool = False  # only measure the speed of some steps
     plain: bool = False
     bfloat16: bool = False
     threads: int | None = None
@@ -65,42 +65,47 @@ class Run:
 
     @classmethod
     def for_trial(
-        cls, recipe: Recipe, number: int, params: dict[str, Any], threads: int, **attempt: Any
+        cls, config: StudyConfig, number: int, params: dict[str, Any], threads: int, **attempt: Any
     ) -> "Run":
         """A trial; `attempt`: the fields that retry() has set after an earlier attempt."""
         return cls(
-            recipe.network,
+            config.network,
             params,
-            recipe.trial_samples,
-            derive_seed(recipe.seed),  # the same for all trials: paired comparisons
-            rungs=tuple(budget.rungs(recipe.trial_samples)),
-            plain=recipe.plain,
-            bfloat16=recipe.bfloat16,
+            config.trial_samples,
+            derive_seed(config.seed),  # the same for all trials: paired comparisons
+            rungs=tuple(budget.rungs(config.trial_samples)),
+            plain=config.plain,
+            bfloat16=config.bfloat16,
             threads=threads,
-            checkpoint=recipe.checkpoints.trial(number),
+            checkpoint=config.checkpoints.trial(number),
             **attempt,
         )
 
     @classmethod
     def for_confirmation(
-        cls, recipe: Recipe, number: int, params: dict[str, Any], i: int, micro_batch: int | None
+        cls,
+        config: StudyConfig,
+        number: int,
+        params: dict[str, Any],
+        i: int,
+        micro_batch: int | None,
     ) -> "Run":
         """Training with the hyperparameters of a trial on fresh seed `i`, as long as a trial."""
         return cls(
-            recipe.network,
+            config.network,
             params,
-            recipe.trial_samples,
-            derive_seed(recipe.seed, i, 1),  # the same seeds for all trials
-            plain=recipe.plain,
-            bfloat16=recipe.bfloat16,
+            config.trial_samples,
+            derive_seed(config.seed, i, 1),  # the same seeds for all trials
+            plain=config.plain,
+            bfloat16=config.bfloat16,
             micro_batch=micro_batch,
-            checkpoint=recipe.checkpoints.confirmation(number, i),
+            checkpoint=config.checkpoints.confirmation(number, i),
         )
 
     @classmethod
     def for_final(
         cls,
-        recipe: Recipe,
+        config: StudyConfig,
         number: int,
         params: dict[str, Any],
         samples: int,
@@ -109,25 +114,25 @@ class Run:
     ) -> "Run":
         """The final training, as trial `number`."""
         return cls(
-            recipe.network,
+            config.network,
             params,
             samples,
-            derive_seed(recipe.seed),
+            derive_seed(config.seed),
             final=True,
-            outliers=not recipe.plain,
-            plain=recipe.plain,
-            bfloat16=recipe.bfloat16,
+            outliers=not config.plain,
+            plain=config.plain,
+            bfloat16=config.bfloat16,
             threads=threads,
             micro_batch=micro_batch,
-            checkpoint=recipe.checkpoints.final(number, samples),
-            weights=recipe.checkpoints.weights(number, samples),
+            checkpoint=config.checkpoints.final(number, samples),
+            weights=config.checkpoints.weights(number, samples),
         )
 
     @classmethod
     def for_speed(
         cls, network: str, params: dict[str, Any], threads: int, plain: bool, **options: Any
     ) -> "Run":
-        """A few steps that change nothing, to measure their speed."""
+        """Some steps with a negligible learning rate, to measure their speed."""
         params = params | {"lr": MEASURE_LR}
         return cls(network, params, 0, 0, measure=True, plain=plain, threads=threads, **options)
 
@@ -157,7 +162,7 @@ class Report:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The end of a run: its accuracy, its speed, or why it failed."""
+    """The end of a run: its accuracy, its speed, or the reason of its failure."""
 
     accuracy: float | None = None
     images_per_s: float | None = None
@@ -213,7 +218,8 @@ def build_network(network: str, dataset: Dataset, plain: bool) -> torch.nn.Modul
 
 
 def _build_for(run: Run, dataset: Dataset) -> torch.nn.Module:
-    """The run's network, initialised by the run's seed, where and as the run trains it."""
+    """The run's network, initialised by the run's seed, on the device and in the memory format of
+    the training."""
     torch.manual_seed(run.seed)
     model = build_network(run.network, dataset, run.plain).to(dataset.train.labels.device)
     if not plugins.is_from_plugin(models.NETWORKS[run.network]):  # a plugin may depend on the order
@@ -246,7 +252,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
         seed=run.seed,
         micro_batch=run.micro_batch,
         bfloat16=run.bfloat16,
-        outliers=_make_outliers(run, dataset, round(run.samples * training.OUTLIER_SHARE)),
+        outliers=_make_outliers(run, dataset, round(run.samples * batch_norms.OUTLIER_SHARE)),
         resume=checkpoints.load(run.checkpoint),
     )
     saved_at, accuracy, reported_at = time.monotonic(), None, -math.inf
@@ -264,7 +270,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
         if run.checkpoint and due and progress.state and not is_last:
             try:
                 checkpoints.save(progress.state(), run.checkpoint, setup.quota)
-            except QuotaExceeded as error:  # the run can go on without
+            except QuotaExceeded as error:  # the run continues without a checkpoint
                 log.warning("%s", error)
             saved_at = time.monotonic()
     if run.weights:
@@ -282,7 +288,7 @@ def _make_outliers(run: Run, dataset: Dataset, n: int) -> torch.Tensor | None:
 
 
 def save_weights(model: torch.nn.Module, run: Run, quota: int | None) -> None:
-    """Write the weights that a run was for; raises QuotaExceeded."""
+    """Write the weights of a final training; raises QuotaExceeded."""
     assert run.weights is not None
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     with contextlib.suppress(QuotaExceeded):

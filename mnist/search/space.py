@@ -53,10 +53,10 @@ HYPERPARAMETERS: dict[str, NumberRange | Choices] = {
     "optimizer": Choices(optimizers.OPTIMIZERS, "what turns gradients into steps"),
     "lr": NumberRange(1e-8, 10, "learning rate, the highest of its schedule"),
     "weight_decay": NumberRange(0, 1, "pulls weights to zero"),
-    "momentum": NumberRange(0, 0.999, "of SGD and RMSprop; the others pass over it"),
-    "label_smoothing": NumberRange(0, 0.5, "share of the wanted output that goes to all classes"),
+    "momentum": NumberRange(0, 0.999, "of SGD and RMSprop; other optimizers ignore it"),
+    "label_smoothing": NumberRange(0, 0.5, "share of the target that is spread over all classes"),
     "dropout": NumberRange(0, 0.9, "of all the network's dropout layers"),
-    "augmentation": NumberRange(0, 3, "strength of random turns, scalings and shifts"),
+    "augmentation": NumberRange(0, 3, "strength of random rotations, scalings and shifts"),
     "schedule": Choices(optimizers.SCHEDULES, "how the learning rate falls after its warm-up"),
 }
 """The hyperparameters of training.fit, with their limits."""
@@ -109,7 +109,7 @@ def read_space(name: str, entries: Iterable[str] = (), dropout: bool = True) -> 
 def _read_file(name: str) -> Mapping[str, Any]:
     try:
         content = Path(expand_home(name)).read_bytes()
-        return tomllib.loads(content.decode("utf-8-sig"))  # Windows begins files with a mark
+        return tomllib.loads(content.decode("utf-8-sig"))  # may have a BOM
     except FileNotFoundError as error:
         raise SpaceError(f"neither a space ({', '.join(SPACES)}) nor a file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -197,7 +197,7 @@ def _count_values(distribution: BaseDistribution) -> float:
 
 
 def filter_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `params` that lie inside the space."""
+    """The entries of `params` that lie inside the space."""
     return {
         key: value for key, value in params.items() if key in space and _contains(space[key], value)
     }

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class StorageError(RuntimeError):
-    """The database failed during the command; `passing` if the same command may go on later."""
+    """The database failed during the command; `passing` if the same command may continue later."""
 
     def __init__(self, text: str, passing: bool = False) -> None:
         super().__init__(text)
@@ -73,7 +73,7 @@ class SharedStudy:
         self.folder = self.file.parent if self.file else Path(tempfile.gettempdir())  # of locks
         if not self.folder.is_dir():  # creating the lock file would create the folder
             raise unusable_storage(storage, f"there is no folder {self.folder}")
-        # Not from the URL: one database server has many spellings.
+        # Not from the URL: several URLs may name one database server.
         key = hashlib.sha256(f"{self.file or ''} {name}".encode()).hexdigest()[:12]
         self.prefix = f".study-{key}"
         try:
@@ -138,20 +138,20 @@ class SharedStudy:
                 yield self.study
 
     def _check_identity(self) -> None:
-        """Raise StudyGone where the study was deleted. Another one may have its name and, in
-        SQLite, its number since."""
+        """Raise StudyGone where the study was deleted. A newer study may have the same name and, in
+        SQLite, the same number."""
         if self.study.user_attrs.get("id") != self.id:
             raise self._gone("it was deleted or renamed")
 
     def _check_file(self) -> None:
-        """Raise StudyGone where the file of the database is gone: SQLite would make an empty one,
-        and the lock file its folder."""
+        """Raise StudyGone where the database file was removed: SQLite would create an empty file,
+        and the lock would create its folder."""
         if self.file and not self.file.exists():
             raise self._gone(f"the file {self.file} was removed")
 
     @contextlib.contextmanager
     def _explain_errors(self) -> Iterator[None]:
-        """Raise StudyGone for any error after a removal, StorageError for the database's."""
+        """Raise StudyGone for errors after a removal, StorageError for errors of the database."""
         try:
             yield
         except StorageError:
@@ -260,7 +260,7 @@ def set_transaction_timeout(connection: Any, _: Any) -> None:
 def other_schema(storage: str) -> StudyError:
     """The error for tables of another version of Optuna."""
     return StudyError(
-        f"--storage {urls.mask_secrets(storage)!r} has tables of another Optuna than "
-        f"{optuna.__version__}: `optuna storage upgrade --storage URL` converts those of an older "
-        "one, for those of a newer one name another database"
+        f"--storage {urls.mask_secrets(storage)!r} has tables of another version of Optuna than "
+        f"{optuna.__version__}: `optuna storage upgrade --storage URL` converts tables of an "
+        "older version; for tables of a newer one, name another database"
     )

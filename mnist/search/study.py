@@ -27,7 +27,7 @@ def fingerprint(
     plain: bool = False,
 ) -> dict[str, Any]:
     """The properties that all trials of a study share, as only such trials can be compared."""
-    # A class folder may be renamed, its files the same.
+    # A class folder may be renamed without a change of its files.
     is_folder = dataset.name.startswith(FOLDER_PREFIX)
     return ({"classes": ", ".join(dataset.classes)} if is_folder else {}) | {
         "data": dataset.sha256[:16],
@@ -69,15 +69,13 @@ def check_fingerprint(study: optuna.Study, current: dict[str, Any], finished: bo
 
 def _describe_difference(key: str, requested: Any, recorded: Any) -> str:
     if key == "data":
-        return "it has other images: of another folder, --image-size, --color or --train-samples"
+        return "its images differ: another folder, --image-size, --color or --train-samples"
     if isinstance(requested, dict):  # the space
         recorded = recorded or {}
-        entries = [
-            name for name in {**requested, **recorded} if requested.get(name) != recorded.get(name)
-        ]
-        parts = (f"{name} {requested.get(name)}, there {recorded.get(name)}" for name in entries)
+        triples = [(name, requested.get(name), recorded.get(name)) for name in requested | recorded]
+        parts = (f"{name} {new}, in the study {old}" for name, new, old in triples if new != old)
         return f"{key} is {'; '.join(parts)}"
-    return f"{key} is {requested}, there {recorded}"
+    return f"{key} is {requested}, in the study {recorded}"
 
 
 def make_pruner(trial_samples: int) -> optuna.pruners.BasePruner:
@@ -120,7 +118,7 @@ def ask(
     existing: list[FrozenTrial] | None = None,
     space: Space = DEFAULT,
 ) -> optuna.Trial:
-    """The trial that has waited longest, or a new one; its state becomes RUNNING.
+    """The trial that has been waiting longest, or a new one; its state becomes RUNNING.
 
     The sampler's seed follows from the trial's number, so an interrupted study asks for the same
     trials as an uninterrupted one. `existing`: all trials, if the caller has them.
@@ -158,7 +156,7 @@ def _get_value(trial: FrozenTrial) -> float:
 
 
 def exclude_trial(study: optuna.Study, number: int, reason: str) -> None:
-    """Leave a complete trial out from now on; the study stores the reason."""
+    """Exclude a complete trial from now on; the study stores the reason."""
     excluded = study.user_attrs.get("set_aside", {})
     study.set_user_attr("set_aside", excluded | {str(number): reason})
 
@@ -192,8 +190,8 @@ def select_baselines(study: optuna.Study) -> dict[str, FrozenTrial]:
 
 
 def find_unconfirmed(study: optuna.Study, k: int) -> list[tuple[FrozenTrial, list[int]]]:
-    """Of the k best trials, and for k > 0 of the baselines, those that lack confirmations, with
-    the missing seeds (0, 1, …)."""
+    """Trials that lack confirmations, with the missing seeds (0, 1, …): of the k best trials and,
+    for k > 0, of the baselines."""
     confirmed, excluded = (study.user_attrs.get(key, {}) for key in ("confirmations", "set_aside"))
     trials = {trial.number: trial for trial in best_trials(study, k)}
     if trials:

@@ -47,7 +47,7 @@ def unusable_storage(storage: str, reason: str) -> StudyError:
     line = scrub((reason.strip() or "no reason is known").splitlines()[0], storage)
     return StudyError(
         f"--storage {mask_secrets(storage)!r} cannot be opened: {line}; "
-        "a URL such as sqlite:///db.sqlite3 is wanted"
+        "a URL such as sqlite:///db.sqlite3 is expected"
     )
 
 
@@ -56,8 +56,8 @@ def _parse(storage: str) -> URL:
     user, at, place = _split_user(storage)
     if at and ("@" in place or "?" in user):
         raise _Malformed(
-            "it has an @ too many, or a ? before its @; in a user name, a password or a parameter, "
-            "write %40 for @ and %3F for ?"
+            "it has more than one @, or a ? before the @; in a user name, a password or a "
+            "parameter, write %40 for @ and %3F for ?"
         )
     try:
         return make_url(storage)
@@ -66,7 +66,7 @@ def _parse(storage: str) -> URL:
 
 
 def _split_user(storage: str) -> tuple[str, str, str]:
-    """What stands before an @, that @, and host, port, database and query."""
+    """The user and password before an @, the @ itself, and host, port, database and query."""
     scheme, _, location = storage.partition("://")
     if scheme.startswith("sqlite") and location.startswith("/"):  # a path; it may hold an @
         return "", "", location
@@ -78,7 +78,7 @@ def mask_secrets(storage: str) -> str:
     """The URL for output and records: scheme, host, port, database and harmless parameters."""
     storage = normalise(storage)
     scheme = re.match(r"[\w+]+(?=://)", storage)
-    if scheme is None:  # a word such as "nonsense" is shown, a list of parameters is not
+    if scheme is None:  # a word such as "nonsense" is shown; a list of parameters is masked
         return storage if re.fullmatch(r"[\w./~-]*", storage) else MASK
     try:
         _parse(storage)

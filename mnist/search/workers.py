@@ -40,7 +40,7 @@ class Worker:
         child_pipe.close()
 
     def is_unusable(self, result: RunResult) -> bool:
-        """Whether the worker cannot go on: after a failure on a GPU, its memory and context may be
+        """Whether the worker is unusable: after a failure on a GPU, its memory and context may be
         damaged."""
         return result.failure is not None and self.setup.device.startswith("cuda")
 
@@ -71,7 +71,7 @@ class Worker:
 
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
-    """Processes that start in this block never see Ctrl-C: the command kills them."""
+    """Processes that start in this block ignore Ctrl-C and SIGTERM: the command kills them."""
     signals = {signal.SIGINT, signal.SIGTERM}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -133,7 +133,7 @@ class Pool:
             yield worker, message
 
     def discard(self, worker: Worker) -> None:
-        """Kill a worker, whatever it does; idle_workers() starts a new one."""
+        """Kill a worker, even a busy one; idle_workers() starts a new one."""
         worker.kill()
         if worker in self.workers:
             self.workers.remove(worker)
@@ -178,7 +178,7 @@ def _use_short_sockets() -> None:
         return
     usual, tempfile.tempdir = tempfile.tempdir, SHORT_TEMP
     try:
-        util.get_temp_dir()  # makes the folder, which this process then keeps to
+        util.get_temp_dir()  # creates the folder, which this process uses from then on
     finally:
         tempfile.tempdir = usual
 

@@ -5,16 +5,16 @@ const TIMEOUT_MS = 5000; // of a request that takes no time
 const ANSWER_TIMEOUT_MS = 130000; // of a POST: a model may have to be loaded first
 
 const WORDS = {
-  blank: "The picture is blank: nothing stands out from its ground.",
-  not_an_image: "That file is no picture that can be read.",
+  blank: "The picture is blank: nothing stands out from the background.",
+  not_an_image: "That file cannot be read as a picture.",
   too_many_pixels: "The picture has too many pixels.",
   too_large: "The file is too large.",
   too_many_files: "Too many pictures at once.",
-  full: "The server keeps no more corrections.",
-  not_kept: "The server could not keep the correction.",
+  full: "The server cannot store more corrections.",
+  not_kept: "The server could not store the correction.",
   busy: "The server is busy.",
-  unknown_model: "That model is not there any more.",
-  unauthorised: "The server wants an API key.",
+  unknown_model: "That model no longer exists.",
+  unauthorised: "The server needs an API key.",
   gone: "The server cannot be reached.",
 };
 

@@ -23,7 +23,7 @@ const newest = new api.Newest((signal) => {
   if (!chosen && drawing.empty) return null;
   sentAt = performance.now();
   const picture = chosen ?? drawing.png();
-  return api.predict(picture, $("model").value, signal).then((found) => ({ ...found, picture }));
+  return api.predict(picture, $("model").value, signal).then((answer) => ({ ...answer, picture }));
 }, show);
 
 const drawing = new Drawing($("canvas"), (done) => {
@@ -166,21 +166,21 @@ async function takeMany(files) {
   while (waiting.length) {
     $("count").textContent = `${files.length - waiting.length} of ${files.length} answered`;
     const some = waiting.slice(0, countFitting(waiting, most));
-    const found = await api.batch(some.map(({ file }) => file), $("model").value).catch((e) => e);
+    const reply = await api.batch(some.map(({ file }) => file), $("model").value).catch((e) => e);
     if (upload !== uploads) return; // other pictures were chosen meanwhile
-    if (found.code === "too_many_files" && some.length > 1) {
+    if (reply.code === "too_many_files" && some.length > 1) {
       most = some.length >> 1;
       continue;
     }
-    const words = found.results ? "" : handleError(found);
+    const words = reply.results ? "" : handleError(reply);
     const again = some.filter(({ line }, i) => {
-      const answer = found.results?.[i] ?? { error: { code: found.code, message: words } };
+      const answer = reply.results?.[i] ?? { error: { code: reply.code, message: words } };
       const busy = answer.error?.code === "busy";
       if (!busy) fill(line, answer);
       return busy;
     });
     waiting = [...waiting.slice(some.length), ...again];
-    if (again.length) await api.pause(found.wait || RETRY_MS);
+    if (again.length) await api.pause(reply.wait || RETRY_MS);
   }
   $("count").textContent = `${files.length} of ${files.length} answered`;
 }
@@ -237,10 +237,10 @@ function labels() {
 
 async function correct(label) {
   const wrong = answered;
-  const found = await api.feedback(wrong.picture, label, wrong.model).catch((error) => error);
+  const reply = await api.feedback(wrong.picture, label, wrong.model).catch((error) => error);
   if (wrong !== answered) return;
   const kept = `Kept as ${label}. Thank you.`;
-  $("words").textContent = found instanceof Error ? handleError(found) : kept;
+  $("words").textContent = reply instanceof Error ? handleError(reply) : kept;
 }
 
 // --- the server ---
@@ -271,17 +271,17 @@ async function poll() {
   const was = $("state").dataset.state;
   let kind = "gone";
   try {
-    const found = await api.ready();
+    const answer = await api.ready();
     if (number !== polls) return; // a later poll is in progress
-    kind = found.status;
-    current = found.model ?? "";
-    canary = found.canary;
-    correcting = Boolean(found.feedback);
-    sample = found.sample ?? "";
+    kind = answer.status;
+    current = answer.model ?? "";
+    canary = answer.canary;
+    correcting = Boolean(answer.feedback);
+    sample = answer.sample ?? "";
     if (kind === "ready") await list();
     else {
       described = "";
-      about(found.reason);
+      about(answer.reason);
     }
   } catch (error) {
     if (!error.code) throw error;
@@ -321,7 +321,7 @@ async function describe() {
   described = name;
   ({ classes } = record.dataset);
   about(sample && name === current ? `${summary(record)}. Note: ${sample}.` : summary(record));
-  const digits = classes.every((each) => /^\d$/.test(each));
+  const digits = classes.every((name) => /^\d$/.test(name));
   const drawn = record.dataset.recipe === "digit";
   $("draw-title").textContent = digits ? "Draw a digit" : drawn ? "Draw a letter" : "Choose a picture";
   $("hint").textContent = drawn
