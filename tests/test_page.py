@@ -232,7 +232,7 @@ def test_pictures_are_chosen_pasted_and_dropped(
     page.wait_for_selector("#rows .refused")
     cells = [row.inner_text() for row in page.query_selector_all("#rows tr")]
     assert [file.name in cell for file, cell in zip(files, cells, strict=True)] == [True] * 3
-    assert "no picture that can be read" in cells[2]
+    assert "cannot be read as a picture" in cells[2]
     page.evaluate(DROP, [content, ["c.png", "d.png"]])
     page.wait_for_function("() => document.querySelectorAll('#rows .seen img').length === 2")
 

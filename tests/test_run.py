@@ -301,7 +301,7 @@ def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", small)
     assert done.returncode == 1
-    assert "database or disk is full; what was finished is kept" in done.stderr.splitlines()[-1]
+    assert "database or disk is full; finished work is kept" in done.stderr.splitlines()[-1]
     assert [trial.value for trial in study(tmp_path).trials[:2]] == values
     more = str(len(states(tmp_path)) + 1)
     assert run(*DIGITS, "--trials", more).returncode == 0
