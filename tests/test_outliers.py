@@ -1,10 +1,13 @@
 """mnist.outliers: pictures without a class, in the form of the training images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mnist import images, outliers
 from mnist.data import Dataset
+from mnist.search import runs
 
 DRAWINGS = (outliers.draw_strokes, outliers.draw_signs, outliers.draw_shapes, outliers.draw_noise)
 
@@ -51,3 +54,13 @@ def test_joined_images_show_parts_of_both_or_all(digits: Dataset, seed: int) -> 
     assert joined.flags["C_CONTIGUOUS"]
     assert joined.any()
     assert not any(np.array_equal(joined, image) for image in pair)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 20])
+def test_a_final_training_on_few_images_has_outliers_too(digits: Dataset, samples: int) -> None:
+    run = runs.Run("linear", {}, samples, 0, final=True, outliers=True)
+    made = runs._make_outliers(run, digits, round(samples / 4))
+    assert made is not None
+    assert len(made) == max(1, round(samples / 4))
+    assert runs._make_outliers(replace(run, outliers=False), digits, 5) is None
+    assert runs._make_outliers(run, replace(digits, recipe="plain"), 5) is None

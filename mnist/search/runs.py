@@ -279,11 +279,11 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
 
 
 def _make_outliers(run: Run, dataset: Dataset, n: int) -> torch.Tensor | None:
-    """At most `n` pictures without a class; None where the run needs none, or none can be made."""
+    """One to `n` pictures without a class; None where the run needs none, or none can be made."""
     if not run.outliers or dataset.recipe != "digit":
         return None
     images = dataset.train.images
-    made = outliers.make(images.cpu().numpy(), min(n, MAX_OUTLIERS), run.seed)
+    made = outliers.make(images.cpu().numpy(), min(max(n, 1), MAX_OUTLIERS), run.seed)
     return torch.from_numpy(made).to(images.device)
 
 
