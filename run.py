@@ -22,7 +22,7 @@ import optuna
 import torch
 
 from mnist import data, memory, registry, shell
-from mnist.job import display, prepare, release, results
+from mnist.job import comparison, display, prepare, release, results
 from mnist.job.clock import Clock
 from mnist.job.display import Display, full_message, root_cause
 from mnist.job.final import FinalTraining
@@ -51,6 +51,7 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
     setup = Setup(load, str(device), threads, options.disk_quota, imports=options.import_)
     pool = Pool(workers, setup)  # workers start their imports now, during the preparation
     with Member(options.storage, options.study_name, threads) as member, pool:
+        options = comparison.choose(options, member, pool, device)
         prepared = prepare.prepare(options, member, pool, device, clock)
         plan, config, space = prepared.plan, prepared.config, prepared.space
         finished = member.run_locked(studies.count_finished)

@@ -1,6 +1,7 @@
 """Random changes of training images, as people and cameras make them."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -14,17 +15,55 @@ SHEAR, ASPECT = 0.15, 0.12
 STROKES, SCANS, SCAN_SIDES = 0.5, 0.15, (9, 16)
 
 
-def augment(
-    images: torch.Tensor, generator: torch.Generator, strength: float = 1.0, recipe: str = "digit"
+@dataclass(frozen=True)
+class Picture:
+    """Largest changes of a picture: rotation (rad), scale (log), shift (share of its side), and
+    contrast and brightness of each channel (1)."""
+
+    rotation: float
+    scale: float
+    shift: float
+    light: float
+
+
+# Things stand upright, as in Fashion-MNIST; photos are also tilted, near or far, light or dark.
+PICTURES = {
+    "thing": Picture(0.0, 0.0, 1 / 28, 0.0),
+    "photo": Picture(math.radians(10), 0.15, 0.1, 0.3),
+}
+MIRROR = 0.5  # share of mirrored pictures where no class is another one's mirror image
+KINDS = ("digit", *PICTURES, "none")
+"""What images may show without a change of their class; docs/your-data.md explains each."""
+
+
+def change_images(
+    images: torch.Tensor,
+    generator: torch.Generator,
+    strength: float = 1.0,
+    kind: str = "digit",
+    *,
+    is_ink: bool = True,
+    mirror: float = 0.0,
 ) -> torch.Tensor:
     """Change each image (N, C, H, W) float32, 0..1, at random, by `strength`.
 
-    Each is rotated, scaled and shifted. Pixels from outside the image are 0 with the recipe "digit"
-    (images.normalise), otherwise the nearest edge pixel. With "digit", strokes, slant, aspect ratio
-    and resolution are changed, too.
+    `kind` is one of KINDS. `is_ink`: the images are bright ink on 0 (images.normalise, recipe
+    "digit"), so that the kind "digit" also changes strokes, slant, aspect ratio and resolution, and
+    pixels from outside an image are 0; otherwise these are the nearest edge pixel. `mirror`: of the
+    kinds "thing" and "photo", the share (0..1) of images that exchange left and right.
     """
+    if kind == "none":
+        return images
+    if kind == "digit":
+        return change_writing(images, generator, strength, is_ink)
+    return change_picture(images, generator, strength, PICTURES[kind], mirror)
+
+
+def change_writing(
+    images: torch.Tensor, generator: torch.Generator, strength: float, is_ink: bool
+) -> torch.Tensor:
+    """The kind "digit": rotate, scale and shift; for ink also what another hand would change."""
     n, size = len(images), images.shape[-1]
-    is_ink = recipe == "digit"
     if is_ink:
         images = change_strokes(images, generator, strength)
     uniform = (torch.rand(n, 6, generator=generator).to(images.device) * 2 - 1) * strength
@@ -36,10 +75,14 @@ def augment(
         torch.stack([cos * stretch, cos * shear - sin / stretch, shift[:, 0]], 1),
         torch.stack([sin * stretch, sin * shear + cos / stretch, shift[:, 1]], 1),
     )
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    padding = "zeros" if is_ink else "border"
-    images = F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+    images = _transform(images, torch.stack(rows, 1), "zeros" if is_ink else "border")
     return scan(images, generator, strength) if is_ink else images
+
+
+def _transform(images: torch.Tensor, matrices: torch.Tensor, padding: str) -> torch.Tensor:
+    """Apply affine maps (N, 2, 3), from the new image to the old one in halves of a side."""
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
 
 def change_strokes(
@@ -65,3 +108,34 @@ def scan(images: torch.Tensor, generator: torch.Generator, strength: float) -> t
     large = F.interpolate(small, size=images.shape[-2:], mode="bicubic").clamp(0, 1)
     peaks = large.amax((1, 2, 3), keepdim=True).clamp(min=0.1)
     return torch.cat([large / peaks, images[n:]])
+
+
+def change_picture(
+    images: torch.Tensor,
+    generator: torch.Generator,
+    strength: float,
+    limits: Picture,
+    mirror: float,
+) -> torch.Tensor:
+    """The kinds "thing" and "photo": shift and mirror; for photos also tilt, distance and light."""
+    n, channels, _, size = images.shape
+    random = torch.rand(n, 6 + channels, generator=generator).to(images.device)
+    flip = torch.where(random[:, 0] < mirror, -1.0, 1.0)
+    uniform = (random[:, 1:] * 2 - 1) * strength
+    angle, zoom = uniform[:, 0] * limits.rotation, torch.exp(uniform[:, 1] * limits.scale)
+    shift = uniform[:, 2:4] * limits.shift * 2  # affine_grid's unit is half an image
+    if not (limits.rotation or limits.scale):  # whole pixels stay sharp
+        shift = (shift * size / 2).round() * 2 / size
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    rows = (
+        torch.stack([cos * flip, -sin, shift[:, 0]], 1),
+        torch.stack([sin * flip, cos, shift[:, 1]], 1),
+    )
+    images = _transform(images, torch.stack(rows, 1), "border")
+    return _change_light(images, uniform[:, 4:] * limits.light) if limits.light else images
+
+
+def _change_light(images: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Change contrast and the brightness of each channel by `change` (N, 1 + C)."""
+    contrast, light = 1 + change[:, :1, None, None], change[:, 1:, None, None] / 2
+    return ((images - 0.5) * contrast + 0.5 + light).clamp(0, 1)

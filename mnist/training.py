@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mnist import batch_norms, metrics, optimizers
-from mnist.augmentation import augment
+from mnist.augmentation import MIRROR, change_images
 from mnist.data import Dataset, Split
 from mnist.folding import Factors
 
@@ -112,6 +112,8 @@ def fit(
     label_smoothing: float = LABEL_SMOOTHING,
     dropout: float | None = None,
     augmentation: float = 1.0,
+    augment: str | None = None,
+    mirror: float | None = None,
     schedule: str = "linear",
     samples: int,
     validate_at: Sequence[int] = (),
@@ -125,17 +127,18 @@ def fit(
     """Train `model` in place on about `samples` images of `train`; both on one device.
 
     The defaults of batch_size, optimizer and lr are the published best; space.py lists the range of
-    each hyperparameter. `dropout` replaces the network's probabilities. Yields a Progress a hundred
-    times a run, one with the errors on `subset` fixed validation images after each number of
-    samples in `validate_at`, and at the end one with the errors on all of `validation`. A cycle of
-    the learning rate ends at each of these numbers: the noise of a high rate would hide what was
+    each hyperparameter. `augment` is by default the data set's `kind`; `mirror` MIRROR, or 0 where
+    classes are mirror images. `dropout` replaces the network's probabilities. Yields a Progress a
+    hundred times a run, one with the errors on `subset` fixed validation images after each number
+    of samples in `validate_at`, and at the end one with the errors on all of `validation`. A cycle
+    of the learning rate ends at each of these numbers: the noise of a high rate would hide what was
     learnt (Loshchilov and Hutter 2017, arXiv 1608.03983). At most `micro_batch` images pass through
     the network at once: the gradient is that of the whole batch, but batch norms see each part
     alone. With `bfloat16`, for training and validation, weights stay in float32. `outliers` are
     pictures uint8 (M, C, H, W) without a class: to each batch, OUTLIER_SHARE of its size of them is
-    added, with the same probability for each class as their target. `resume` is the
-    state() of an earlier Progress of the same run: with the same seed, model and number of threads,
-    a resumed run gives the same weights on a CPU as an uninterrupted one. Raises Diverged.
+    added, with the same probability for each class as their target. `resume` is the state() of an
+    earlier Progress of the same run: with the same seed, model and number of threads, a resumed run
+    gives the same weights on a CPU as an uninterrupted one. Raises Diverged.
     """
     batch_size = min(batch_size, len(train))
     steps = max(1, round(samples / batch_size))
@@ -167,7 +170,7 @@ def fit(
             images, targets = _add_outliers(images, targets, outliers, n_classes, generator)
         images = images.float() / 255
         if augmentation:
-            images = augment(images, generator, augmentation, dataset.recipe)
+            images = _augment(images, generator, augmentation, dataset, augment, mirror)
         position = optimizers.cycle_position(step, cycle_ends)
         lr_factor = optimizers.learning_rate_factor(position, schedule)
         for group in torch_optimizer.param_groups:
@@ -202,6 +205,20 @@ def decay_weights(weights: list[torch.Tensor], factor: float) -> None:
     """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
     for weight in weights:
         weight.mul_(factor)
+
+
+def _augment(
+    images: torch.Tensor,
+    generator: torch.Generator,
+    strength: float,
+    dataset: Dataset,
+    kind: str | None,
+    mirror: float | None,
+) -> torch.Tensor:
+    if mirror is None:
+        mirror = 0.0 if dataset.mirror_images else MIRROR
+    kind, is_ink = kind or dataset.kind, dataset.recipe == "digit"
+    return change_images(images, generator, strength, kind, is_ink=is_ink, mirror=mirror)
 
 
 def _add_outliers(

@@ -225,19 +225,31 @@ def test_a_missing_device_is_named() -> None:
         training.select_device("mps")
 
 
-@pytest.mark.parametrize("recipe", ["digit", "plain"])
-def test_the_augmentation_is_that_of_the_data_set_s_recipe(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch, recipe: str
+@pytest.mark.parametrize(
+    ("dataset", "params", "expected"),
+    [
+        ({}, {}, ("digit", True, 0.5)),
+        ({"recipe": "plain", "kind": "thing"}, {}, ("thing", False, 0.5)),
+        ({"recipe": "plain", "mirror_images": ((1, 2),)}, {}, ("digit", False, 0)),
+        (
+            {"recipe": "plain", "kind": "thing"},
+            {"augment": "photo", "mirror": 0.2},
+            ("photo", False, 0.2),
+        ),
+    ],
+)
+def test_the_augmentation_is_the_requested_one_or_that_of_the_data_set_s_kind(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, dataset: Any, params: Any, expected: Any
 ) -> None:
-    real, seen = training.augment, []
+    real, seen = training.change_images, set()
 
-    def augment(*arguments: Any) -> torch.Tensor:
-        seen.append(arguments[-1])
-        return real(*arguments)
+    def change_images(*arguments: Any, is_ink: bool, mirror: float) -> torch.Tensor:
+        seen.add((arguments[-1], is_ink, mirror))
+        return real(*arguments, is_ink=is_ink, mirror=mirror)
 
-    monkeypatch.setattr(training, "augment", augment)
-    fit(build(digits), replace(digits, recipe=recipe), samples=100)
-    assert set(seen) == {recipe}
+    monkeypatch.setattr(training, "change_images", change_images)
+    fit(build(digits), replace(digits, **dataset), samples=100, **params)
+    assert seen == {expected}
 
 
 def test_outliers_are_added_to_each_batch_with_equal_targets(digits: Dataset) -> None:

@@ -14,6 +14,7 @@ from mnist import plugins
 from mnist.data import folders
 from mnist.data.cache import Arrays
 from mnist.data.download import DataError
+from mnist.data.kinds import find_kind, find_mirror_images
 from mnist.data.sources import DATASETS, Reader, Source
 from mnist.data.splits import Split, split_stratified
 from mnist.shell import first_line
@@ -30,7 +31,8 @@ class Dataset:
     """A data set with all splits but the test split, which only open_test() reads.
 
     `mean` and `std` are those of the training split scaled to 0..1, over all channels; `sha256` is
-    the hash of pixels and labels, `split_sha256` that of the indices of the splits.
+    the hash of pixels and labels, `split_sha256` that of the indices of the splits. `kind` is that
+    of its augmentation; `mirror_images` are pairs of classes that are each other's mirror image.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Dataset:
     train: Split
     validation: Split
     calibration: Split
+    kind: str
+    mirror_images: tuple[tuple[int, int], ...]
     open_test: Callable[[], Split]
     """Reads the test split, for the single evaluation of a model that is being saved."""
 
@@ -101,6 +105,8 @@ def load(
         return Split(*map(torch.from_numpy, arrays))
 
     mean, std = _compute_mean_and_std(images[train])
+    kind = find_kind(source.recipe, images.shape[1])
+    mirrors = () if kind == "digit" else find_mirror_images(split(train), len(source.classes))
     return Dataset(
         name=name,
         sha256=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
@@ -114,6 +120,8 @@ def load(
         train=split(train),
         validation=split(validation[:max_validation]),
         calibration=split(calibration),
+        kind=kind,
+        mirror_images=mirrors,
         open_test=open_test,
     )
 

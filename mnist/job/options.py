@@ -10,9 +10,10 @@ from typing import Any
 import click
 import torch
 
-from mnist import data, folding, models
+from mnist import augmentation, data, folding, models
 from mnist.job.parameters import (
     ALL,
+    AUTO,
     DatasetName,
     Duration,
     Folder,
@@ -50,7 +51,7 @@ class Options:
     )
     model: str = option(
         "parallel",
-        f"Network, listed below, or {ALL}; more than one can be given.",
+        f"Network, listed below, {AUTO} (by a short comparison), or {ALL}; several can be given.",
         type=NetworkName(),
         multiple=True,
     )
@@ -74,6 +75,11 @@ class Options:
     space: str = option("default", "Search space: default, wide, or a TOML file.")
     param: tuple[str, ...] = option(
         (), f"One entry of the space, as NAME=SPEC; SPEC is {spaces.SPECS}.", multiple=True
+    )
+    augment: str = option(
+        AUTO,
+        "What training images may show without a change of class; auto: by the data set.",
+        type=click.Choice([AUTO, *augmentation.KINDS]),
     )
     image_size: int | None = option(
         None,

@@ -10,7 +10,8 @@ from mnist import data, models, plugins
 from mnist.search import urls
 from mnist.shell import UserPath, expand_home
 
-ALL = "all"  # networks
+ALL, AUTO = "all", "auto"  # instead of the name of a network
+CANDIDATES = ("parallel", "residual", "compact")  # of AUTO, large ones first
 
 
 class Duration(click.ParamType):
@@ -97,14 +98,14 @@ class Folder(UserPath):
 
 
 class NetworkName(click.ParamType):
-    """A known network, or all of them; looked up late, as --import may add one."""
+    """A known network, AUTO or ALL; looked up late, as --import may add one."""
 
     name = "name"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        if value not in (*models.NETWORKS, ALL):
+        if value not in (*models.NETWORKS, AUTO, ALL):
             names = ", ".join(models.NETWORKS)
-            self.fail(f"{value!r} is not a network; known: {names}, {ALL}", param, ctx)
+            self.fail(f"{value!r} is not a network; known: {names}, {AUTO}, {ALL}", param, ctx)
         return value
 
 

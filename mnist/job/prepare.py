@@ -18,6 +18,7 @@ from mnist import batch_norms, data, disk, folding, models, plugins, training
 from mnist.job.clock import Clock
 from mnist.job.display import full_message, root_cause
 from mnist.job.options import Options
+from mnist.job.parameters import AUTO, CANDIDATES
 from mnist.job.results import describe_origin
 from mnist.search import budget, existing, loop, runs
 from mnist.search import space as spaces
@@ -52,7 +53,7 @@ def prepare(
     """Load the data, check network and space, make the plan, check the study's fingerprint."""
     dataset = load_dataset(options).to(device)
     model = validate_network(options, dataset, device)
-    space = read_space(options, model)
+    space = read_space(options, model, dataset)
     if note := spaces.describe_repeats(space, options.total_trials):
         log.warning("%s", note)
     work = budget.Workload(
@@ -64,6 +65,7 @@ def prepare(
         len(dataset.validation),
         min(training.VALIDATION_SUBSET, len(dataset.validation)),
         batch_norms.NORM_IMAGES if batch_norms.list_layers(model) else 0,
+        budget.ENOUGH_FINAL_SAMPLES if dataset.kind == "digit" else budget.ENOUGH_PICTURES,
         options.thorough,
     )
     stored = member.run_locked(lambda study: study.user_attrs.get("plan"))
@@ -97,8 +99,10 @@ def check_all(option_sets: list[Options]) -> None:
         same_data = [options for options in option_sets if options.dataset == name]
         dataset = load_dataset(same_data[0])
         for options in same_data:
+            network = CANDIDATES[-1] if options.model == AUTO else options.model
+            checked = replace(options, model=network)
             try:
-                read_space(options, validate_network(options, dataset, device))
+                read_space(options, validate_network(checked, dataset, device), dataset)
             except click.UsageError as error:
                 raise click.UsageError(f"{options.study_name}: {full_message(error)}") from error
 
@@ -191,10 +195,16 @@ def total_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def read_space(options: Options, model: torch.nn.Module) -> spaces.Space:
+def read_space(options: Options, model: torch.nn.Module, dataset: data.Dataset) -> spaces.Space:
     """The search space of --space and --param; raises click.UsageError."""
     try:
-        return spaces.read_space(options.space, options.param, bool(training.dropout_layers(model)))
+        entries = () if options.augment == AUTO else (f"augment={options.augment}",)
+        return spaces.read_space(
+            options.space,
+            (*entries, *options.param),
+            bool(training.dropout_layers(model)),
+            dataset.kind != "digit",
+        )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -14,7 +14,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from mnist import optimizers
+from mnist import augmentation, optimizers
 from mnist.shell import expand_home
 
 Space = dict[str, BaseDistribution]
@@ -56,7 +56,9 @@ HYPERPARAMETERS: dict[str, NumberRange | Choices] = {
     "momentum": NumberRange(0, 0.999, "of SGD and RMSprop; other optimizers ignore it"),
     "label_smoothing": NumberRange(0, 0.5, "share of the target that is spread over all classes"),
     "dropout": NumberRange(0, 0.9, "of all the network's dropout layers"),
-    "augmentation": NumberRange(0, 3, "strength of random rotations, scalings and shifts"),
+    "augmentation": NumberRange(0, 3, "strength of the random changes of training images"),
+    "augment": Choices(augmentation.KINDS, "kind of these changes; by default --augment"),
+    "mirror": NumberRange(0, 1, "share of training images that exchange left and right"),
     "schedule": Choices(optimizers.SCHEDULES, "how the learning rate falls after its warm-up"),
 }
 """The hyperparameters of training.fit, with their limits."""
@@ -80,15 +82,21 @@ SPACES = {"default": DEFAULT, "wide": WIDE}
 SPECS = "float:LOW:HIGH, int:LOW:HIGH, either with :log, choice:A,B,… or a single value"
 
 
-def read_space(name: str, entries: Iterable[str] = (), dropout: bool = True) -> Space:
+def read_space(
+    name: str, entries: Iterable[str] = (), dropout: bool = True, pictures: bool = False
+) -> Space:
     """The named space or TOML file `name`; each "NAME=SPEC" of `entries` replaces or adds an entry.
 
-    `dropout`: whether the network has dropout layers. Raises SpaceError, which names the entry.
+    `dropout`: whether the network has dropout layers; `pictures`: whether the images are no ink,
+    so that several kinds of augmentation may suit them. Raises SpaceError, which names the entry.
     """
     if name in SPACES:
         space = dict(SPACES[name])
         if name == "wide" and dropout:
             space["dropout"] = FloatDistribution(0.0, 0.7)
+        if name == "wide" and pictures:
+            space["augment"] = CategoricalDistribution(("digit", *augmentation.PICTURES))
+            space["mirror"] = CategoricalDistribution((0.0, augmentation.MIRROR))
     else:
         try:
             space = {key: parse_distribution(key, spec) for key, spec in _read_file(name).items()}

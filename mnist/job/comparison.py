@@ -1,0 +1,141 @@
+"""What a short comparison decides: the network of --model auto, and mirroring for folders."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import click
+import optuna
+import torch
+
+from mnist import data
+from mnist.job import prepare
+from mnist.job.options import Options
+from mnist.job.parameters import AUTO, CANDIDATES
+from mnist.search import loop
+from mnist.search.members import Member
+from mnist.search.runs import Report, Run, RunResult
+from mnist.search.workers import Pool, training_threads
+
+# Training time of each candidate, and its largest share of --timeout.
+COMPARE_S, QUICK_COMPARE_S, TIMEOUT_SHARE = 15.0, 3.0, 0.03
+MAX_WEIGHTS = 100_000_000  # `parallel` has more from 57x57 pixels on: too large to be served well
+# Training images of a folder for which mirroring is compared: of a larger one, a short training
+# sees most images once, so that it hardly needs augmentation.
+MAX_IMAGES = 5_000
+NO_MIRRORING = "mirror=0"  # an entry of the search space
+PARAMS: dict[str, Any] = {"batch_size": 64, "optimizer": "Adam", "lr": 0.003}
+
+
+def choose(options: Options, member: Member, pool: Pool, device: torch.device) -> Options:
+    """The options with a network instead of "auto", and for a folder with or without mirroring.
+
+    Candidates train for the same time; the lowest log-loss on the validation images wins. The study
+    keeps the choice of its first member. Raises click.UsageError where no network can be trained.
+    """
+    name = options.study_name
+    if options.model == AUTO:
+        network = _agree(member, "networks", lambda: compare_networks(options, pool, device))
+        options = replace(options, model=network or CANDIDATES[0], study=name)
+    is_folder = options.dataset.startswith(data.FOLDER_PREFIX)
+    if is_folder and options.augment == AUTO and not options.quick:
+        winner = _agree(member, "mirroring", lambda: compare_mirroring(options, pool, device))
+        if winner == "without":
+            options = replace(options, param=(NO_MIRRORING, *options.param))
+    return options
+
+
+def compare_networks(options: Options, pool: Pool, device: torch.device) -> dict[str, float]:
+    """Network -> log-loss on the validation images, of those with at most MAX_WEIGHTS."""
+    dataset = prepare.load_dataset(options)
+    choices = {name: (replace(options, model=name), PARAMS) for name in CANDIDATES}
+    for name, (choice, _) in list(choices.items()):
+        if prepare.count_weights(replace(choice, plain=True), dataset) > MAX_WEIGHTS:
+            del choices[name]
+    return compare("networks", choices, pool, device)
+
+
+def compare_mirroring(options: Options, pool: Pool, device: torch.device) -> dict[str, float]:
+    """With or without mirrored images -> log-loss on the validation images; empty where these are
+    too many, or where classes are known to be each other's mirror image."""
+    dataset = prepare.load_dataset(options)
+    if len(dataset.train) > MAX_IMAGES or dataset.mirror_images:
+        return {}
+    choices = {"with": (options, PARAMS), "without": (options, PARAMS | {"mirror": 0.0})}
+    return compare("mirrored images", choices, pool, device)
+
+
+def _agree(member: Member, attribute: str, compare: Callable[[], dict[str, float]]) -> str | None:
+    """The best by the log-losses that the study has, or by those of `compare`, if there are any."""
+
+    def read(study: optuna.Study) -> dict[str, float] | None:
+        started = "plan" in study.user_attrs  # by a version without comparisons
+        return study.user_attrs.get(attribute, {} if started else None)
+
+    def store(study: optuna.Study) -> dict[str, float]:
+        if attribute not in study.user_attrs:
+            study.set_user_attr(attribute, measured)
+        return study.user_attrs[attribute]
+
+    log_losses = member.run_locked(read)
+    if log_losses is None:
+        measured = compare()
+        log_losses = member.run_locked(store)
+    return min(log_losses, key=log_losses.__getitem__, default=None)
+
+
+def compare(
+    subject: str,
+    choices: Mapping[str, tuple[Options, dict[str, Any]]],
+    pool: Pool,
+    device: torch.device,
+) -> dict[str, float]:
+    """Choice -> log-loss on the validation images; without those that cannot be trained.
+
+    A choice is a network, in its options, and hyperparameters.
+    """
+    log_losses: dict[str, float] = {}
+    for name, (options, params) in choices.items():
+        seconds = QUICK_COMPARE_S if options.quick else COMPARE_S
+        seconds = min(seconds, TIMEOUT_SHARE * (options.timeout or math.inf))
+        try:
+            log_losses[name] = train_briefly(options, params, pool, device, seconds)
+            result = f"log-loss {log_losses[name]:.3f} on validation images"
+        except (click.UsageError, loop.RunFailed) as error:
+            result = f"left out: {error}"
+        click.echo(f"comparing {subject}, {seconds:.0f} s each: {name}, {result}", err=True)
+    if not log_losses:
+        raise click.UsageError(f"none of {', '.join(choices)} can be trained on these data")
+    return log_losses
+
+
+def train_briefly(
+    options: Options, params: dict[str, Any], pool: Pool, device: torch.device, seconds: float
+) -> float:
+    """Train a network for about so many seconds; returns its log-loss on the validation images.
+
+    Raises click.UsageError or loop.RunFailed where it cannot be trained.
+    """
+    dataset = prepare.load_dataset(options)
+    model = prepare.validate_network(options, dataset, device)
+    try_bfloat16 = prepare.may_use_bfloat16(options, device, model)
+    images_per_s, bfloat16 = prepare.measure_speed(options, pool, try_bfloat16)
+    run = Run(
+        options.model,
+        params,
+        max(1, round(seconds * images_per_s)),
+        options.seed,
+        plain=options.plain,
+        bfloat16=bfloat16,
+        threads=training_threads(),
+    )
+    log_loss = None
+    for _, message in loop.execute_runs(pool, {options.model: run}):
+        if isinstance(message, Report):
+            log_loss = message.progress.log_loss
+        elif isinstance(message, RunResult) and message.failure:
+            raise loop.RunFailed(message.reason)
+    if log_loss is None:
+        raise loop.RunFailed("its training ended without a validation")
+    return log_loss
