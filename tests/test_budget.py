@@ -34,6 +34,15 @@ def test_a_slow_machine_takes_longer_to_train_the_final_model_on_enough_images()
     assert 0.7 * budget.ENOUGH_FINAL_SAMPLES < enough < 1.3 * budget.ENOUGH_FINAL_SAMPLES
 
 
+def test_pictures_have_more_time_where_there_are_many() -> None:
+    pictures = replace(MNIST, enough_samples=budget.ENOUGH_PICTURES)
+    plan, digits = (budget.make_plan(work, 1_400, 10.0) for work in (pictures, MNIST))
+    assert plan.total_s == pytest.approx(budget.LIMIT_S)
+    assert plan.final_s > 1.4 * digits.final_s
+    few = budget.make_plan(replace(pictures, train=1_500, validation=150), 1_400, 10.0)
+    assert few.total_s < budget.TARGET_S
+
+
 def test_a_fast_machine_needs_less_time() -> None:
     plan = budget.make_plan(MNIST, 1e6, 10.0)
     assert plan.trial_samples == budget.MAX_TRIAL_SAMPLES
