@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mnist.data import Dataset, Split
-from mnist.data.kinds import find_kind, find_mirror_images
+from mnist.data.kinds import describe_mirror_images, find_kind, find_mirror_images
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,13 @@ def test_a_class_that_looks_like_another_in_one_direction_only_is_no_mirror_imag
 
 def test_a_class_without_images_among_the_compared_ones_is_no_pair() -> None:
     assert find_mirror_images(arrows("<>", n=20), 3) == ((0, 1),)
+
+
+def test_a_line_names_the_classes_that_are_mirror_images() -> None:
+    assert describe_mirror_images(["b", "c", "d", "p", "q"], []) is None
+    line = describe_mirror_images(["b", "c", "d", "p", "q"], [(0, 2), (3, 4)])
+    assert line is not None
+    assert "'b' and 'd', 'p' and 'q'" in line
 
 
 def test_a_data_set_has_its_kind(digits: Dataset) -> None:

@@ -1,5 +1,7 @@
 """What kind of pictures a data set has, and which of its classes are mirror images."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -38,6 +40,14 @@ def find_mirror_images(train: Split, n_classes: int) -> tuple[tuple[int, int], .
     gained = (confusion[0] - confusion[1]) / sizes[:, None]
     mutual = np.triu(np.minimum(gained, gained.T), 1)
     return tuple((int(i), int(j)) for i, j in np.argwhere(mutual >= MIN_SHARE))
+
+
+def describe_mirror_images(classes: Sequence[str], pairs: Sequence[tuple[int, int]]) -> str | None:
+    """A line that names pairs of classes; None without any."""
+    if not pairs:
+        return None
+    names = ", ".join(f"{classes[i]!r} and {classes[j]!r}" for i, j in pairs)
+    return f"mirror images of each other: {names}; so training images are not mirrored"
 
 
 def _count_neighbours(

@@ -10,7 +10,7 @@ import optuna
 import torch
 
 from mnist import data
-from mnist.job import prepare
+from mnist.job import networks, prepare
 from mnist.job.options import Options
 from mnist.job.parameters import AUTO, CANDIDATES
 from mnist.search import loop
@@ -51,7 +51,7 @@ def compare_networks(options: Options, pool: Pool, device: torch.device) -> dict
     dataset = prepare.load_dataset(options)
     choices = {name: (replace(options, model=name), PARAMS) for name in CANDIDATES}
     for name, (choice, _) in list(choices.items()):
-        if prepare.count_weights(replace(choice, plain=True), dataset) > MAX_WEIGHTS:
+        if networks.count_weights(replace(choice, plain=True), dataset) > MAX_WEIGHTS:
             del choices[name]
     return compare("networks", choices, pool, device)
 
@@ -118,9 +118,9 @@ def train_briefly(
     Raises click.UsageError or loop.RunFailed where it cannot be trained.
     """
     dataset = prepare.load_dataset(options)
-    model = prepare.validate_network(options, dataset, device)
-    try_bfloat16 = prepare.may_use_bfloat16(options, device, model)
-    images_per_s, bfloat16 = prepare.measure_speed(options, pool, try_bfloat16)
+    model = networks.validate_network(options, dataset, device)
+    try_bfloat16 = networks.may_use_bfloat16(options, device, model)
+    images_per_s, bfloat16 = networks.measure_speed(options, pool, try_bfloat16)
     run = Run(
         options.model,
         params,

@@ -1,37 +1,30 @@
 """Preparation of a study: data, network, search space, and the plan for this machine."""
 
-import contextlib
 import functools
 import logging
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 import optuna
 import torch
-from torch.overrides import TorchFunctionMode
 
-from mnist import batch_norms, data, disk, folding, models, plugins, training
+from mnist import batch_norms, data, disk, models, plugins, training
+from mnist.data.kinds import describe_mirror_images
+from mnist.job import networks
 from mnist.job.clock import Clock
-from mnist.job.display import full_message, root_cause
+from mnist.job.display import full_message
 from mnist.job.options import Options
 from mnist.job.parameters import AUTO, CANDIDATES
 from mnist.job.results import describe_origin
-from mnist.search import budget, existing, loop, runs
+from mnist.search import budget, existing
 from mnist.search import space as spaces
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints, is_disk_full
 from mnist.search.members import Member
-from mnist.search.runs import Run, StudyConfig
-from mnist.search.urls import sqlite_file
-from mnist.search.workers import Pool, training_threads
-
-BYTES_PER_WEIGHT = 16  # the weight, its gradient and Adam's two moments, in float32
-MIN_BFLOAT16_SPEEDUP = 1.2  # bfloat16 rounds to 8 bits; a smaller speed-up does not justify that
-SPEED_BATCH_SIZES = (64, 8)  # of the speed measurement; the second is used if the first fails
+from mnist.search.runs import StudyConfig
+from mnist.search.workers import Pool
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +45,11 @@ def prepare(
 ) -> Preparation:
     """Load the data, check network and space, make the plan, check the study's fingerprint."""
     dataset = load_dataset(options).to(device)
-    model = validate_network(options, dataset, device)
+    model = networks.validate_network(options, dataset, device)
     space = read_space(options, model, dataset)
     if note := spaces.describe_repeats(space, options.total_trials):
+        log.warning("%s", note)
+    if note := describe_mirror_images(dataset.classes, dataset.mirror_images):
         log.warning("%s", note)
     work = budget.Workload(
         options.total_trials,
@@ -73,7 +68,7 @@ def prepare(
     if stored and requested in (None, stored["trial_samples"]):
         plan = budget.Plan(**stored)
     else:
-        try_bfloat16 = may_use_bfloat16(options, device, model)
+        try_bfloat16 = networks.may_use_bfloat16(options, device, model)
         plan = make_plan(options, pool, work, clock, requested, try_bfloat16)
     plan = agree_on_plan(options, member, dataset, space, plan, requested)
     epoch = len(dataset.train) + len(dataset.validation)
@@ -102,7 +97,7 @@ def check_all(option_sets: list[Options]) -> None:
             network = CANDIDATES[-1] if options.model == AUTO else options.model
             checked = replace(options, model=network)
             try:
-                read_space(options, validate_network(checked, dataset, device), dataset)
+                read_space(options, networks.validate_network(checked, dataset, device), dataset)
             except click.UsageError as error:
                 raise click.UsageError(f"{options.study_name}: {full_message(error)}") from error
 
@@ -150,51 +145,6 @@ def load_dataset(options: Options) -> data.Dataset:
         raise click.UsageError(f"the data set cannot be read: {error}") from error
 
 
-def validate_network(
-    options: Options, dataset: data.Dataset, device: torch.device
-) -> torch.nn.Module:
-    """Build a network and check its output for two images: one logit per class.
-
-    Raises click.UsageError: a plugin's network may fail in any way.
-    """
-    images, classes = dataset.train.images[:2].to(device), len(dataset.classes)
-    on_cpu = device.type == "cpu"
-    try:
-        if on_cpu and (n := count_weights(options, dataset)) * BYTES_PER_WEIGHT > total_memory():
-            text = f"its {n:,} weights are too many to be trained here"
-            raise MemoryError(f"{text}; try --model cnn or a smaller --image-size")
-        model = runs.build_network(options.model, dataset, options.plain).to(device)
-        with torch.no_grad():
-            shape = tuple(model.eval()(dataset.standardise(images)).shape)
-    except Exception as error:  # a plugin's network may raise anything
-        raise network_error(options, error) from error
-    if shape != (2, classes):
-        text = f"2 images give {shape}, not {(2, classes)}"
-        raise click.UsageError(f"network {options.model!r} cannot be used: {text}")
-    return model.train()
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Skips `normal_`: on the device "meta", torch imports its compiler for it, 64 MB."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
-
-
-def count_weights(options: Options, dataset: data.Dataset) -> int:
-    """The number of the network's weights, without allocating them; 0 where that fails."""
-    with contextlib.suppress(Exception), torch.device("meta"), _Uninitialised():
-        return models.count_parameters(runs.build_network(options.model, dataset, options.plain))
-    return 0
-
-
-def total_memory() -> int:
-    """The bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def read_space(options: Options, model: torch.nn.Module, dataset: data.Dataset) -> spaces.Space:
     """The search space of --space and --param; raises click.UsageError."""
     try:
@@ -218,7 +168,7 @@ def make_plan(
     try_bfloat16: bool,
 ) -> budget.Plan:
     """A plan for this machine, from a speed measurement, which may `try_bfloat16`."""
-    images_per_s, bfloat16 = measure_speed(options, pool, try_bfloat16)
+    images_per_s, bfloat16 = networks.measure_speed(options, pool, try_bfloat16)
     return budget.make_plan(
         work,
         images_per_s,
@@ -259,42 +209,3 @@ def agree_on_plan(
         return agreed
 
     return member.run_locked(store_plan)
-
-
-def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[float, bool]:
-    """Training images per second of a worker on all cores, and whether with bfloat16.
-
-    Raises click.UsageError where the network cannot be trained.
-    """
-    for batch_size in SPEED_BATCH_SIZES:
-        params = {"batch_size": batch_size, "optimizer": "Adam"}
-        run = Run.for_speed(options.model, params, training_threads(), options.plain)
-        try:
-            speed = loop.measure_speed(pool, run)
-            break
-        except loop.RunFailed as error:  # e.g. for lack of memory
-            last_error = error
-    else:
-        raise click.UsageError(f"network {options.model!r} cannot be used: {last_error}")
-    if try_bfloat16:
-        with contextlib.suppress(loop.RunFailed):  # an operation without bfloat16
-            bfloat16_speed = loop.measure_speed(pool, replace(run, bfloat16=True))
-            if bfloat16_speed > MIN_BFLOAT16_SPEEDUP * speed:
-                return bfloat16_speed, True
-    return speed, False
-
-
-def may_use_bfloat16(options: Options, device: torch.device, model: torch.nn.Module) -> bool:
-    """Whether to measure bfloat16: for training forms, on devices that support it, in studies that
-    no other machine shares, as a machine without bfloat16 would get other results."""
-    if not folding.has_factors(model) or sqlite_file(options.storage) is None:
-        return False
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capable = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(capable.get(f"{kind}_bf16") for kind in ("avx512", "amx"))
-
-
-def network_error(options: Options, error: Exception) -> click.UsageError:
-    text = f"{type(error).__name__}: {root_cause(error)}"
-    return click.UsageError(f"network {options.model!r} cannot be used: {text}")

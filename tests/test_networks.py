@@ -1,4 +1,4 @@
-"""mnist.job.prepare: measurements before a study begins."""
+"""mnist.job.networks: measurements before a study begins."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mnist import data, folding, models
-from mnist.job import prepare
+from mnist.job import networks
 from mnist.job.options import Options
 from mnist.search import loop
 from mnist.search.runs import Run
@@ -26,7 +26,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
             raise loop.RunFailed("RuntimeError: made up")
         return speeds[key]
 
-    monkeypatch.setattr(prepare.loop, "measure_speed", speed)
+    monkeypatch.setattr(networks.loop, "measure_speed", speed)
     return speeds
 
 
@@ -44,13 +44,13 @@ def test_the_faster_precision_is_taken_where_it_is_worth_it(
     speeds: dict[Any, float], measured: Any, try_bfloat16: bool, expected: tuple[float, bool]
 ) -> None:
     speeds.update(measured)
-    assert prepare.measure_speed(Options(), None, try_bfloat16) == expected  # type: ignore[arg-type]
+    assert networks.measure_speed(Options(), None, try_bfloat16) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("speeds")
 def test_a_network_that_cannot_be_trained_is_named() -> None:
     with pytest.raises(click.UsageError, match="network 'parallel' cannot be used: RuntimeError"):
-        prepare.measure_speed(Options(), None, True)  # type: ignore[arg-type]
+        networks.measure_speed(Options(), None, True)  # type: ignore[arg-type]
 
 
 def test_bfloat16_is_for_training_forms_of_studies_that_no_other_machine_shares(
@@ -61,16 +61,16 @@ def test_bfloat16_is_for_training_forms_of_studies_that_no_other_machine_shares(
     shared = Options(storage="postgresql://host/studies")
     for has, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
-        assert prepare.may_use_bfloat16(Options(), cpu, form) == expected
-        assert not prepare.may_use_bfloat16(Options(), cpu, plain)
-        assert not prepare.may_use_bfloat16(shared, cpu, form)
+        assert networks.may_use_bfloat16(Options(), cpu, form) == expected
+        assert not networks.may_use_bfloat16(Options(), cpu, plain)
+        assert not networks.may_use_bfloat16(shared, cpu, form)
 
 
 def test_weights_are_counted_without_the_compiler(digits: data.Dataset) -> None:
     program = (
-        "import sys; from mnist import data; from mnist.job import prepare;"
+        "import sys; from mnist import data; from mnist.job import networks;"
         "from mnist.job.options import Options;"
-        "print(prepare.count_weights(Options(model='parallel'), data.load('digits')));"
+        "print(networks.count_weights(Options(model='parallel'), data.load('digits')));"
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run(
