@@ -16,11 +16,12 @@ from PIL import Image
 
 from mnist import data
 from mnist.report import plots
+from mnist.search import loop
 from run import run_cli
 
 ROOT = Path(__file__).parent.parent
 DATA_DIR = Path(os.environ.get("MNIST_DATA_DIR", ROOT / "data")).resolve()
-DIGITS = ["--dataset", "digits", "--model", "linear", "--quick"]
+DIGITS = ["--dataset", "digits", "--model", "linear", "--quick"]  # trains for as long as is planned
 SHORT = ["--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs", "1"]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -118,6 +119,12 @@ def queue_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
+def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training speeds of 2,000 images per second: to measure one takes seconds."""
+    monkeypatch.setattr(loop, "measure_speed", lambda *_: 2_000.0)
+
+
+@pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report with pictures of one pixel: to draw them takes seconds."""
     stream = io.BytesIO()
@@ -146,6 +153,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "1",
         "--confirm",
         "0",
+        "--epochs",
+        "1",
         "--final-epochs",
         "20",
     ]

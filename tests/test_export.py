@@ -25,7 +25,7 @@ from mnist import (
     scores,
     training,
 )
-from tests.conftest import DIGITS, Command
+from tests.conftest import DIGITS, SHORT, Command
 from tests.test_registry import entry
 
 
@@ -364,7 +364,8 @@ def test_a_run_saves_all_files_that_serving_needs(saved: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("from_plugin", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("known_speed")
+@pytest.mark.parametrize("from_plugin", [False, True])
 def test_a_model_that_cannot_be_exported_is_saved_nevertheless(
     from_plugin: bool,
     run: Command,
@@ -377,7 +378,7 @@ def test_a_model_that_cannot_be_exported_is_saved_nevertheless(
 
     monkeypatch.setattr(export, "to_onnx", broken)
     monkeypatch.setattr(plugins, "is_from_plugin", lambda _: from_plugin)
-    assert run(*DIGITS, "--trials", "1", "--confirm", "1").returncode == 0
+    assert run(*DIGITS, *SHORT, "--confirm", "1").returncode == 0
     assert "saved without onnx: made up" in caplog.text
     info = registry.read(tmp_path / "saved_models")
     (name,) = info["models"]

@@ -35,6 +35,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
+@pytest.mark.usefixtures("known_speed")
 def test_a_member_replaced_during_export_does_not_open_the_test_split(
     run: Command, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_member_replaced_during_export_does_not_open_the_test_split(
     assert len(registry.read(tmp_path / "saved_models")["models"]) == 1
 
 
+@pytest.mark.usefixtures("known_speed")
 def test_without_room_for_its_result_the_test_split_stays_closed(
     run: Command, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +69,7 @@ def test_without_room_for_its_result_the_test_split_stays_closed(
     assert opened == ["opened"]
 
 
+@pytest.mark.usefixtures("known_speed")
 def test_a_better_model_becomes_current_and_a_worse_one_does_not(
     run: Command, tmp_path: Path
 ) -> None:
@@ -96,11 +99,13 @@ def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
     assert abs(test["served_errors"] - test["errors"]) <= 2
 
 
+@pytest.mark.usefixtures("known_speed")
 def test_plain_trains_the_layers_themselves(run: Command, tmp_path: Path) -> None:
-    done = run("--dataset", "digits", "--model", "parallel", *SHORT, "--plain")
+    options = ["--dataset", "digits", "--model", "parallel", *SHORT, "--final-epochs", "0.2"]
+    done = run(*options, "--plain")
     assert done.returncode == 0, done.stderr
     record = registry.record(tmp_path / "saved_models")[1]
     assert record["training"]["form"] == "plain"
-    other = run("--dataset", "digits", "--model", "parallel", *SHORT)
+    other = run(*options)
     assert other.returncode == 2
     assert "layers is in their training form, in the study plain" in other.stderr

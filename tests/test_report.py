@@ -20,7 +20,7 @@ from PIL import Image
 from mnist import data, registry
 from mnist.report import model_plots, page, plots
 from mnist.search.space import DEFAULT
-from tests.conftest import DIGITS, ROOT, Command
+from tests.conftest import DIGITS, ROOT, SHORT, Command
 
 ODD = ["<b>bold</b>", "$a$", "お", "a class with a very long name", "{{ 7 }}"]
 
@@ -205,10 +205,11 @@ def list_trial_files(study: optuna.Study, number: int) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("known_speed")
 def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     run: Command, tmp_path: Path, digits: data.Dataset
 ) -> None:
-    done = run(*DIGITS, "--trials", "2", "--confirm", "0")
+    done = run(*DIGITS, *SHORT, "--trials", "2")
     assert done.returncode == 0, done.stderr
     name, entry = registry.record(tmp_path / "saved_models")
     file_path = tmp_path / "saved_models" / f"{name}.report.html"
@@ -232,11 +233,11 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
     assert list_trial_files(made, winner) == model
 
     file_path.unlink()
-    assert run(*DIGITS, "--trials", "2", "--confirm", "0").stderr == ""
+    assert run(*DIGITS, *SHORT, "--trials", "2").stderr == ""
     assert file_path.exists()
     assert artifacts(tmp_path) == before
 
-    more = run(*DIGITS, "--trials", "4", "--confirm", "0", "--final-epochs", "2", "--json")
+    more = run(*DIGITS, *SHORT, "--trials", "4", "--final-epochs", "2", "--json")
     last = json.loads(more.stdout)
     assert last["name"] != name
     made, after = load(tmp_path), artifacts(tmp_path)
@@ -252,7 +253,7 @@ def test_pictures_are_attached_once_and_replaced_by_those_of_another_model(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("blank_pictures", "known_speed")
 def test_a_report_that_cannot_be_made_costs_one_line_and_comes_with_the_next_run(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,13 +262,13 @@ def test_a_report_that_cannot_be_made_costs_one_line_and_comes_with_the_next_run
 
     with monkeypatch.context() as patch:
         patch.setattr(page, "draw", broken)
-        done = run(*DIGITS, "--trials", "1", "--confirm", "0")
+        done = run(*DIGITS, *SHORT)
     assert done.returncode == 0
     assert done.stderr.splitlines()[-1] == "run.py: the report could not be made: no ink"
     name, _ = registry.record(tmp_path / "saved_models")
     assert "report:" not in done.stdout
     assert not artifacts(tmp_path)
-    assert run(*DIGITS, "--trials", "1", "--confirm", "0").stderr == ""
+    assert run(*DIGITS, *SHORT).stderr == ""
     assert (tmp_path / "saved_models" / f"{name}.report.html").exists()
     assert artifacts(tmp_path)
 

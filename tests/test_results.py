@@ -15,7 +15,7 @@ from mnist.job.options import Options
 from mnist.search import checkpoints
 from tests.conftest import DIGITS, SHORT, Command
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("blank_pictures", "known_speed")
 
 
 def test_a_finished_study_leaves_only_checkpoints_of_waiting_trials(

@@ -35,9 +35,18 @@ from tests.gates import LONG_S, Gates, until
 from tests.soak import GATED
 from tests.test_folders import fill
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("blank_pictures", "known_speed")
 
 NAME = "digits-linear-quick"
+
+
+MEASURE_SPEED = loop.measure_speed
+
+
+@pytest.fixture
+def measured_speed(known_speed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training speed as run.py measures it."""
+    monkeypatch.setattr(loop, "measure_speed", MEASURE_SPEED)
 
 
 def study(folder: Path) -> optuna.Study:
@@ -48,6 +57,7 @@ def states(folder: Path) -> list[TrialState]:
     return [trial.state for trial in study(folder).trials]
 
 
+@pytest.mark.usefixtures("measured_speed")
 def test_a_run_saves_a_model_and_the_next_run_only_prints_it(run: Command, tmp_path: Path) -> None:
     first = run(*DIGITS, "--json")
     assert first.returncode == 0, first.stderr
@@ -70,9 +80,9 @@ def test_a_run_saves_a_model_and_the_next_run_only_prints_it(run: Command, tmp_p
 
 
 def test_more_trials_continue_the_study(run: Command, tmp_path: Path) -> None:
-    run(*DIGITS, "--trials", "2")
+    run(*DIGITS, *SHORT, "--trials", "2")
     assert len(states(tmp_path)) == 2
-    more = run(*DIGITS, "--trials", "4")
+    more = run(*DIGITS, *SHORT, "--trials", "4")
     assert "2 of 4 trials finished" in more.stderr
     assert len(states(tmp_path)) == 4
 
@@ -80,7 +90,7 @@ def test_more_trials_continue_the_study(run: Command, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trials_in_two_commands_equal_trials_in_one(run: Command, tmp_path: Path) -> None:
     """With --epochs, as the length of a trial otherwise depends on the time."""
-    options = ["--dataset", "digits", "--model", "linear", "--epochs", "1", "--final-epochs", "1"]
+    options = ["--dataset", "digits", "--model", "linear", *SHORT, "--epochs", "1"]
     run(*options, "--study", "parts", "--trials", "8")
     run(*options, "--study", "parts", "--trials", "16")
     run(*options, "--study", "whole", "--trials", "16")
@@ -139,7 +149,7 @@ def evaluation(gates: Gates, going: Callable[[], bool]) -> None:
 
 
 SLOW = pytest.mark.slow
-LONG = [*DIGITS, "--trials", "3", "--epochs", "12", "--final-epochs", "5"]
+LONG = [*DIGITS, *SHORT, "--trials", "3", "--epochs", "4"]
 
 
 @pytest.mark.parametrize(
@@ -178,10 +188,10 @@ def test_a_run_stopped_in_mid_trial_loses_no_finished_trial(
 def test_a_run_killed_at_the_end_trains_only_the_final_model_again(
     run: Command, tmp_path: Path, moment: Callable[[Gates, Callable[[], bool]], None]
 ) -> None:
-    options = [*DIGITS, "--trials", "2"]
+    options = [*DIGITS, *SHORT, "--trials", "2"]
     run(*options)
     earlier, _ = registry.record(tmp_path / "saved_models")
-    options = [*options, "--final-epochs", "60"]
+    options = [*options, "--final-epochs", "5"]
     gates = Gates(tmp_path)
     (gates.final if moment == final_training else gates.saving).allow(0)
     killed(tmp_path, options, moment, signal.SIGKILL)
@@ -274,12 +284,12 @@ def test_a_full_disk_ends_with_one_line_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        done = run(*DIGITS, "--trials", "2")
+        done = run(*DIGITS, *SHORT, "--trials", "2")
     assert done.returncode == 1
     assert "No space left on device" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert registry.read(tmp_path / "saved_models")["models"] == {}
-    assert run(*DIGITS, "--trials", "2").returncode == 0
+    assert run(*DIGITS, *SHORT, "--trials", "2").returncode == 0
     assert len(states(tmp_path)) == 2
     assert not list((tmp_path / "saved_models").glob(".*.tmp"))
 
@@ -288,7 +298,7 @@ def test_a_full_disk_ends_with_one_line_and_loses_nothing(
 def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
     run: Command, tmp_path: Path
 ) -> None:
-    run(*DIGITS, "--trials", "2")
+    run(*DIGITS, *SHORT, "--trials", "2")
     values = [trial.value for trial in study(tmp_path).trials]
 
     def small(connection: sqlite3.Connection, _: object) -> None:
@@ -297,28 +307,28 @@ def test_a_full_disk_under_the_database_ends_with_one_line_and_loses_nothing(
 
     sqlalchemy.event.listen(sqlalchemy.Engine, "connect", small)
     try:
-        done = run(*DIGITS, "--trials", "60")
+        done = run(*DIGITS, *SHORT, "--trials", "60")
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "connect", small)
     assert done.returncode == 1
     assert "database or disk is full; finished work is kept" in done.stderr.splitlines()[-1]
     assert [trial.value for trial in study(tmp_path).trials[:2]] == values
     more = str(len(states(tmp_path)) + 1)
-    assert run(*DIGITS, "--trials", more).returncode == 0
+    assert run(*DIGITS, *SHORT, "--trials", more).returncode == 0
     assert TrialState.RUNNING not in states(tmp_path)
 
 
 def test_the_next_commands_name_the_registry_and_the_storage_in_use(run: Command) -> None:
-    where = ["--output", "my models", "--storage", "sqlite:///mine.sqlite3", "--trials", "1"]
-    done = run(*DIGITS, *where, "--promote", "never")
+    where = ["--output", "my models", "--storage", "sqlite:///mine.sqlite3"]
+    done = run(*DIGITS, *SHORT, *where, "--promote", "never")
     assert "next:\n  python -m mnist.registry --folder 'my models' use 2" in done.stdout
     assert "MODELS='my models' uvicorn serve.app:app" in done.stdout
     assert "optuna-dashboard sqlite:///mine.sqlite3" in done.stdout
 
 
 def test_a_study_of_other_trials_is_not_continued(run: Command) -> None:
-    run(*DIGITS, "--trials", "1", "--study", "mine")
-    done = run(*DIGITS, "--trials", "2", "--study", "mine", "--epochs", "0.5")
+    run(*DIGITS, *SHORT, "--study", "mine")
+    done = run(*DIGITS, *SHORT, "--trials", "2", "--study", "mine", "--epochs", "0.6")
     assert done.returncode == 2
     assert "study mine cannot be continued" in done.stderr
     assert "--study mine-2" in done.stderr
@@ -485,6 +495,7 @@ models.NETWORKS["tiny"] = tiny
 """
 
 
+@pytest.mark.usefixtures("measured_speed")
 def test_a_plugin_s_network_is_searched_saved_and_answers_without_its_python(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -576,6 +587,7 @@ def test_help_lists_networks_and_hyperparameters(run: Command) -> None:
     assert "dropout of all the network's dropout layers (0 to 0.9)" in text
 
 
+@pytest.mark.usefixtures("measured_speed")
 def test_a_short_real_search_beats_97_per_cent(
     run: Command, mnist: data.Dataset, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from mnist.search.claims import Trials
 from mnist.search.storage import StorageError, StudyGone
 from tests.conftest import DIGITS, SHORT, Command
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("blank_pictures", "known_speed")
 
 URL = "sqlite:///db.sqlite3"
 NAME = "digits-linear-quick"

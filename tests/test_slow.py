@@ -11,7 +11,7 @@ import pytest
 
 from mnist import data, registry
 from mnist.data import sources
-from tests.conftest import DIGITS, Command
+from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_the_report_opens_offline_on_any_screen(saved: Path, browser: Any) -> No
 def test_the_dashboard_opens_the_study_in_a_browser(
     run: Command, tmp_path: Path, browser: Any
 ) -> None:
-    run(*DIGITS)
+    run(*DIGITS, *SHORT, "--trials", "3")
     best = registry.record(tmp_path / "saved_models")[1]["study"]["trial"]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

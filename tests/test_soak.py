@@ -12,9 +12,10 @@ from optuna.trial import TrialState
 
 from tests import soak
 from tests.gates import LONG_S, Gates, until
-from tests.soak import DIGITS, Command
+from tests.soak import Command
 
 pytestmark = pytest.mark.slow
+DIGITS = [*soak.DIGITS, "--epochs", "6", "--final-epochs", "4"]
 Start = Callable[..., Command]
 StartAs = Callable[..., tuple[Command, Gates]]
 
@@ -64,13 +65,13 @@ checkpoints.save = save
 
 def test_five_kills_lose_nothing(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/db.sqlite3"
-    print(soak.soak(storage, tmp_path, kills=5, seed=4, trials=20))
+    print(soak.soak(storage, tmp_path, kills=5, seed=0, trials=12))
 
 
 def test_five_kills_and_a_restart_of_postgresql_lose_nothing(
     tmp_path: Path, server: Any, postgresql: str
 ) -> None:
-    print(soak.soak(postgresql, tmp_path, kills=5, seed=11, server=server, trials=20))
+    print(soak.soak(postgresql, tmp_path, kills=5, seed=20, server=server, trials=12))
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def waits(server: Any, host: str) -> bool:
 def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(
     start_as: StartAs, tmp_path: Path, server: Any, postgresql: str
 ) -> None:
-    options = [*DIGITS, "--storage", postgresql, "--trials", "12"]
+    options = [*DIGITS, "--storage", postgresql, "--trials", "8"]
     one, gates = start_as("one", options, LONG_LEASES, runs=0)
     gates.hold(runs=1, reports=3, going=one.going)
     held = running(postgresql)
@@ -157,7 +158,7 @@ def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(
     gates.open()
     others.open()
     end(one, two)
-    assert soak.check(postgresql, tmp_path, 12) == 0
+    assert soak.check(postgresql, tmp_path, 8) == 0
     assert soak.finished(postgresql)[held[0]].user_attrs["run"]["by"] == held[1]
     assert soak.resumed(postgresql) == 0
 
@@ -182,23 +183,23 @@ def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_seco
 def test_a_machine_that_sleeps_in_a_transaction_blocks_no_other(
     start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
-    options = [*DIGITS, "--storage", postgresql, "--trials", "14"]
+    options = [*DIGITS, "--storage", postgresql, "--trials", "8"]
     one, gates = start_as("one", options, STOP_WITH_A_LOCK + SHORT_LEASES, runs=0)
     gates.hold(runs=1, reports=3, going=one.going)
     (tmp_path / "stop").touch()
     gates.open()
     until((tmp_path / "stopped").exists, "it sleeps with a row of the database locked")
     two, _ = start_as("two", options, SHORT_LEASES)
-    until(lambda: len(soak.finished(postgresql)) == 14, "another machine does all the rest")
+    until(lambda: len(soak.finished(postgresql)) == 8, "another machine does all the rest")
     os.kill(one.process.pid, signal.SIGCONT)
     end(one, two)
-    assert soak.check(postgresql, tmp_path, 14, stalled=1) == 0
+    assert soak.check(postgresql, tmp_path, 8, stalled=1) == 0
 
 
 def test_a_leader_that_was_silent_for_too_long_does_not_save_a_second_model(
     start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
-    options = [*DIGITS, "--storage", postgresql, "--trials", "2", "--final-epochs", "40"]
+    options = [*DIGITS, "--storage", postgresql, "--trials", "2", "--final-epochs", "20"]
     one, gates = start_as("one", options, COUNT_EVALUATIONS + SHORT_LEASES, final=3)
     until(gates.final.held, "the final training goes on")
     send(one, signal.SIGSTOP)
@@ -212,19 +213,19 @@ def test_a_leader_that_was_silent_for_too_long_does_not_save_a_second_model(
     assert len((tmp_path / "evaluations").read_text().splitlines()) == 1
 
 
-def test_four_commands_killed_at_the_end_leave_one_model_and_one_evaluation(
+def test_two_commands_killed_at_the_end_leave_one_model_and_one_evaluation(
     start: Start, tmp_path: Path, postgresql: str
 ) -> None:
-    options = [*DIGITS, "--storage", postgresql, "--trials", "4", "--final-epochs", "150"]
+    options = [*DIGITS, "--storage", postgresql, "--trials", "4", "--final-epochs", "10"]
     gates = Gates(tmp_path)
     for gate, steps in ((gates.final, 3), (gates.saving, 0), (gates.saving, 1)):
         gate.allow(steps)
-        commands = [start(options, COUNT_RESULTS) for _ in range(4)]
+        commands = [start(options, COUNT_RESULTS) for _ in range(2)]
         until(gate.held, "one of them has got so far")
         for command in commands:
             command.process.kill()
             command.process.wait()
         gate.open()
-    end(*(start(options, COUNT_RESULTS) for _ in range(4)))
+    end(*(start(options, COUNT_RESULTS) for _ in range(2)))
     soak.check(postgresql, tmp_path, 4)
     assert len((tmp_path / "evaluations").read_text().splitlines()) == 1
