@@ -27,6 +27,7 @@ from mnist.job.clock import Clock
 from mnist.job.display import Display, full_message, root_cause
 from mnist.job.final import FinalTraining
 from mnist.job.options import Options, make_command
+from mnist.job.tracking import Tracking
 from mnist.job.trials import run_trials
 from mnist.report import compare, page
 from mnist.search import checkpoints, loop, storage
@@ -50,9 +51,11 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
     load = prepare.make_loader(options)
     setup = Setup(load, str(device), threads, options.disk_quota, imports=options.import_)
     pool = Pool(workers, setup)  # workers start their imports now, during the preparation
-    with Member(options.storage, options.study_name, threads) as member, pool:
+    member = Member(options.storage, options.study_name, threads)
+    with member, pool, Tracking(member, options) as tracking:
         options = comparison.choose(options, member, pool, device)
         prepared = prepare.prepare(options, member, pool, device, clock)
+        tracking.start()
         plan, config, space = prepared.plan, prepared.config, prepared.space
         finished = member.run_locked(studies.count_finished)
         result = None
@@ -68,6 +71,7 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
                 result = release.finish(final, lambda: load().to(device))
         results.publish_result(member, result)
         results.remove_stale_files(member, options, config.checkpoints)
+        tracking.add_model(result)
         write_report(member, options, result["name"])
         if not finished and screen.forecasts:  # a continued study took longer than this command
             results.save_forecasts(member, clock.elapsed_s, screen.forecasts)

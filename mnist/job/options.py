@@ -11,6 +11,7 @@ import click
 import torch
 
 from mnist import augmentation, data, folding, models
+from mnist.job import trackers
 from mnist.job.parameters import (
     ALL,
     AUTO,
@@ -149,6 +150,13 @@ class Options:
     )
     plain: bool = option(
         False, "Train the network's own layers, not its training form.", is_flag=True
+    )
+    track: tuple[str, ...] = option(
+        (),
+        "Experiment tracker that gets each trial and the final model; more than one can be given.",
+        multiple=True,
+        callback=trackers.check_installed,
+        type=click.Choice(list(trackers.TRACKERS)),
     )
     json: bool = option(False, "The result as JSON on standard output.", is_flag=True)
 
