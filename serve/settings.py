@@ -4,22 +4,15 @@ import multiprocessing
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from mnist import conformal, registry
 
-Strings = tuple[str, ...]
-"""In the environment, strings separated by commas."""
+Strings = Annotated[tuple[str, ...], NoDecode]
+"""In the environment, strings separated by commas, not JSON."""
 
 MAX = 10**12  # of sizes, numbers and ms
 ORIGIN = re.compile(
@@ -30,10 +23,10 @@ DEFAULT_PORTS = {"http": 80, "https": 443}  # which browsers leave out
 QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 
 
-class Settings(BaseModel):
+class Settings(BaseSettings):
     """MODELS, ENGINE, THREADS and so on; a wrong value stops the start of the server."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = SettingsConfigDict(validate_default=False)
 
     models: Path | None = Field(
         None, description="registry folder; by default saved_models, or a sample while it is empty"
@@ -62,20 +55,13 @@ class Settings(BaseModel):
         lt=1,
         description="share of pictures whose true class is in `labels`",
     )
-    canary: tuple[str, float] | None = Field(
+    canary: Annotated[tuple[str, float] | None, NoDecode] = Field(
         None, description="NAME:SHARE, a model that answers this share (0..1) of the requests"
     )
     feedback_dir: Path | None = Field(None, description="folder of corrections, if they are kept")
     feedback_max_bytes: int = Field(
         100_000_000, ge=1, le=MAX, description="limit of that folder, in bytes"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_environment(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        variables = {name.lower(): text for name, text in os.environ.items()}
-        settings = {name: variables[name] for name in cls.model_fields if name in variables}
-        return settings | arguments
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

@@ -147,3 +147,9 @@ def test_a_folder_without_models_gets_the_remedy(
         assert remedy in answer.json()["reason"]
         (tmp_path / "mine").mkdir(exist_ok=True)
         (tmp_path / "mine" / "model_info.json").touch()
+
+
+def test_no_file_sets_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("MAX_QUEUE=3\n")
+    assert Settings().max_queue == 256
