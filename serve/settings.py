@@ -28,8 +28,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(validate_default=False)
 
-    models: Path | None = Field(
-        None, description="registry folder; by default saved_models, or a sample while it is empty"
+    models: Path | str | None = Field(
+        None,
+        description="registry: a folder, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; by default "
+        "saved_models, or a sample while it is empty",
     )
     engine: Literal["auto", "onnx_int8", "onnx", "torch"] = Field(
         "auto", description="what runs a model; auto: the first of the others that can run it"
@@ -85,11 +87,26 @@ class Settings(BaseSettings):
     def _normalise_origins(cls, origins: Strings) -> Strings:
         return tuple(map(_normalise_origin, origins))
 
+    @field_validator("models")
+    @classmethod
+    def _check_store(cls, models: Path | str | None) -> Path | str | None:
+        if not isinstance(models, str):
+            return models
+        if not re.match(r"\w+:/", models):
+            return Path(models)
+        from mnist.registry import mirror  # only where there is a URL
+
+        try:
+            mirror.check_url(models)
+        except registry.RegistryError as error:
+            raise ValueError(str(error)) from error
+        return models
+
     @field_validator("models", "feedback_dir")
     @classmethod
-    def _expand_folder(cls, path: Path | None, info: ValidationInfo) -> Path | None:
-        if path is None:
-            return None
+    def _expand_folder(cls, path: Path | str | None, info: ValidationInfo) -> Path | str | None:
+        if not isinstance(path, Path):
+            return path
         try:
             path = path.expanduser()
             nearest = next(folder for folder in (path, *path.parents) if folder.exists())
