@@ -33,7 +33,9 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"serve.batching", "serve.loading"},
     {"serve.engine"},
     {"serve.forms", "serve.middleware", "serve.parameters"},
-    {"serve.handlers", "serve.uploads"},
+    {"serve.dependencies", "serve.handlers", "serve.uploads"},
+    {"serve.tensors"},
+    {"serve.open_inference"},
     {"serve.app"},
 )
 # All that the server may import.
