@@ -17,7 +17,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from mnist import images, registry
-from serve import feedback, open_inference, schemas, uploads, visibility
+from serve import feedback, open_inference, sagemaker, schemas, uploads, visibility
 from serve.admission import Busy
 from serve.dependencies import ChosenModel, CurrentEngine, Top, View
 from serve.engine import Engine
@@ -227,7 +227,7 @@ async def correct(request: Request, engine: CurrentEngine, model: ChosenModel) -
 
 
 # include_router() would build each route again.
-app.routes.extend(open_inference.router.routes)
+app.routes.extend([*open_inference.router.routes, *sagemaker.router.routes])
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from serve.settings import Settings, describe
 
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # a client's id; anything else is replaced
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # that are counted by name
-LIMITED = ("/predict", "/feedback", "/v2/models/")  # POST needs an admission
+LIMITED = ("/predict", "/feedback", "/v2/models/", "/invocations")  # POST needs an admission
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),

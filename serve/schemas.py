@@ -152,6 +152,11 @@ ONE_PICTURE = body(
     form(file=PICTURE),
     **{"application/octet-stream": PICTURE, "image/*": PICTURE},
 )
+INVOCATION = body(
+    "image/*",
+    PICTURE,
+    **{"application/octet-stream": PICTURE, "application/json": Base64.model_json_schema()},
+)
 INFERENCE = body(
     "application/json",
     {

@@ -35,7 +35,7 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"serve.forms", "serve.middleware", "serve.parameters"},
     {"serve.dependencies", "serve.handlers", "serve.uploads"},
     {"serve.tensors"},
-    {"serve.open_inference"},
+    {"serve.open_inference", "serve.sagemaker"},
     {"serve.app"},
 )
 # All that the server may import.

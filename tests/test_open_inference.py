@@ -172,13 +172,13 @@ def test_keys_and_admission_hold_as_for_predict(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MODELS", str(registry.SAMPLE))
     monkeypatch.setenv("API_KEYS", "secret")
     with TestClient(app) as client:
-        for url in (URL,):
+        for url in (URL, "/invocations"):
             assert client.post(url, json={}).status_code == 401
         headers = {"X-API-Key": "secret"}
         assert client.post(URL, json=as_json(PICTURES[0]), headers=headers).status_code == 200
         assert client.get("/v2/models/current").status_code == 200
         client.app.state.engine.admission.requests = 256  # type: ignore[attr-defined]
-        for url in (URL,):
+        for url in (URL, "/invocations"):
             busy = client.post(url, content=b"x", headers=headers)
             assert (busy.status_code, int(busy.headers["retry-after"]) > 0) == (429, True)
         client.app.state.engine.admission.requests = 0  # type: ignore[attr-defined]
@@ -192,7 +192,7 @@ def test_without_a_model_nothing_is_ready(
     with TestClient(app) as client:
         assert client.get("/v2/health/ready").status_code == 503
         assert client.get("/v2/health/live").status_code == 200
-        for path in ("/v2/models/current", "/v2/models/current/ready"):
+        for path in ("/v2/models/current", "/v2/models/current/ready", "/ping"):
             response = client.get(path)
             assert response.status_code == 503
             assert "no current model" in str(response.json()["error"])
