@@ -9,20 +9,20 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from mnist import images, registry
-from serve import feedback, parameters, schemas, uploads, visibility
+from serve import feedback, open_inference, sagemaker, schemas, uploads, visibility
 from serve.admission import Busy
+from serve.dependencies import ChosenModel, CurrentEngine, Top, View
 from serve.engine import Engine
 from serve.errors import ApiError, bad_request, quote
 from serve.handlers import HANDLERS
-from serve.loading import LoadedModel
 from serve.metrics import Metrics
 from serve.middleware import RequestMiddleware, log_as_json
 from serve.settings import Settings
@@ -33,7 +33,6 @@ PAGE_POLICY = (  # nothing from other origins, nothing inline
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-ERRORS = schemas.error_responses(400, 401, 404, 413, 415, 422, 429, 503)
 
 log = logging.getLogger("serve")
 
@@ -66,29 +65,10 @@ app = App(
 )
 
 
-async def get_engine(request: Request) -> Engine:
-    return request.app.state.engine
-
-
 def _json(content: Any) -> Response:
     """A part of model_info.json as a response: it may have NaN, and names that are not UTF-8."""
     finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return Response(json.dumps(finite), media_type="application/json")
-
-
-CurrentEngine = Annotated[Engine, Depends(get_engine)]
-Name = Annotated[str | None, Query(description="a saved model; by default the current one")]
-Top = Annotated[int, Query(ge=1, description="number of most likely classes to list")]
-View = Annotated[bool, Query(description="whether to return the model's input")]
-
-
-async def choose_model(request: Request, engine: CurrentEngine, model: Name = None) -> LoadedModel:
-    """The model of the request, after a check of the URL; `?model=` is the current one."""
-    parameters.check_query(request)
-    return await engine.choose_model(model or None)
-
-
-ChosenModel = Annotated[LoadedModel, Depends(choose_model)]
 
 
 @app.get("/health")
@@ -119,7 +99,11 @@ async def ready(request: Request, engine: CurrentEngine) -> JSONResponse:
     return JSONResponse(answer | extra)
 
 
-@app.get("/models", response_model=schemas.Models, responses=schemas.error_responses(503))
+@app.get(
+    "/models",
+    response_model=schemas.Models,
+    responses={503: {"model": schemas.ErrorResponse, "description": schemas.CODES[503]}},
+)
 def models(engine: CurrentEngine) -> Response:
     """A summary of every saved model."""
     info = registry.read(engine.folder)
@@ -158,7 +142,7 @@ def metrics(engine: CurrentEngine) -> Response:
     "/predict",
     openapi_extra=schemas.ONE_PICTURE,
     response_model=schemas.Answer,
-    responses=ERRORS,
+    responses=schemas.PICTURE_ERRORS,
 )
 async def predict(
     request: Request, engine: CurrentEngine, model: ChosenModel, top: Top = 3, view: View = False
@@ -172,7 +156,7 @@ async def predict(
     "/predict/base64",
     openapi_extra=schemas.body("application/json", schemas.Base64.model_json_schema()),
     response_model=schemas.Answer,
-    responses=ERRORS,
+    responses=schemas.PICTURE_ERRORS,
 )
 async def predict_base64(
     request: Request, engine: CurrentEngine, model: ChosenModel, top: Top = 3, view: View = False
@@ -193,9 +177,7 @@ async def predict_batch(
 ) -> JSONResponse:
     """Classify several raw pictures, each sent as the multipart field `files`."""
     files = await uploads.read_pictures(request)
-    # Fair queueing: besides the pictures that are processed, one waits, so that no thread is idle.
-    # If all waited, the last ones would miss the deadline because of the others of this request.
-    slots = asyncio.Semaphore(engine.batcher.threads + 1)
+    slots = engine.slots()
 
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
         try:
@@ -217,7 +199,7 @@ async def predict_batch(
     status_code=201,
     openapi_extra=schemas.CORRECTION_FORM,
     response_model=schemas.Correction,
-    responses=ERRORS,
+    responses=schemas.PICTURE_ERRORS,
 )
 async def correct(request: Request, engine: CurrentEngine, model: ChosenModel) -> JSONResponse:
     """Keep a picture with its true class, one of the model's, if FEEDBACK_DIR is set."""
@@ -242,6 +224,10 @@ async def correct(request: Request, engine: CurrentEngine, model: ChosenModel) -
         )
         raise ApiError(503, "not_kept", message) from error
     return JSONResponse({"label": label}, 201)
+
+
+# include_router() would build each route again.
+app.routes.extend([*open_inference.router.routes, *sagemaker.router.routes])
 
 
 # --- the page ------------------------------------------------------------------------------------

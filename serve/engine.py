@@ -8,7 +8,7 @@ import math
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,9 @@ from serve.batching import Batcher
 from serve.loading import RETRY_S, LoadedModel, Loader, NamedModels
 from serve.metrics import Metrics
 from serve.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.store import StoreCopy
 
 POLL_S = 0.5  # between two checks of the registry, on average: workers rarely load at the same time
 
@@ -41,15 +44,21 @@ class Engine:
         self.refused: dict[str, str] = {}
         self.admission = Admission(settings, metrics)
         self.batcher = Batcher(settings, metrics, self.admission)
-        self._loader = Loader(settings, metrics.shared)
+        self._canary_name = settings.canary[0] if settings.canary else None
+        self._store = _make_store(settings, metrics, self.refused)
+        self._loader = Loader(settings, metrics.shared, self._store)
         self._named = NamedModels(self._loader, settings.max_queue / 2)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Load the current model, then poll the registry."""
+        if self._store:
+            await self._store.update(self._canary_name)
         await self._check_registry()
-        loops = (self._poll_registry, self.admission.keep_reporting)
-        self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        loops = [self._poll_registry(), self.admission.keep_reporting()]
+        if self._store:
+            loops.append(self._store.keep_updated(self._canary_name))
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def stop(self) -> None:
         tasks = [*self._named.tasks, *self._tasks]
@@ -58,6 +67,8 @@ class Engine:
         await asyncio.gather(*tasks, return_exceptions=True)
         self.admission.report_rejected()
         self._loader.stop()
+        if self._store:
+            self._store.stop()
         self.batcher.stop()
 
     @property
@@ -103,6 +114,13 @@ class Engine:
         self.metrics.confidence.labels(model.name).observe(answer["probability"])
         return answer | ({"view": _png_url(picture)} if view else {})
 
+    def slots(self) -> asyncio.Semaphore:
+        """Fair queueing of the pictures of one request: besides those that are processed, one
+        waits, so that no thread is idle. If all waited, the last ones would miss the deadline
+        because of the others of this request.
+        """
+        return asyncio.Semaphore(self.batcher.threads + 1)
+
     # --- the registry ---
 
     async def _poll_registry(self) -> None:
@@ -115,7 +133,7 @@ class Engine:
 
     async def _check_registry(self) -> None:
         """Load the current model and the canary if the registry has changed."""
-        canary = self.settings.canary[0] if self.settings.canary else None
+        canary = self._canary_name
         if not await self._loader.changed(canary):
             return
         self._named.forget_errors()
@@ -161,6 +179,17 @@ class Engine:
                 self.metrics.models.labels(model.name, model.classifier.engine, role).set(n)
         if old is not None and role == "current":
             self.metrics.swaps.inc()
+
+
+def _make_store(
+    settings: Settings, metrics: Metrics, refused: dict[str, str]
+) -> "StoreCopy | None":
+    """The copy of the store that MODELS names, if it is no folder."""
+    if not isinstance(settings.models, str):
+        return None
+    from serve.store import StoreCopy  # most servers read a folder
+
+    return StoreCopy(settings.models, settings.engine, metrics, refused)
 
 
 def _png_url(picture: np.ndarray) -> str:

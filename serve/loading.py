@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from mnist import images, inference, registry
 from serve.admission import Busy
 from serve.preflight import Preflight
 from serve.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.store import StoreCopy
 
 NAMED_MODELS = 3  # kept in memory; `parallel` takes 30 MB in int8, 113 in torch
 RETRY_S = 60.0  # until a model that failed to load is loaded again: a disk may have been offline
@@ -78,10 +81,14 @@ class LoadedModel:
 
 
 class Loader:
-    """Detects changes of the registry and loads its models."""
+    """Detects changes of the registry, or of the copy of a `store`, and loads its models."""
 
-    def __init__(self, settings: Settings, shared: Path | None) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: Settings, shared: Path | None, store: "StoreCopy | None" = None
+    ) -> None:
+        self._settings, self._store = settings, store
+        models = settings.models
+        self._chosen = store.folder if store else models if isinstance(models, Path) else None
         self._preflight = Preflight(shared)
         self._executor = ThreadPoolExecutor(1, "loader")
         self._named_executor = ThreadPoolExecutor(1, "named")  # a swap waits for no named model
@@ -89,7 +96,7 @@ class Loader:
         self.needs_preflight = False  # set once a model answers, which no load may affect
         self.retry_at = math.inf  # of time.monotonic(); the loader thread reads it
         # Written by the loader thread; any thread reads `folder`, the registry in use.
-        self.folder = settings.models or registry.FOLDER
+        self.folder = self._chosen or registry.FOLDER
         self._watched = [self.folder / registry.INFO]
         self._versions: list[tuple[int, ...] | None] = []
 
@@ -117,7 +124,11 @@ class Loader:
         return await self._load(self._named_executor, name)
 
     def _record(self, name: str | None) -> tuple[str, registry.Record]:
-        if name is None and self._settings.models and not registry.read(self.folder)["models"]:
+        if name is None and self._store and registry.read(self.folder)["current"] is None:
+            reason = self._store.reason or "its record names none; make one current and upload it"
+            text = f"no current model from MODELS={self._settings.models}: {reason}"
+            raise registry.RegistryError(text)
+        if name is None and self._chosen and not registry.read(self.folder)["models"]:
             folder = self.folder
             remedy = f"`python run.py --output {folder}` saves one; or unset MODELS"
             if other := next(folder.glob(f"*/{registry.INFO}"), None):
@@ -128,10 +139,10 @@ class Loader:
     def _changed(self, canary: str | None) -> bool:
         if registry.versions(self._watched) == self._versions and time.monotonic() < self.retry_at:
             return False
-        self.folder = self._settings.models or registry.FOLDER
+        self.folder = self._chosen or registry.FOLDER
         self._watched = [self.folder / registry.INFO]
         with suppress(registry.RegistryError):
-            folder = self.folder = self._settings.models or registry.default_folder()
+            folder = self.folder = self._chosen or registry.default_folder()
             info = registry.read(folder)
             records = [
                 info["models"][name] for name in info["models"] if name in (info["current"], canary)
@@ -146,6 +157,8 @@ class Loader:
         threads = settings.threads
         engine: str = settings.engine
         skipped_engines = None
+        if self._store:
+            await self._store.fetch(name)
         if checked:
             engine, skipped_engines = await self._preflight.check(folder, name, threads, engine)
         arguments = folder, name, threads, engine, checked, settings.coverage

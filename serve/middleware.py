@@ -21,6 +21,7 @@ from serve.settings import Settings, describe
 
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # a client's id; anything else is replaced
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # that are counted by name
+LIMITED = ("/predict", "/feedback", "/v2/models/", "/invocations")  # POST needs an admission
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -95,16 +96,14 @@ class RequestMiddleware:
     async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Reject a request without a key, or while the server is busy."""
         engine, post = scope["app"].state.engine, scope["method"] == "POST"
-        path, root = scope["path"], scope.get("root_path", "")
-        if root and path.startswith(f"{root}/"):  # the routes see the path without it
-            path = path.removeprefix(root)
+        path = _route_path(scope)
         has_key = scope["state"]["has_key"] = _has_key(scope, engine.settings.api_keys)
         if (post or path == "/metrics") and not has_key:
             response = error_response(
                 scope, 401, "unauthorised", "send one of the keys as X-API-Key"
             )
             await response(scope, receive, send)
-        elif post and path.startswith(("/predict", "/feedback")):
+        elif post and path.startswith(LIMITED):
             try:
                 engine.admission.admit(engine.batcher)
             except Busy as error:
@@ -116,6 +115,12 @@ class RequestMiddleware:
                 engine.admission.release()
         else:
             await self._app(scope, receive, send)
+
+
+def _route_path(scope: Scope) -> str:
+    """The path as the routes see it, without the root path."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
 
 def _without_slash(scope: Scope) -> Scope:
@@ -154,11 +159,17 @@ def _has_key(scope: Scope, keys: tuple[str, ...]) -> bool:
 def error_response(
     scope: Scope, status: int, code: str, message: str, headers: Any = None
 ) -> JSONResponse:
-    """The response of every error: {"error": {"code", "message", "request_id"}}."""
-    request_id = scope["state"]["request_id"]
+    """The response of every error."""
     scope["state"]["log_fields"] = {"code": code}
-    body = {"error": {"code": code, "message": message, "request_id": request_id}}
-    return JSONResponse(body, status, headers)
+    return JSONResponse(_error_body(scope, code, message), status, headers)
+
+
+def _error_body(scope: Scope, code: str, message: str) -> dict[str, Any]:
+    """{"error": {"code", "message", "request_id"}}; Open Inference has a text as `error`."""
+    request_id = scope["state"]["request_id"]
+    if _route_path(scope).startswith("/v2/"):
+        return {"error": message, "code": code, "request_id": request_id}
+    return {"error": {"code": code, "message": message, "request_id": request_id}}
 
 
 def busy_response(scope: Scope, error: Busy) -> JSONResponse:
@@ -176,8 +187,7 @@ async def _reject(scope: Scope, error: Busy, send: Send) -> None:
     state = scope["state"]
     scope["app"].state.engine.admission.count_rejected(error)
     state["rejected"] = True
-    content = {"code": "busy", "message": str(error), "request_id": state["request_id"]}
-    body = json.dumps({"error": content}).encode()
+    body = json.dumps(_error_body(scope, "busy", str(error))).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),

@@ -20,7 +20,8 @@ def check_query(request: Request) -> None:
             raise bad_request(f"`{name}` is a field of the {FIELDS[name]}, not of the URL")
         if name not in known:
             likely = _nearest(name, known)
-            remedy = f"did you mean `{likely}`?" if likely else f"it takes {', '.join(known)}"
+            takes = f"it takes {', '.join(known) or 'none'}"
+            remedy = f"did you mean `{likely}`?" if likely else takes
             raise bad_request(f"{request.url.path} takes no parameter {quote(name)}; {remedy}")
 
 

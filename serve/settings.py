@@ -4,22 +4,15 @@ import multiprocessing
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from mnist import conformal, registry
 
-Strings = tuple[str, ...]
-"""In the environment, strings separated by commas."""
+Strings = Annotated[tuple[str, ...], NoDecode]
+"""In the environment, strings separated by commas, not JSON."""
 
 MAX = 10**12  # of sizes, numbers and ms
 ORIGIN = re.compile(
@@ -30,13 +23,15 @@ DEFAULT_PORTS = {"http": 80, "https": 443}  # which browsers leave out
 QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 
 
-class Settings(BaseModel):
+class Settings(BaseSettings):
     """MODELS, ENGINE, THREADS and so on; a wrong value stops the start of the server."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = SettingsConfigDict(validate_default=False)
 
-    models: Path | None = Field(
-        None, description="registry folder; by default saved_models, or a sample while it is empty"
+    models: Path | str | None = Field(
+        None,
+        description="registry: a folder, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; by default "
+        "saved_models, or a sample while it is empty",
     )
     engine: Literal["auto", "onnx_int8", "onnx", "torch"] = Field(
         "auto", description="what runs a model; auto: the first of the others that can run it"
@@ -62,20 +57,13 @@ class Settings(BaseModel):
         lt=1,
         description="share of pictures whose true class is in `labels`",
     )
-    canary: tuple[str, float] | None = Field(
+    canary: Annotated[tuple[str, float] | None, NoDecode] = Field(
         None, description="NAME:SHARE, a model that answers this share (0..1) of the requests"
     )
     feedback_dir: Path | None = Field(None, description="folder of corrections, if they are kept")
     feedback_max_bytes: int = Field(
         100_000_000, ge=1, le=MAX, description="limit of that folder, in bytes"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_environment(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        variables = {name.lower(): text for name, text in os.environ.items()}
-        settings = {name: variables[name] for name in cls.model_fields if name in variables}
-        return settings | arguments
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
@@ -99,11 +87,26 @@ class Settings(BaseModel):
     def _normalise_origins(cls, origins: Strings) -> Strings:
         return tuple(map(_normalise_origin, origins))
 
+    @field_validator("models")
+    @classmethod
+    def _check_store(cls, models: Path | str | None) -> Path | str | None:
+        if not isinstance(models, str):
+            return models
+        if not re.match(r"\w+:/", models):
+            return Path(models)
+        from mnist.registry import mirror  # only where there is a URL
+
+        try:
+            mirror.check_url(models)
+        except registry.RegistryError as error:
+            raise ValueError(str(error)) from error
+        return models
+
     @field_validator("models", "feedback_dir")
     @classmethod
-    def _expand_folder(cls, path: Path | None, info: ValidationInfo) -> Path | None:
-        if path is None:
-            return None
+    def _expand_folder(cls, path: Path | str | None, info: ValidationInfo) -> Path | str | None:
+        if not isinstance(path, Path):
+            return path
         try:
             path = path.expanduser()
             nearest = next(folder for folder in (path, *path.parents) if folder.exists())

@@ -53,6 +53,13 @@ async def read_pictures(request: Request) -> list[tuple[bytes, str | None]]:
     return [(part.data, part.filename) for part in form.pictures()]
 
 
+async def read_tensors(request: Request) -> tuple[bytes, int]:
+    """The body of a request with tensors, and how many pictures it may have."""
+    max_files = _engine(request).settings.max_batch_files
+    limit = min(max_files * (_limit(request) * 4 // 3 + FORM_BYTES), MAX_BODIES_BYTES)
+    return await _read_body(request, limit), max_files
+
+
 async def read_correction(request: Request) -> tuple[bytes, str]:
     """The bytes of the form's `file`, and its `label`, empty without one."""
     form = await _read_form(request, _limit(request) + FORM_BYTES, "file")
@@ -110,16 +117,20 @@ def _decode_base64(body: bytes) -> tuple[bytes, list[str]]:
         sent = schemas.Base64.model_validate_json(body.decode(json.detect_encoding(body)))
     except ValueError as error:  # also of pydantic
         raise bad_request(f"the body is not such JSON; {BASE64}") from error
-    text = unquote(sent.image) if "%" in sent.image else sent.image
+    return decode_base64(sent.image), [*(sent.model_extra or {})]
+
+
+def decode_base64(text: str) -> bytes:
+    """A picture in base64 or as a data: URL. Raises ApiError."""
+    text = unquote(text) if "%" in text else text
     text = text.lstrip("\ufeff")
     if prefix := DATA_URL.match(text):
         text = text[prefix.end() :]
     text = _join_lines(text).translate(URL_SAFE).rstrip("=")
     try:
-        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
         raise bad_request(f"`image` is not base64; {BASE64}") from error
-    return data, [*(sent.model_extra or {})]
 
 
 def _join_lines(text: str) -> str:

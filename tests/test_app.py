@@ -604,7 +604,15 @@ def test_settings_come_from_the_environment_in_either_case(monkeypatch: pytest.M
     [
         (
             "serve.app",
-            ("torch", "torchvision", "optuna", "sklearn", "pydantic.v1.main", "filelock"),
+            (
+                "torch",
+                "torchvision",
+                "optuna",
+                "sklearn",
+                "pydantic.v1.main",
+                "filelock",
+                "obstore",
+            ),
         ),
         ("serve.preflight_worker", ("torch", "asyncio", "filelock")),
     ],

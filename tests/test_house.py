@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.app import app
 from serve.settings import Settings
 from tests.conftest import ROOT
 
@@ -28,15 +29,18 @@ LAYERS = (  # a module may import its own package and the layers before it
     {"serve.errors", "serve.startup", "serve.visibility"},
     {"serve.schemas", "serve.metrics", "serve.settings", "serve.feedback", "serve.upgrades"},
     {"serve.admission", "serve.preflight", "serve.preflight_worker"},
+    {"serve.store"},
     {"serve.batching", "serve.loading"},
     {"serve.engine"},
     {"serve.forms", "serve.middleware", "serve.parameters"},
-    {"serve.handlers", "serve.uploads"},
+    {"serve.dependencies", "serve.handlers", "serve.uploads"},
+    {"serve.tensors"},
+    {"serve.open_inference", "serve.sagemaker"},
     {"serve.app"},
 )
 # All that the server may import.
 SERVED = {"mnist.conformal", "mnist.disk", "mnist.images", "mnist.inference", "mnist.process"}
-SERVED |= {"mnist.registry"}
+SERVED |= {"mnist.registry", "mnist.registry.mirror"}
 
 
 def find_modules() -> dict[str, Path]:
@@ -138,7 +142,7 @@ def test_every_option_setting_and_route_is_in_the_docs() -> None:
     options = re.findall(
         r"^    (\w+): .* = option\(", (ROOT / "mnist/job/options.py").read_text(), re.MULTILINE
     )
-    routes = re.findall(r'^@app\.\w+\(\s*"([^"]+)"', (ROOT / "serve/app.py").read_text(), re.M)
+    routes = ["/", *app.openapi()["paths"]]
     assert len(options) > 10
     for word in (
         *(f"--{name.strip('_').replace('_', '-')}" for name in options),

@@ -680,3 +680,8 @@ def test_a_secret_in_an_older_record_is_not_shown(
     assert registry.record(tmp_path, name)[1]["options"] == {"storage": shown, "trials": 3}
     registry.use(tmp_path, name)
     assert "s3" not in (tmp_path / registry.INFO).read_text()
+
+
+def test_an_object_store_is_not_taken_for_a_folder() -> None:
+    with pytest.raises(registry.RegistryError, match="s3://bucket/models is an object store"):
+        registry.read(Path("s3://bucket/models"))

@@ -1,58 +1,72 @@
-"""deploy/sagemaker/train.py: a job's hyperparameters as options, and its copy of the study."""
+"""serve/sagemaker.py and deploy/sagemaker/serve: what SageMaker calls in a container."""
 
-import contextlib
-import importlib.util
-import sqlite3
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import urllib.request
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from fastapi.testclient import TestClient
 
-from mnist.job.options import Options, make_command
+from benchmarks import load, servers
+from mnist import registry
+from serve.app import app
 from tests.conftest import ROOT
+from tests.gates import until
+from tests.test_app import drawn_seven, refused
+
+PICTURE = drawn_seven()
 
 
-@pytest.fixture
-def train() -> ModuleType:
-    path = ROOT / "deploy/sagemaker/train.py"
-    spec = importlib.util.spec_from_file_location("sagemaker_train", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_invocations_are_answered_as_predict_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS", str(registry.SAMPLE))
+    monkeypatch.setenv("MAX_UPLOAD_BYTES", "1000")
+    with TestClient(app) as client:
+        assert client.get("/ping").json() == {"status": "ready"}
+        answer = client.post("/predict", content=PICTURE).json()
+        for kind in ("image/png", "application/x-image", "application/octet-stream"):
+            headers = {"Content-Type": kind}
+            assert client.post("/invocations", content=PICTURE, headers=headers).json() == answer
+        text = base64.b64encode(PICTURE).decode()
+        assert client.post("/invocations", json={"image": text}).json() == answer
+        refused(client.post("/invocations", content=b"x"), 415, "not_an_image")
+        refused(client.post("/invocations", content=b"x" * 1001), 413, "too_large")
+        refused(client.post("/invocations", content=b""), 422, "missing_file")
+        refused(client.post("/invocations", json={"x": 1}), 400, "bad_request")
+        refused(client.post("/invocations?model=x", content=PICTURE), 404, "unknown_model")
 
 
-def test_hyperparameters_of_a_job_are_options_or_entries_of_the_space(
-    train: ModuleType, tmp_path: Path
+def test_the_container_s_command_serves_the_models_that_sagemaker_unpacked(
+    tmp_path: Path,
 ) -> None:
-    parsed: list[Options] = []
-    command = make_command(parsed.extend)
-    job = {"trials": 4, "quick": True, "plain": False, "model": ["linear"], "train_samples": 500}
-    space = {"lr": 0.001, "batch_size": "int:32:64"}
-    arguments = train.make_options(job | space, str(tmp_path))
-    command.main(arguments, standalone_mode=False)
-    (options,) = parsed
-    assert options.dataset == f"folder:{tmp_path}"
-    assert (options.trials, options.quick, options.plain) == (4, True, False)
-    assert (options.model, options.train_samples) == ("linear", 500)
-    assert options.param == ("lr=0.001", "batch_size=int:32:64")
-    command.main(train.make_options({"dataset": "fashion"}, str(tmp_path)), standalone_mode=False)
-    assert (parsed[1].dataset, parsed[1].data_dir) == ("fashion", tmp_path)
-
-
-def test_the_copy_of_a_study_has_no_half_transaction(
-    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
-    (tmp_path / "checkpoints").mkdir()
-    database = tmp_path / "db.sqlite3"
-    train.save_study(database)  # nothing yet
-    with contextlib.closing(sqlite3.connect(database)) as writer:
-        writer.execute("CREATE TABLE t (x)")
-        writer.execute("INSERT INTO t VALUES (1)")
-        writer.commit()
-        writer.execute("INSERT INTO t VALUES (2)")
-        train.save_study(database)
-    with contextlib.closing(sqlite3.connect(tmp_path / "checkpoints/db.sqlite3")) as copy:
-        assert copy.execute("SELECT x FROM t").fetchall() == [(1,)]
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
+        for path in registry.SAMPLE.iterdir():
+            archive.add(path, path.name)
+    with tarfile.open(tmp_path / "model.tar.gz") as archive:
+        archive.extractall(tmp_path / "model", filter="data")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = ROOT / "deploy" / "sagemaker" / "serve"
+    assert "--host 0.0.0.0 --port 8080" in script.read_text()
+    assert os.access(script, os.X_OK)
+    options = ["--host", "127.0.0.1", "--port", str(port)]  # the last ones count
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    process = subprocess.Popen(
+        [script, *options],
+        cwd=ROOT,
+        env=os.environ | {"MODELS": str(tmp_path / "model"), "PATH": paths},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        request = load.request("/invocations", PICTURE)
+        until(lambda: servers.answers(port, request), "it answers")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping") as response:
+            assert json.load(response) == {"status": "ready"}
+    finally:
+        process.terminate()
+        process.wait()

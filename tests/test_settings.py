@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from mnist.registry import SAMPLE
+from mnist.registry import SAMPLE, mirror
 from serve.app import app
 from serve.settings import Settings, describe
 from tests.conftest import ROOT
@@ -68,6 +68,10 @@ def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, 
         ("MODELS", "~no-such-user/models", "write the whole path"),
         ("MODELS", __file__, "is a file; name a folder"),
         ("MODELS", "x" * 300, "File name too long"),
+        ("MODELS", "s3://", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"),
+        ("MODELS", "s3:/bucket", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"),
+        ("MODELS", "s3://key:secret@bucket", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"),
+        ("MODELS", "https://bucket.example/models", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"),
         ("FEEDBACK_DIR", f"{__file__}/new", "is a file; name a folder"),
         ("CORS_ORIGINS", "localhost:3000", "has a scheme, a host and no path"),
         ("CORS_ORIGINS", "//localhost", "has a scheme, a host and no path"),
@@ -90,6 +94,14 @@ def test_a_setting_that_cannot_work_is_refused_in_one_line(
     name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert words in refusal(name, value, monkeypatch)
+
+
+def test_an_object_store_without_its_library_is_refused_with_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mirror, "find_spec", lambda name: None)
+    line = refusal("MODELS", "s3://bucket/models", monkeypatch)
+    assert line.endswith(f"object stores need `pip install {mirror.OBSTORE}`")
 
 
 @pytest.mark.parametrize(
@@ -147,3 +159,9 @@ def test_a_folder_without_models_gets_the_remedy(
         assert remedy in answer.json()["reason"]
         (tmp_path / "mine").mkdir(exist_ok=True)
         (tmp_path / "mine" / "model_info.json").touch()
+
+
+def test_no_file_sets_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("MAX_QUEUE=3\n")
+    assert Settings().max_queue == 256

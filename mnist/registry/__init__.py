@@ -24,6 +24,7 @@ FOLDER = Path("saved_models")
 SAMPLE = Path(__file__).parents[2] / "serve" / "sample_model"  # a registry with one small model
 SAMPLE_NOTE = "this is a sample model; `python run.py` makes your own"
 NAME = re.compile(r"\d{8}-\d{6}(-\d+)?")
+STORES = [("s3:",), ("gs:",)]  # the first parts of a URL as a path
 
 
 class RegistryError(RuntimeError):
@@ -37,22 +38,38 @@ class UnknownModel(RegistryError):
 def read(folder: Path) -> Info:
     """The content of model_info.json; without models where the file does not exist yet.
 
+    Raises RegistryError like parse().
+    """
+    if folder.parts[:1] in STORES:
+        url = str(folder).replace(":/", "://", 1)
+        text = f"{url} is an object store, which only the server reads; copy it to a folder first"
+        raise RegistryError(text)
+    try:
+        content = (folder / INFO).read_bytes()
+    except FileNotFoundError:
+        return {"schema": 1, "current": None, "models": {}}
+    except OSError as error:
+        raise RegistryError(f"{folder / INFO} cannot be read: {error}") from error
+    return parse(content, str(folder / INFO))
+
+
+def parse(content: bytes, source: str) -> Info:
+    """The content of a model_info.json; `source` is its path or URL, for messages.
+
     Secrets in records of older versions are masked. Raises RegistryError where it is not JSON or
     lacks a key that readers rely on.
     """
     try:
-        info = json.loads((folder / INFO).read_text("utf-8-sig"))  # an editor may add a mark
-    except FileNotFoundError:
-        return {"schema": 1, "current": None, "models": {}}
-    except (OSError, ValueError, RecursionError) as error:
-        raise RegistryError(f"{folder / INFO} cannot be read: {error}") from error
+        info = json.loads(content.decode("utf-8-sig"))  # an editor may add a mark
+    except (ValueError, RecursionError) as error:
+        raise RegistryError(f"{source} cannot be read: {error}") from error
     if not isinstance(info, dict) or info.get("schema") != 1:
-        raise RegistryError(f"{folder / INFO} is not of schema 1; a newer version wrote it")
+        raise RegistryError(f"{source} is not of schema 1; a newer version wrote it")
     if location := find_fault(info):
-        text = f"{folder / INFO}: {location} is missing or malformed"
+        text = f"{source}: {location} is missing or malformed"
         raise RegistryError(f"{text}; correct it, or restore a copy")
     if info["current"] not in (None, *info["models"]):
-        raise RegistryError(f"{folder / INFO}: `current` names none of its models; correct it")
+        raise RegistryError(f"{source}: `current` names none of its models; correct it")
     mask_secrets(info["models"])
     return info  # type: ignore[return-value]
 
