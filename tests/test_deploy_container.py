@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.deploy
 
 PICTURE = (ROOT / "docs" / "7.png").read_bytes()
-MAX_MB = 340  # beyond the base; OpenCV 153, NumPy 73, ONNX Runtime 68
+MAX_MB = 340  # beyond the base; OpenCV has 160 of it
 MEMORY_MB = 512
 
 
