@@ -131,3 +131,14 @@ def test_the_server_answers_with_the_model_of_a_search_in_a_container(tmp_path: 
     with containers.run(containers.build("serve"), options=options) as container:
         containers.wait_until_ready(port, container)
         assert json.loads(containers.request(port, "GET", "/ready")[1])["model"] == name
+
+
+def test_sagemaker_starts_the_image_with_its_own_command() -> None:
+    port = containers.free_port()
+    command = ["serve", "--host", "127.0.0.1", "--port", str(port)]  # by default any host, 8080
+    options = ["--env", "MODELS=serve/sample_model"]
+    with containers.run(containers.build("serve"), *command, options=options) as container:
+        containers.wait_until_ready(port, container)
+        assert containers.request(port, "GET", "/ping")[0] == 200
+        status, body = containers.request(port, "POST", "/invocations", PICTURE)
+        assert (status, json.loads(body)["prediction"]) == (200, "7")
