@@ -117,7 +117,7 @@ class Residual(nn.Module):
             name for name, layer in self.named_modules() if isinstance(layer, nn.Conv2d)
         )
         _initialise(self)
-        nn.init.zeros_(self.output.weight)  # maxima are large, and so would the first logits be
+        nn.init.normal_(self.output.weight, std=0.01)  # maxima are large: so would logits be
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = F.relu_(self.stem(images))

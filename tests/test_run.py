@@ -25,7 +25,7 @@ from PIL import Image
 
 import run as run_module
 from mnist import data, models, predict, registry
-from mnist.job import prepare, trials
+from mnist.job import networks, trials
 from mnist.job.options import Options
 from mnist.search import loop
 from mnist.search.claims import Trials
@@ -478,7 +478,7 @@ def test_two_studies_of_one_name_are_refused(run: Command, tmp_path: Path) -> No
 def test_a_network_that_is_too_large_for_the_machine_is_refused(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "total_memory", lambda: 7_850 * 16 - 1)
+    monkeypatch.setattr(networks, "total_memory", lambda: 7_850 * 16 - 1)
     done = run(*DIGITS)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "its 7,850 weights are too many to be trained here" in done.stderr
