@@ -20,6 +20,7 @@ SIDE = 84  # pixels of a drawing before it is centred
 NOISE_SIDES = (28, 56)
 MAX_LIKENESS = 0.8  # largest cosine between an outlier and a training image
 COMPARED = 5_000  # training images that an outlier is compared with
+COMPARISONS = 500  # outliers that are compared at a time: 10 MB
 
 Draw = Callable[[Generator], Grey]
 """Ink, high on 0, of any size; it may be blank."""
@@ -45,7 +46,8 @@ def make(images: NDArray[np.uint8], n: int, seed: int) -> NDArray[np.uint8]:
     while len(chosen) < n:
         made = [_draw_centred(draws[i % len(draws)], rng, size) for i in range(n)]
         fresh = np.stack([picture for picture in made if picture is not None])[:, None]
-        likeness = (_to_unit_length(fresh) @ known.T).max(1)
+        parts = np.array_split(_to_unit_length(fresh), math.ceil(len(fresh) / COMPARISONS))
+        likeness = np.concatenate([(part @ known.T).max(1) for part in parts])
         chosen = np.concatenate([chosen, fresh[likeness <= MAX_LIKENESS]])
     return chosen[:n]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist import batch_norms, folding, models, outliers, plugins, training
+from mnist import batch_norms, folding, memory, models, outliers, plugins, training
 from mnist.data import Dataset
 from mnist.search import budget, checkpoints
 from mnist.search.checkpoints import Checkpoints, QuotaExceeded
@@ -284,6 +284,7 @@ def _make_outliers(run: Run, dataset: Dataset, n: int) -> torch.Tensor | None:
         return None
     images = dataset.train.images
     made = outliers.make(images.cpu().numpy(), min(max(n, 1), MAX_OUTLIERS), run.seed)
+    memory.return_freed_memory()  # 90 MB
     return torch.from_numpy(made).to(images.device)
 
 
