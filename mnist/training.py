@@ -216,7 +216,7 @@ def _augment(
     mirror: float | None,
 ) -> torch.Tensor:
     if mirror is None:
-        mirror = 0.0 if dataset.mirror_images else MIRROR
+        mirror = 0.0 if dataset.kind == "digit" or dataset.mirror_images else MIRROR
     kind, is_ink = kind or dataset.kind, dataset.recipe == "digit"
     return change_images(images, generator, strength, kind, is_ink=is_ink, mirror=mirror)
 

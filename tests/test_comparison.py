@@ -73,8 +73,6 @@ def test_images_are_not_mirrored_where_that_is_worse(
         comparison, "train_briefly", lambda _, params, *__: params.get("mirror", 0.5)
     )
     assert choose(replace(pets, model="cnn")).param == ("mirror=0",)
-    own = replace(pets, model="cnn", param=("mirror=0.2",))
-    assert choose(own).param == ("mirror=0", "mirror=0.2")  # the last one counts
 
 
 def test_a_study_keeps_its_choice(choose: Choose, pets: Options, trained: Trained) -> None:
@@ -85,8 +83,15 @@ def test_a_study_keeps_its_choice(choose: Choose, pets: Options, trained: Traine
 
 
 def test_named_ones_are_not_compared(choose: Choose, pets: Options, trained: Trained) -> None:
-    named = replace(pets, model="cnn", augment="photo")
-    assert choose(named) == named
+    cnn = replace(pets, model="cnn")
+    for named in (
+        replace(cnn, augment="photo"),
+        replace(cnn, param=("lr=0.1", "mirror = 0.2")),
+        replace(cnn, param=("augment=none",)),
+        replace(cnn, space="wide"),
+        replace(cnn, quick=True),
+    ):
+        assert choose(named) == named
     assert choose(Options()) == Options()  # a data set with a name has a kind
     assert trained == []
 
@@ -145,6 +150,16 @@ def test_without_any_network_the_remedy_is_named(
         click.UsageError, match="none of parallel, residual, compact can be trained"
     ):
         choose(pets)
+
+
+def test_a_candidate_that_the_search_space_does_not_suit_is_left_out(
+    pets: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice = {"residual": (replace(pets, model="residual", param=("dropout=0.2",)), {})}
+    assert comparison.compare("networks", choice, UNUSED, torch.device("cpu")) == {}
+    assert (
+        "residual, left out: dropout: the network has no dropout layer" in capsys.readouterr().err
+    )
 
 
 def test_a_study_of_the_chosen_network_is_saved_and_found_again(

@@ -46,6 +46,9 @@ def test_a_file_is_a_whole_space(tmp_path: Path) -> None:
 def test_dropout_is_searched_only_where_there_is_some() -> None:
     assert "dropout" in space.read_space("wide", dropout=True)
     assert "dropout" not in space.read_space("wide", dropout=False)
+    assert not {"augment", "mirror"} & set(space.read_space("wide"))
+    assert {"augment", "mirror"} <= set(space.read_space("wide", pictures=True))
+    assert "mirror" not in space.read_space("wide", pictures=True, mirror=False)
     with pytest.raises(space.SpaceError, match="dropout: the network has no dropout layer"):
         space.read_space("default", ["dropout=0.5"], dropout=False)
 

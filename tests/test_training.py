@@ -228,7 +228,8 @@ def test_a_missing_device_is_named() -> None:
 @pytest.mark.parametrize(
     ("dataset", "params", "expected"),
     [
-        ({}, {}, ("digit", True, 0.5)),
+        ({}, {}, ("digit", True, 0)),
+        ({}, {"augment": "thing"}, ("thing", True, 0)),
         ({"recipe": "plain", "kind": "thing"}, {}, ("thing", False, 0.5)),
         ({"recipe": "plain", "mirror_images": ((1, 2),)}, {}, ("digit", False, 0)),
         (

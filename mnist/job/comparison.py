@@ -39,26 +39,40 @@ def choose(options: Options, member: Member, pool: Pool, device: torch.device) -
         network = _agree(member, "networks", lambda: compare_networks(options, pool, device))
         options = replace(options, model=network or CANDIDATES[0], study=name)
     is_folder = options.dataset.startswith(data.FOLDER_PREFIX)
-    if is_folder and options.augment == AUTO and not options.quick:
+    if is_folder and not options.quick and not _names_augmentation(options):
         winner = _agree(member, "mirroring", lambda: compare_mirroring(options, pool, device))
         if winner == "without":
             options = replace(options, param=(NO_MIRRORING, *options.param))
     return options
 
 
+def _names_augmentation(options: Options) -> bool:
+    """Whether the options say how images are augmented, or let the search find out."""
+    names = {entry.partition("=")[0].strip() for entry in options.param}
+    is_default = options.augment == AUTO and options.space == "default"
+    return not is_default or bool(names & {"augment", "mirror"})
+
+
 def compare_networks(options: Options, pool: Pool, device: torch.device) -> dict[str, float]:
-    """Network -> log-loss on the validation images, of those with at most MAX_WEIGHTS."""
+    """Network -> log-loss on the validation images, of those with at most MAX_WEIGHTS.
+
+    Raises click.UsageError where none can be trained.
+    """
     dataset = prepare.load_dataset(options)
-    choices = {name: (replace(options, model=name), PARAMS) for name in CANDIDATES}
+    params = PARAMS if options.augment == AUTO else PARAMS | {"augment": options.augment}
+    choices = {name: (replace(options, model=name), params) for name in CANDIDATES}
     for name, (choice, _) in list(choices.items()):
         if networks.count_weights(replace(choice, plain=True), dataset) > MAX_WEIGHTS:
             del choices[name]
-    return compare("networks", choices, pool, device)
+    log_losses = compare("networks", choices, pool, device)
+    if not log_losses:
+        raise click.UsageError(f"none of {', '.join(choices)} can be trained on these data")
+    return log_losses
 
 
 def compare_mirroring(options: Options, pool: Pool, device: torch.device) -> dict[str, float]:
-    """With or without mirrored images -> log-loss on the validation images; empty where these are
-    too many, or where classes are known to be each other's mirror image."""
+    """With or without mirrored images -> log-loss on the validation images; empty where training
+    images are too many, or where classes are known to be each other's mirror image."""
     dataset = prepare.load_dataset(options)
     if len(dataset.train) > MAX_IMAGES or dataset.mirror_images:
         return {}
@@ -104,9 +118,7 @@ def compare(
             result = f"log-loss {log_losses[name]:.3f} on validation images"
         except (click.UsageError, loop.RunFailed) as error:
             result = f"left out: {error}"
-        click.echo(f"comparing {subject}, {seconds:.0f} s each: {name}, {result}", err=True)
-    if not log_losses:
-        raise click.UsageError(f"none of {', '.join(choices)} can be trained on these data")
+        click.echo(f"comparing {subject}, {seconds:.2g} s each: {name}, {result}", err=True)
     return log_losses
 
 
@@ -119,6 +131,7 @@ def train_briefly(
     """
     dataset = prepare.load_dataset(options)
     model = networks.validate_network(options, dataset, device)
+    prepare.read_space(options, model, dataset)  # a network without dropout may not suit --param
     try_bfloat16 = networks.may_use_bfloat16(options, device, model)
     images_per_s, bfloat16 = networks.measure_speed(options, pool, try_bfloat16)
     run = Run(

@@ -49,7 +49,8 @@ def prepare(
     space = read_space(options, model, dataset)
     if note := spaces.describe_repeats(space, options.total_trials):
         log.warning("%s", note)
-    if note := describe_mirror_images(dataset.classes, dataset.mirror_images):
+    note = describe_mirror_images(dataset.classes, dataset.mirror_images)
+    if note and "mirror" not in space:
         log.warning("%s", note)
     work = budget.Workload(
         options.total_trials,
@@ -154,6 +155,7 @@ def read_space(options: Options, model: torch.nn.Module, dataset: data.Dataset) 
             (*entries, *options.param),
             bool(training.dropout_layers(model)),
             dataset.kind != "digit",
+            not dataset.mirror_images,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error

@@ -83,12 +83,17 @@ SPECS = "float:LOW:HIGH, int:LOW:HIGH, either with :log, choice:A,B,… or a sin
 
 
 def read_space(
-    name: str, entries: Iterable[str] = (), dropout: bool = True, pictures: bool = False
+    name: str,
+    entries: Iterable[str] = (),
+    dropout: bool = True,
+    pictures: bool = False,
+    mirror: bool = True,
 ) -> Space:
     """The named space or TOML file `name`; each "NAME=SPEC" of `entries` replaces or adds an entry.
 
     `dropout`: whether the network has dropout layers; `pictures`: whether the images are no ink,
-    so that several kinds of augmentation may suit them. Raises SpaceError, which names the entry.
+    so that several kinds of augmentation may suit them; `mirror`: whether mirroring may, too.
+    Raises SpaceError, which names the entry.
     """
     if name in SPACES:
         space = dict(SPACES[name])
@@ -96,7 +101,8 @@ def read_space(
             space["dropout"] = FloatDistribution(0.0, 0.7)
         if name == "wide" and pictures:
             space["augment"] = CategoricalDistribution(("digit", *augmentation.PICTURES))
-            space["mirror"] = CategoricalDistribution((0.0, augmentation.MIRROR))
+            if mirror:
+                space["mirror"] = CategoricalDistribution((0.0, augmentation.MIRROR))
     else:
         try:
             space = {key: parse_distribution(key, spec) for key, spec in _read_file(name).items()}

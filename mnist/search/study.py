@@ -29,7 +29,10 @@ def fingerprint(
     """The properties that all trials of a study share, as only such trials can be compared."""
     # A class folder may be renamed without a change of its files.
     is_folder = dataset.name.startswith(FOLDER_PREFIX)
-    return ({"classes": ", ".join(dataset.classes)} if is_folder else {}) | {
+    optional = {"classes": ", ".join(dataset.classes)} if is_folder else {}
+    if dataset.kind != "digit":  # studies of the time before kinds trained as for digits
+        optional["augmentation"] = dataset.kind
+    return optional | {
         "data": dataset.sha256[:16],
         "split": dataset.split_sha256[:16],
         "validation images": len(dataset.validation),
@@ -43,8 +46,8 @@ def fingerprint(
 def check_fingerprint(study: optuna.Study, current: dict[str, Any], finished: bool = False) -> None:
     """Store the fingerprint of a new study; raise StudyError where an existing one differs.
 
-    A `finished` study trains nothing more, so it is accepted without "layers": it is older than
-    training forms.
+    A `finished` study trains nothing more, so it is accepted without "layers" and "augmentation":
+    it is older than training forms, or than kinds of augmentation.
     """
     recorded = study.user_attrs.get("fingerprint")
     if recorded is None:
@@ -54,7 +57,8 @@ def check_fingerprint(study: optuna.Study, current: dict[str, Any], finished: bo
             )
         study.set_user_attr("fingerprint", current)
         return
-    recorded = {"layers": current["layers"] if finished else "plain"} | recorded
+    older = {"layers": "plain", "augmentation": "digit"}
+    recorded = {key: current.get(key) if finished else older[key] for key in older} | recorded
     differences = [
         _describe_difference(key, value, recorded.get(key))
         for key, value in current.items()
