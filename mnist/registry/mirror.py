@@ -8,7 +8,7 @@ import os
 import re
 import textwrap
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,8 +71,8 @@ class Mirror:
     def update(self, *names: str) -> None:
         """Copy the record if it has changed, after the files of its current model and of `names`.
 
-        Raises StoreError; another RegistryError where the record or a file is unusable. The copy
-        then keeps its record.
+        Raises StoreError; another RegistryError where the record or a file of the current model is
+        unusable. The copy then keeps its record. A file of `names` may be missing until fetch().
         """
         with self._errors(INFO):
             result = self._get(INFO, self._etag)
@@ -81,8 +81,11 @@ class Mirror:
             etag, content = result.meta["e_tag"], bytes(result.bytes())
         info = parse(content, f"{self.url}/{INFO}")
         with self._lock():
-            for name in info["models"].keys() & {info["current"], *names}:
-                self._copy_files(info["models"][name])
+            if info["current"] is not None:
+                self._copy_files(info["models"][info["current"]])
+            for name in info["models"].keys() & set(names):
+                with suppress(RegistryError):
+                    self._copy_files(info["models"][name])
             disk.replace_file(self.folder / INFO, content)
             self._remove_unlisted(info)
         self._etag = etag
