@@ -128,10 +128,11 @@ def test_a_slow_upload_does_not_occupy_the_server(site: Site) -> None:
 
 
 def test_errors_of_nginx_have_the_form_of_the_server_s(site: Site) -> None:
-    head = {"Content-Type": "image/png", "Content-Length": str(13 * 2**20)}
+    head = {"Content-Type": "image/png", "Content-Length": str(15 * 2**20)}
     status, answer = ask(by_tls(site), "POST", "/predict", b"", head)
     assert (status, answer["error"]["code"]) == (413, "too_large")
-    assert ask(by_tls(site), "GET", "/metrics")[0] == 404
+    for path in ("/metrics", "/metrics/", "/metrics//"):
+        assert ask(by_tls(site), "GET", path)[0] == 404
     assert ask(by_tls(site), "GET", "/ready")[1]["status"] == "ready"
     site.server.terminate()
     site.server.wait()
