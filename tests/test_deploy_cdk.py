@@ -79,6 +79,21 @@ def test_the_service_is_replaced_without_a_gap_and_grows(synthesised: Synthesise
     assert [secret["Name"] for secret in container["Secrets"]] == ["API_KEYS"]
 
 
+def test_the_service_speaks_https_with_a_certificate(tmp_path: Path) -> None:
+    arn = "arn:aws:acm:eu-west-1:123456789012:certificate/1"
+    app = import_cdk().make_app(outdir=str(tmp_path), context={"certificate": arn})
+    from aws_cdk.assertions import Annotations, Match, Template
+
+    service = app.node.find_child("DigitsService")
+    listener = "AWS::ElasticLoadBalancingV2::Listener"
+    template = Template.from_stack(service)
+    https = {"Protocol": "HTTPS", "Certificates": [{"CertificateArn": arn}]}
+    template.has_resource_properties(listener, https)
+    redirect = {"Port": 80, "DefaultActions": [Match.object_like({"Type": "redirect"})]}
+    template.has_resource_properties(listener, redirect)
+    Annotations.from_stack(service).has_no_warning("*", Match.any_value())
+
+
 @pytest.mark.parametrize(("stack", "target"), [("Function", "lambda"), ("Service", "serve")])
 def test_the_image_is_built_as_the_tested_one(
     stack: str, target: str, synthesised: Synthesised

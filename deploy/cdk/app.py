@@ -2,13 +2,15 @@
 
 `npx aws-cdk synth` in this folder; deploy/README.md explains the context values (`-c NAME=VALUE`):
 `models`, the folder of models in the image; `api-keys`, the name of the secret with API_KEYS;
-`provisioned`, the number of Lambda instances that are always warm.
+`provisioned`, the number of Lambda instances that are always warm; `certificate`, the ARN of the
+load balancer's certificate.
 """
 
 from pathlib import Path
 from typing import Any
 
-from aws_cdk import App, CfnOutput, Duration, RemovalPolicy, Stack
+from aws_cdk import Annotations, App, CfnOutput, Duration, RemovalPolicy, Stack
+from aws_cdk import aws_certificatemanager as certificates
 from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_cloudwatch_actions as actions
 from aws_cdk import aws_ec2 as ec2
@@ -67,12 +69,22 @@ class ServiceStack(Stack):
 
     def __init__(self, scope: Construct, name: str) -> None:
         super().__init__(scope, name)
+        arn = self.node.try_get_context("certificate")
+        if not arn:
+            text = "the load balancer has no TLS, so pictures and API keys can be read on their way"
+            Annotations.of(self).add_warning(f"{text}; add -c certificate=ARN")
         service = patterns.ApplicationLoadBalancedFargateService(
             self,
             "Server",
             # Tasks in public subnets need no NAT gateway; only the load balancer can reach them.
             vpc=ec2.Vpc(self, "Network", max_azs=2, nat_gateways=0),
             assign_public_ip=True,
+            certificate=(
+                certificates.Certificate.from_certificate_arn(self, "Certificate", arn)
+                if arn
+                else None
+            ),
+            redirect_http=bool(arn),
             task_definition=self._define_task(),
             desired_count=2,
             min_healthy_percent=100,
