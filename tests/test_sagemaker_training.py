@@ -37,8 +37,10 @@ def test_hyperparameters_of_a_job_are_options_or_entries_of_the_space(
     assert (options.trials, options.quick, options.plain) == (4, True, False)
     assert (options.model, options.train_samples) == ("linear", 500)
     assert options.param == ("lr=0.001", "batch_size=int:32:64")
-    command.main(train.make_options({"dataset": "fashion"}, str(tmp_path)), standalone_mode=False)
+    job = {"dataset": "fashion", "augment": "none"}  # an option, though also a hyperparameter
+    command.main(train.make_options(job, str(tmp_path)), standalone_mode=False)
     assert (parsed[1].dataset, parsed[1].data_dir) == ("fashion", tmp_path)
+    assert (parsed[1].augment, parsed[1].param) == ("none", ())
 
 
 def test_the_copy_of_a_study_has_no_half_transaction(
@@ -49,6 +51,7 @@ def test_the_copy_of_a_study_has_no_half_transaction(
     database = tmp_path / "db.sqlite3"
     train.save_study(database)  # nothing yet
     with contextlib.closing(sqlite3.connect(database)) as writer:
+        writer.execute("PRAGMA journal_mode=WAL")  # the row is not in the file yet
         writer.execute("CREATE TABLE t (x)")
         writer.execute("INSERT INTO t VALUES (1)")
         writer.commit()

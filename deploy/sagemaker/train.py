@@ -5,6 +5,7 @@ the search space ("lr": 0.001, "batch_size": "int:32:256:log").
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -21,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mnist import disk  # noqa: E402
+from mnist.job.options import Options  # noqa: E402
 from mnist.search.space import HYPERPARAMETERS  # noqa: E402
+
+OPTIONS = {field.name for field in dataclasses.fields(Options)}
 
 # SageMaker copies this folder to S3 all the time, and back before a job that was interrupted.
 CHECKPOINTS = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml")) / "checkpoints"
@@ -36,7 +40,7 @@ def make_options(hyperparameters: dict[str, Any], channel: str | None) -> list[s
     options = []
     for name, value in hyperparameters.items():
         for item in value if isinstance(value, list) else [value]:
-            if name in HYPERPARAMETERS:
+            if name in HYPERPARAMETERS.keys() - OPTIONS:
                 options += ["--param", f"{name}={item}"]
             elif item is True:
                 options.append(f"--{name.replace('_', '-')}")
@@ -65,10 +69,10 @@ def save_study(database: Path) -> None:
     disk.replace_file(CHECKPOINTS / "db.sqlite3", copy.read_bytes())
 
 
-def train(options: list[str], folder: Path) -> dict[str, Any] | int:
+def train(options: list[str], folder: Path) -> list[dict[str, Any]] | int:
     """Run run.py with its study in `folder`, continued from the checkpoints if they have one.
 
-    Returns its result, or its exit code if that is not 0.
+    Returns the result of each study, or its exit code if that is not 0.
     """
     database, output = folder / "db.sqlite3", folder / "result.json"
     with contextlib.suppress(FileNotFoundError):
@@ -84,7 +88,10 @@ def train(options: list[str], folder: Path) -> dict[str, Any] | int:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 p.wait(SNAPSHOT_INTERVAL_S)
             save_study(database)
-    return p.returncode or json.loads(output.read_text())
+    if p.returncode:
+        return p.returncode
+    results = json.loads(output.read_text())
+    return results if isinstance(results, list) else [results]
 
 
 @contextlib.contextmanager
@@ -100,14 +107,15 @@ def main() -> int:
     hyperparameters = json.loads(os.environ.get("SM_HPS", "{}"))
     options = make_options(hyperparameters, os.environ.get("SM_CHANNEL_TRAIN"))
     with tempfile.TemporaryDirectory() as folder:
-        result = train(options, Path(folder))
-    if isinstance(result, int):
-        return result
+        results = train(options, Path(folder))
+    if isinstance(results, int):
+        return results
     models = Path(os.environ["SM_MODEL_DIR"])  # becomes model.tar.gz
     hidden = shutil.ignore_patterns(".*")
     shutil.copytree(CHECKPOINTS / "saved_models", models, ignore=hidden, dirs_exist_ok=True)
-    metrics = result["metrics"]
-    print(f"validation_accuracy={metrics['validation']['mean']:.6f};", flush=True)
+    for result in results:
+        accuracy = result["metrics"]["validation"]["mean"]
+        print(f"validation_accuracy={accuracy:.6f};", flush=True)
     return 0
 
 
