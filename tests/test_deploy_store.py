@@ -494,6 +494,18 @@ def test_a_canary_comes_from_the_store(store: Store, monkeypatch: pytest.MonkeyP
         assert client.post("/predict", content=PICTURE).json()["model"] == canary
 
 
+def test_a_broken_canary_does_not_keep_back_the_current_model(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current, canary = registry.record(store.folder)[0], save_copy(store.folder, "never")
+    for path in store.folder.glob(f"{canary}*"):
+        path.unlink()
+    store.upload()
+    monkeypatch.setenv("CANARY", f"{canary}:1")
+    with TestClient(app) as client:
+        assert client.post("/predict", content=PICTURE).json()["model"] == current
+
+
 def test_processes_share_one_copy(store: Store, tmp_path: Path) -> None:
     copies = [mirror.Mirror(URL) for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:

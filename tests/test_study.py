@@ -93,6 +93,16 @@ def test_a_finished_study_from_before_training_forms_is_accepted(
         studies.check_fingerprint(study, wanted)
 
 
+def test_an_unfinished_study_from_before_kinds_of_augmentation_is_refused(
+    study: optuna.Study, digits: Dataset
+) -> None:
+    wanted = studies.fingerprint(replace(digits, recipe="plain"), "parallel", 600)
+    study.set_user_attr("fingerprint", {k: v for k, v in wanted.items() if k != "augmentation"})
+    studies.check_fingerprint(study, wanted, finished=True)
+    with pytest.raises(StudyError, match="augmentation is thing, in the study digit"):
+        studies.check_fingerprint(study, wanted)
+
+
 @pytest.mark.parametrize(
     "storage",
     ["nonsense", "sqlite:////nowhere/at/all/db.sqlite3", "postgresql://127.0.0.1:9/x", "x://y"],
@@ -246,6 +256,8 @@ def test_a_fingerprint_says_what_trials_share(digits: Dataset) -> None:
     assert studies.fingerprint(digits, "linear", 600, lr, plain=True)["layers"] == "plain"
     folder = replace(digits, name="folder:pets", classes=("cat", "dog"))
     assert studies.fingerprint(folder, "linear", 600, lr) == first | {"classes": "cat, dog"}
+    plain = replace(digits, recipe="plain")
+    assert studies.fingerprint(plain, "linear", 600, lr) == first | {"augmentation": "thing"}
 
 
 def test_a_fingerprint_is_stored_with_a_new_study_only(study: optuna.Study) -> None:

@@ -230,10 +230,10 @@ def test_a_missing_device_is_named() -> None:
     [
         ({}, {}, ("digit", True, 0)),
         ({}, {"augment": "thing"}, ("thing", True, 0)),
-        ({"recipe": "plain", "kind": "thing"}, {}, ("thing", False, 0.5)),
-        ({"recipe": "plain", "mirror_images": ((1, 2),)}, {}, ("digit", False, 0)),
+        ({"recipe": "plain"}, {}, ("thing", False, 0.5)),
+        ({"recipe": "plain", "mirror_images": ((1, 2),)}, {}, ("thing", False, 0)),
         (
-            {"recipe": "plain", "kind": "thing"},
+            {"recipe": "plain"},
             {"augment": "photo", "mirror": 0.2},
             ("photo", False, 0.2),
         ),

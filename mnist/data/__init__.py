@@ -31,8 +31,8 @@ class Dataset:
     """A data set with all splits but the test split, which only open_test() reads.
 
     `mean` and `std` are those of the training split scaled to 0..1, over all channels; `sha256` is
-    the hash of pixels and labels, `split_sha256` that of the indices of the splits. `kind` is that
-    of its augmentation; `mirror_images` are pairs of classes that are each other's mirror image.
+    the hash of pixels and labels, `split_sha256` that of the indices of the splits.
+    `mirror_images` are pairs of classes that are each other's mirror image.
     """
 
     name: str
@@ -47,10 +47,14 @@ class Dataset:
     train: Split
     validation: Split
     calibration: Split
-    kind: str
     mirror_images: tuple[tuple[int, int], ...]
     open_test: Callable[[], Split]
     """Reads the test split, for the single evaluation of a model that is being saved."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of augmentation that suits the images."""
+        return find_kind(self.recipe, self.channels)
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data set with its splits on `device`."""
@@ -99,14 +103,11 @@ def load(
         return Split(torch.from_numpy(images[index]), torch.from_numpy(labels[index]))
 
     def open_test() -> Split:
-        arrays = _validate(
-            name, source, _read_part(name, source, data_dir, "test"), min_per_class=0
-        )
-        return Split(*map(torch.from_numpy, arrays))
+        arrays = _read_part(name, source, data_dir, "test")
+        return Split(*map(torch.from_numpy, _validate(name, source, arrays, min_per_class=0)))
 
     mean, std = _compute_mean_and_std(images[train])
-    kind = find_kind(source.recipe, images.shape[1])
-    mirrors = () if kind == "digit" else find_mirror_images(split(train), len(source.classes))
+    is_ink = source.recipe == "digit"
     return Dataset(
         name=name,
         sha256=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
@@ -120,8 +121,7 @@ def load(
         train=split(train),
         validation=split(validation[:max_validation]),
         calibration=split(calibration),
-        kind=kind,
-        mirror_images=mirrors,
+        mirror_images=() if is_ink else find_mirror_images(split(train), len(source.classes)),
         open_test=open_test,
     )
 

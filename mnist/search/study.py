@@ -27,8 +27,7 @@ def fingerprint(
     plain: bool = False,
 ) -> dict[str, Any]:
     """The properties that all trials of a study share, as only such trials can be compared."""
-    # A class folder may be renamed without a change of its files.
-    is_folder = dataset.name.startswith(FOLDER_PREFIX)
+    is_folder = dataset.name.startswith(FOLDER_PREFIX)  # whose classes may be renamed alone
     optional = {"classes": ", ".join(dataset.classes)} if is_folder else {}
     if dataset.kind != "digit":  # studies of the time before kinds trained as for digits
         optional["augmentation"] = dataset.kind
@@ -46,8 +45,7 @@ def fingerprint(
 def check_fingerprint(study: optuna.Study, current: dict[str, Any], finished: bool = False) -> None:
     """Store the fingerprint of a new study; raise StudyError where an existing one differs.
 
-    A `finished` study trains nothing more, so it is accepted without "layers" and "augmentation":
-    it is older than training forms, or than kinds of augmentation.
+    A `finished` study trains nothing more, so it may lack what older versions did not record.
     """
     recorded = study.user_attrs.get("fingerprint")
     if recorded is None:
