@@ -38,8 +38,9 @@ def test_a_server_without_a_model_is_alive_but_not_ready(
     (container,) = read("serve.yaml")["Deployment"]["spec"]["template"]["spec"]["containers"]
     monkeypatch.setenv("MODELS", str(tmp_path))
     with TestClient(app) as client:
-        paths = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness")]
-        assert [client.get(path).status_code for path in paths] == [503, 200]
+        kinds = ("startup", "readiness", "liveness")
+        paths = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in kinds]
+        assert [client.get(path).status_code for path in paths] == [200, 503, 200]
 
 
 def test_the_job_runs_a_command_that_parses() -> None:
