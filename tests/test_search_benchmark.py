@@ -215,6 +215,16 @@ def test_final_trainings_judge_the_choice_where_all_candidates_have_them(tmp_pat
     assert (every.final_errors == 902 - every.values["errors"][:, -1]).all()
 
 
+def test_expected_errors_follow_the_space_and_not_the_chance_of_a_training(tmp_path: Path) -> None:
+    table = replay.read_table(write_table(tmp_path, True))
+    lr = np.log([params["lr"] for params in table.params])
+    truth = 40 + 3 * (lr - lr.mean()) ** 2
+    counts = np.random.default_rng(0).poisson(truth).astype(float)
+    expected = replay.smooth_errors(replace(table, final_errors=counts))
+    assert np.abs(expected - truth).mean() < 0.6 * np.abs(counts - truth).mean()
+    assert truth[expected.argmin()] < 1.1 * truth.min()
+
+
 def test_every_search_is_in_the_printed_table(tmp_path: Path) -> None:
     options = ["--seeds", "2", "--gp-seeds", "0", "--trials", "6", "--processes", "1"]
     options += ["--table", str(write_table(tmp_path, True, finals=8))]
