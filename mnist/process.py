@@ -1,4 +1,4 @@
-"""The cores that this process may use, and environment variables for child processes."""
+"""The cores and the memory of this process, and environment variables for child processes."""
 
 import contextlib
 import math
@@ -17,14 +17,21 @@ def available_cores(proc: Path = Path("/proc/self")) -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    quotas = (_read_quota(folder) for folder in _cgroup_folders(proc))
+    quotas = (_read_quota(folder) for folder in _cgroup_folders(proc, "cpu"))
     return math.ceil(min([cores, *quotas]))
 
 
-def _cgroup_folders(proc: Path) -> Iterator[Path]:
+def total_memory(proc: Path = Path("/proc/self")) -> float:
+    """The bytes of memory that this process may use at most: the machine's, or its container's."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = (_read_memory_limit(folder) for folder in _cgroup_folders(proc, "memory"))
+    return min([machine, *limits])
+
+
+def _cgroup_folders(proc: Path, resource: str) -> Iterator[Path]:
     """The mounted control groups of the process: its own, and the groups that contain it.
 
-    The quota of each of them applies. Of cgroup v1, only the hierarchy of the cpu controller.
+    The limit of each of them applies. Of cgroup v1, only the hierarchy of a resource's controller.
     """
     try:
         groups = [line.split(":", 2)[1:] for line in (proc / "cgroup").read_text().splitlines()]
@@ -35,9 +42,9 @@ def _cgroup_folders(proc: Path) -> Iterator[Path]:
         first, _, last = mount.partition(" - ")
         root, mount_point = (PurePosixPath(field) for field in first.split()[3:5])
         kind, _, options = last.split(" ")[:3]  # the second one may be empty
-        if kind != "cgroup2" and (kind != "cgroup" or "cpu" not in options.split(",")):
+        if kind != "cgroup2" and (kind != "cgroup" or resource not in options.split(",")):
             continue
-        controller = "" if kind == "cgroup2" else "cpu"
+        controller = "" if kind == "cgroup2" else resource
         for controllers, path in groups:
             if controller in controllers.split(","):
                 group = PurePosixPath(path)
@@ -58,6 +65,14 @@ def _read_quota(cgroup: Path) -> float:
     except (OSError, ValueError):  # the root group has no file; the quota may be "max"
         return math.inf
     return cpus if cpus > 0 else math.inf  # in v1, -1 is none
+
+
+def _read_memory_limit(cgroup: Path) -> float:
+    """The memory limit of a control group in bytes; infinite without one."""
+    for name in ("memory.max", "memory.limit_in_bytes"):  # v2, v1
+        with contextlib.suppress(OSError, ValueError):  # as for quotas
+            return int((cgroup / name).read_text())
+    return math.inf
 
 
 @contextlib.contextmanager

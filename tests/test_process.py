@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import load, servers
-from mnist import inference, registry
+from mnist import inference, process, registry
 from mnist.process import available_cores, extend_environment
 from mnist.search.workers import training_threads
 from serve.batching import Batcher
@@ -101,6 +101,35 @@ def test_quotas_of_the_first_version_limit_the_cores(
     }
     proc = make_proc(tmp_path, V1_GROUPS, V1.format(root), files)
     assert available_cores(proc) == cores
+
+
+def machine_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("limits", "memory"),
+    [
+        ({"memory.max": "536870912"}, 512 * 2**20),
+        ({"memory.max": "max"}, None),
+        ({"other": ""}, None),
+        ({"a/memory.max": "max", "memory.max": "1048576"}, 2**20),
+        ({"a/memory.max": "1048576", "memory.max": "2097152"}, 2**20),
+        ({"memory.max": str(2**60)}, None),  # more than the machine has
+    ],
+)
+def test_the_smallest_memory_limit_around_the_process_counts(
+    tmp_path: Path, limits: dict[str, str], memory: int | None
+) -> None:
+    proc = make_proc(tmp_path, "0::/a", V2, limits)
+    assert process.total_memory(proc) == (memory or machine_memory())
+
+
+def test_memory_limits_of_the_first_version_count(tmp_path: Path) -> None:
+    files = {"memory/memory.limit_in_bytes": "1048576", "cpu/memory.limit_in_bytes": "1"}
+    proc = make_proc(tmp_path, V1_GROUPS, V1.format("/docker/x"), files)
+    assert process.total_memory(proc) == 2**20
+    assert process.total_memory(tmp_path / "none") == machine_memory()
 
 
 @pytest.mark.usefixtures("many_cores")

@@ -1,7 +1,6 @@
 """A network before its study: whether it can be trained here, and how fast."""
 
 import contextlib
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from mnist import data, folding, models
 from mnist.job.display import root_cause
 from mnist.job.options import Options
+from mnist.process import total_memory
 from mnist.search import loop, runs
 from mnist.search.runs import Run
 from mnist.search.urls import sqlite_file
@@ -32,9 +32,11 @@ def validate_network(
     images, classes = dataset.train.images[:2].to(device), len(dataset.classes)
     on_cpu = device.type == "cpu"
     try:
-        if on_cpu and (n := count_weights(options, dataset)) * BYTES_PER_WEIGHT > total_memory():
-            text = f"its {n:,} weights are too many to be trained here"
-            raise MemoryError(f"{text}; try --model cnn or a smaller --image-size")
+        needed = count_weights(options, dataset) * BYTES_PER_WEIGHT if on_cpu else 0
+        if needed > total_memory():
+            sizes = f"{needed / 1e9:.3g} GB, and this process may use {total_memory() / 1e9:.3g} GB"
+            remedy = "try --model cnn or, for a folder, a smaller --image-size"
+            raise MemoryError(f"its training needs {sizes}; {remedy}")
         model = runs.build_network(options.model, dataset, options.plain).to(device)
         with torch.no_grad():
             shape = tuple(model.eval()(dataset.standardise(images)).shape)
@@ -65,11 +67,6 @@ def count_weights(options: Options, dataset: data.Dataset) -> int:
     with contextlib.suppress(Exception), torch.device("meta"), _Uninitialised():
         return models.count_parameters(runs.build_network(options.model, dataset, options.plain))
     return 0
-
-
-def total_memory() -> int:
-    """The bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[float, bool]:
