@@ -50,8 +50,9 @@ def choose(member: Member) -> Choose:
 
 
 @pytest.fixture
-def pets(tmp_path: Path) -> Options:
-    """The options for a folder of pictures in color."""
+def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
+    """The options for a folder of pictures in color, which need not be many for a comparison."""
+    monkeypatch.setattr(comparison, "MIN_VALIDATION_IMAGES", 1)
     root = fill(tmp_path / "pets", {"cat": 12, "dog": 12})
     return Options(dataset=f"folder:{root}", model="auto", color=True, data_dir=tmp_path / "data")
 
@@ -62,7 +63,7 @@ def test_the_network_of_the_lowest_log_loss_wins_and_then_mirroring_is_compared(
     assert choose(pets) == replace(pets, model="residual", study="pets-auto")
     assert pets.study_name == "pets-auto"
     networks = [(name, True) for name in ("parallel", "residual", "compact")]
-    assert trained == [*networks, ("residual", True), ("residual", False)]
+    assert trained == [*networks, ("residual", False), ("residual", True)]
     assert "networks, 15 s each: compact, log-loss 0.300" in capsys.readouterr().err
 
 
@@ -111,12 +112,37 @@ def test_a_large_folder_is_mirrored_without_a_comparison(
     assert trained == []
 
 
+def test_a_study_with_log_losses_alone_keeps_its_choice(
+    choose: Choose, member: Member, pets: Options, trained: Trained
+) -> None:
+    member.run_locked(lambda study: study.set_user_attr("networks", {"compact": 1, "residual": 2}))
+    member.run_locked(lambda study: study.set_user_attr("mirroring", {}))
+    assert choose(pets) == replace(pets, model="compact", study="pets-auto")
+    assert trained == []
+
+
 def test_a_study_from_before_comparisons_goes_on_as_it_was(
     choose: Choose, member: Member, pets: Options, trained: Trained
 ) -> None:
     member.run_locked(lambda study: study.set_user_attr("plan", {}))
     assert choose(replace(pets, model="cnn")) == replace(pets, model="cnn")
     assert trained == []
+
+
+def test_few_pictures_are_not_compared(
+    choose: Choose,
+    pets: Options,
+    trained: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(comparison, "MIN_VALIDATION_IMAGES", 100)
+    few = choose(replace(pets, image_size=96))  # too large for `parallel`
+    assert (few.model, few.param, trained) == ("residual", ("mirror=0",), [])
+    reason = "skipped, as 2 validation images are fewer than 100; chosen:"
+    assert capsys.readouterr().err == (
+        f"comparing networks: {reason} residual\ncomparing mirrored images: {reason} without\n"
+    )
 
 
 def test_candidates_that_cannot_be_trained_are_left_out(
@@ -156,7 +182,8 @@ def test_a_candidate_that_the_search_space_does_not_suit_is_left_out(
     pets: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choice = {"residual": (replace(pets, model="residual", param=("dropout=0.2",)), {})}
-    assert comparison.compare("networks", choice, UNUSED, torch.device("cpu")) == {}
+    chosen = comparison.compare("networks", choice, 100, UNUSED, torch.device("cpu"))
+    assert chosen == comparison.Choice(None, {})
     assert (
         "residual, left out: dropout: the network has no dropout layer" in capsys.readouterr().err
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import optuna
@@ -24,15 +24,26 @@ MAX_WEIGHTS = 100_000_000  # `parallel` has more from 57x57 pixels on: too large
 # Training images of a folder for which mirroring is compared: of a larger one, a short training
 # sees most images once, so that it hardly needs augmentation.
 MAX_IMAGES = 5_000
+# Fewer validation images do not tell candidates apart: with 10 pictures of each class, the first
+# candidate makes fewer errors than the one that 10 validation images prefer (docs/lab-log.md).
+MIN_VALIDATION_IMAGES = 100
 NO_MIRRORING = "mirror=0"  # an entry of the search space
 PARAMS: dict[str, Any] = {"batch_size": 64, "optimizer": "Adam", "lr": 0.003}
+
+
+class Choice(NamedTuple):
+    """The name of the chosen candidate, and the candidates' log-losses on the validation images."""
+
+    name: str | None  # None: nothing is to be chosen
+    log_losses: dict[str, float]  # empty if they were not compared
 
 
 def choose(options: Options, member: Member, pool: Pool, device: torch.device) -> Options:
     """The options with a network instead of "auto", and for a folder with or without mirroring.
 
-    Candidates train for the same time; the lowest log-loss on the validation images wins. The study
-    keeps the choice of its first member. Raises click.UsageError where no network can be trained.
+    Candidates train for the same time; the lowest log-loss on the validation images wins. Where
+    these images are too few, the first network wins, without mirroring. The study keeps the choice
+    of its first member. Raises click.UsageError where no network can be trained.
     """
     name = options.study_name
     if options.model == AUTO:
@@ -53,8 +64,8 @@ def _names_augmentation(options: Options) -> bool:
     return not is_default or bool(names & {"augment", "mirror"})
 
 
-def compare_networks(options: Options, pool: Pool, device: torch.device) -> dict[str, float]:
-    """Network -> log-loss on the validation images, of those with at most MAX_WEIGHTS.
+def compare_networks(options: Options, pool: Pool, device: torch.device) -> Choice:
+    """Choose among the networks with at most MAX_WEIGHTS.
 
     Raises click.UsageError where none can be trained.
     """
@@ -64,51 +75,65 @@ def compare_networks(options: Options, pool: Pool, device: torch.device) -> dict
     for name, (choice, _) in list(choices.items()):
         if networks.count_weights(replace(choice, plain=True), dataset) > MAX_WEIGHTS:
             del choices[name]
-    log_losses = compare("networks", choices, pool, device)
-    if not log_losses:
+    chosen = compare("networks", choices, len(dataset.validation), pool, device)
+    if chosen.name is None:
         raise click.UsageError(f"none of {', '.join(choices)} can be trained on these data")
-    return log_losses
+    return chosen
 
 
-def compare_mirroring(options: Options, pool: Pool, device: torch.device) -> dict[str, float]:
-    """With or without mirrored images -> log-loss on the validation images; empty where training
-    images are too many, or where classes are known to be each other's mirror image."""
+def compare_mirroring(options: Options, pool: Pool, device: torch.device) -> Choice:
+    """Choose "with" or "without" mirrored images; nothing where training images are too many, or
+    where classes are known to be each other's mirror image."""
     dataset = prepare.load_dataset(options)
-    if len(dataset.train) > MAX_IMAGES or dataset.mirror_images:
-        return {}
-    choices = {"with": (options, PARAMS), "without": (options, PARAMS | {"mirror": 0.0})}
-    return compare("mirrored images", choices, pool, device)
+    if len(dataset.train) > MAX_IMAGES or dataset.mirrored_classes:
+        return Choice(None, {})
+    choices = {"without": (options, PARAMS | {"mirror": 0.0}), "with": (options, PARAMS)}
+    return compare("mirrored images", choices, len(dataset.validation), pool, device)
 
 
-def _agree(member: Member, attribute: str, compare: Callable[[], dict[str, float]]) -> str | None:
-    """The best by the log-losses that the study has, or by those of `compare`, if there are any."""
+def _agree(member: Member, attribute: str, measure: Callable[[], Choice]) -> str | None:
+    """The choice that the study has, or that of `measure`."""
 
-    def read(study: optuna.Study) -> dict[str, float] | None:
-        started = "plan" in study.user_attrs  # by a version without comparisons
-        return study.user_attrs.get(attribute, {} if started else None)
+    def read(study: optuna.Study) -> dict[str, Any] | None:
+        stored = study.user_attrs.get(attribute)
+        if stored is None and "plan" in study.user_attrs:  # begun by a version without comparisons
+            return Choice(None, {})._asdict()
+        if stored and "log_losses" not in stored:  # of 2026-12-01
+            return Choice(min(stored, key=stored.__getitem__), stored)._asdict()
+        return stored
 
-    def store(study: optuna.Study) -> dict[str, float]:
+    def store(study: optuna.Study) -> dict[str, Any]:
         if attribute not in study.user_attrs:
-            study.set_user_attr(attribute, measured)
+            study.set_user_attr(attribute, measured._asdict())
         return study.user_attrs[attribute]
 
-    log_losses = member.run_locked(read)
-    if log_losses is None:
-        measured = compare()
-        log_losses = member.run_locked(store)
-    return min(log_losses, key=log_losses.__getitem__, default=None)
+    choice = member.run_locked(read)
+    if choice is None:
+        measured = measure()
+        choice = member.run_locked(store)
+    return choice.get("name")
 
 
 def compare(
     subject: str,
     choices: Mapping[str, tuple[Options, dict[str, Any]]],
+    validation_images: int,
     pool: Pool,
     device: torch.device,
-) -> dict[str, float]:
-    """Choice -> log-loss on the validation images; without those that cannot be trained.
+) -> Choice:
+    """Choose by the log-loss on the validation images, without those that cannot be trained; the
+    first one where these images are too few.
 
-    A choice is a network, in its options, and hyperparameters.
+    Each choice is a network, in its options, and hyperparameters.
     """
+    if choices and validation_images < MIN_VALIDATION_IMAGES:
+        first = next(iter(choices))
+        click.echo(
+            f"comparing {subject}: skipped, as {validation_images} validation images are fewer "
+            f"than {MIN_VALIDATION_IMAGES}; chosen: {first}",
+            err=True,
+        )
+        return Choice(first, {})
     log_losses: dict[str, float] = {}
     for name, (options, params) in choices.items():
         seconds = QUICK_COMPARE_S if options.quick else COMPARE_S
@@ -119,13 +144,13 @@ def compare(
         except (click.UsageError, loop.RunFailed) as error:
             result = f"left out: {error}"
         click.echo(f"comparing {subject}, {seconds:.2g} s each: {name}, {result}", err=True)
-    return log_losses
+    return Choice(min(log_losses, key=log_losses.__getitem__, default=None), log_losses)
 
 
 def train_briefly(
     options: Options, params: dict[str, Any], pool: Pool, device: torch.device, seconds: float
 ) -> float:
-    """Train a network for about so many seconds; returns its log-loss on the validation images.
+    """Train a network for about `seconds`; returns its log-loss on the validation images.
 
     Raises click.UsageError or loop.RunFailed where it cannot be trained.
     """
