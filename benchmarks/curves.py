@@ -41,7 +41,7 @@ from mnist import data, folding, memory, training
 from mnist.data import Dataset
 from mnist.search import study as studies
 from mnist.search.storage import StudyError, open_study
-from mnist.search.urls import mask_secrets
+from mnist.search.urls import mask_url_secrets
 from mnist.search.workers import available_cores
 
 TABLE = Path(__file__).with_name("curves.json")
@@ -178,7 +178,7 @@ def build_table(storage: str, name: str, settings: Settings) -> dict[str, Any]:
     part_studies = {part: open_study(storage, f"{name}-{part}") for part in SPACES}
     origin = part_studies["default"].user_attrs.get("made")
     if origin is None:
-        raise StudyError(f"{mask_secrets(storage)} has no study {name}-default")
+        raise StudyError(f"{mask_url_secrets(storage)} has no study {name}-default")
     recorded = {part: load_recorded(study) for part, study in part_studies.items()}
     rows = [
         _make_row(part, number, trial, recorded["finals"])

@@ -16,9 +16,9 @@ STROKES, SCANS, SCAN_SIDES = 0.5, 0.15, (9, 16)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Largest changes of a picture: rotation (rad), scale (log), shift (share of its side), and
-    contrast and brightness of each channel (1)."""
+class PictureLimits:
+    """Largest changes of a picture: rotation (rad), scale (log), shift (share of its side),
+    contrast (share), and twice the brightness of each channel (share)."""
 
     rotation: float
     scale: float
@@ -27,13 +27,13 @@ class Picture:
 
 
 # Things stand upright, as in Fashion-MNIST; photos are also tilted, near or far, light or dark.
-PICTURES = {
-    "thing": Picture(0.0, 0.0, 1 / 28, 0.0),
-    "photo": Picture(math.radians(10), 0.15, 0.1, 0.3),
+PICTURE_LIMITS = {
+    "thing": PictureLimits(0.0, 0.0, 1 / 28, 0.0),
+    "photo": PictureLimits(math.radians(10), 0.15, 0.1, 0.3),
 }
-MIRROR = 0.5  # share of mirrored pictures where no class is another one's mirror image
-KINDS = ("digit", *PICTURES, "none")
-"""What images may show without a change of their class; docs/your-data.md explains each."""
+MIRRORED_SHARE = 0.5  # share of mirrored pictures where no class is another one's mirror image
+KINDS = ("digit", *PICTURE_LIMITS, "none")
+"""Kinds of random changes to training images; docs/your-data.md explains each."""
 
 
 def change_images(
@@ -56,7 +56,7 @@ def change_images(
         return images
     if kind == "digit":
         return change_writing(images, generator, strength, is_ink)
-    return change_picture(images, generator, strength, PICTURES[kind], mirror)
+    return change_picture(images, generator, strength, PICTURE_LIMITS[kind], mirror)
 
 
 def change_writing(
@@ -114,7 +114,7 @@ def change_picture(
     images: torch.Tensor,
     generator: torch.Generator,
     strength: float,
-    limits: Picture,
+    limits: PictureLimits,
     mirror: float,
 ) -> torch.Tensor:
     """The kinds "thing" and "photo": shift and mirror; for photos also tilt, distance and light."""

@@ -18,7 +18,7 @@ from mnist.images.ink import Grey, find_ink
 
 SIDE = 84  # pixels of a drawing before it is centred
 NOISE_SIDES = (28, 56)
-MAX_LIKENESS = 0.8  # largest cosine between an outlier and a training image
+MAX_SIMILARITY = 0.8  # largest cosine between an outlier and a training image
 COMPARED = 5_000  # training images that an outlier is compared with
 COMPARISONS = 500  # outliers that are compared at a time: 10 MB
 
@@ -44,11 +44,13 @@ def make(images: NDArray[np.uint8], n: int, seed: int) -> NDArray[np.uint8]:
     known = _to_unit_length(images[:COMPARED])
     chosen = np.empty((0, 1, size, size), np.uint8)
     while len(chosen) < n:
-        made = [_draw_centred(draws[i % len(draws)], rng, size) for i in range(n)]
-        fresh = np.stack([picture for picture in made if picture is not None])[:, None]
-        parts = np.array_split(_to_unit_length(fresh), math.ceil(len(fresh) / COMPARISONS))
-        likeness = np.concatenate([(part @ known.T).max(1) for part in parts])
-        chosen = np.concatenate([chosen, fresh[likeness <= MAX_LIKENESS]])
+        drawings = [_draw_centred(draws[i % len(draws)], rng, size) for i in range(n)]
+        candidates = np.stack([picture for picture in drawings if picture is not None])[:, None]
+        parts = np.array_split(
+            _to_unit_length(candidates), math.ceil(len(candidates) / COMPARISONS)
+        )
+        similarity = np.concatenate([(part @ known.T).max(1) for part in parts])
+        chosen = np.concatenate([chosen, candidates[similarity <= MAX_SIMILARITY]])
     return chosen[:n]
 
 

@@ -22,7 +22,8 @@ MAX_PLOTTED = 240  # pictures in a figure; matplotlib limits its height
 class Prediction:
     """The prediction for one file: `picture` uint8 (channels, size, size), as the model sees it;
     `top`, the most likely classes with their probabilities, the predicted one first; `uncertain` if
-    the picture does not look like any class; `labels`, the prediction set, None for old models."""
+    the picture does not look like any class; `labels`, the prediction set, None for
+    models without calibrated sets."""
 
     file: Path
     picture: np.ndarray

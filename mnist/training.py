@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mnist import batch_norms, metrics, optimizers
-from mnist.augmentation import MIRROR, change_images
+from mnist.augmentation import MIRRORED_SHARE, change_images
 from mnist.data import Dataset, Split
 from mnist.folding import Factors
 
@@ -127,19 +127,19 @@ def fit(
     """Train `model` in place on about `samples` images of `train`; both on one device.
 
     The defaults of batch_size, optimizer and lr are the published best; space.py lists the range of
-    each hyperparameter. `augment` is by default the data set's `kind`; `mirror` MIRROR, or 0 for
-    digits and where classes are mirror images. `dropout` replaces the network's probabilities.
-    Yields a Progress a hundred times a run, one with the errors on `subset` fixed validation images
-    after each number of samples in `validate_at`, and at the end one with the errors on all of
-    `validation`. A cycle of the learning rate ends at each of these numbers: the noise of a high
-    rate would hide what was learnt (Loshchilov and Hutter 2017, arXiv 1608.03983). At most
-    `micro_batch` images pass through the network at once: the gradient is that of the whole batch,
-    but batch norms see each part alone. With `bfloat16`, for training and validation, weights stay
-    in float32. `outliers` are pictures uint8 (M, C, H, W) without a class: to each batch,
-    OUTLIER_SHARE of its size of them is added, with the same probability for each class as their
-    target. `resume` is the state() of an earlier Progress of the same run: with the same seed,
-    model and number of threads, a resumed run gives the same weights on a CPU as an uninterrupted
-    one. Raises Diverged.
+    each hyperparameter. `augment` is by default the data set's `kind`; `mirror` is
+    MIRRORED_SHARE, or 0 for digits and where classes are mirror images. `dropout` replaces the
+    network's probabilities. Yields a Progress a hundred times a run, one with the errors on
+    `subset` fixed validation images after each number of samples in `validate_at`, and at the end
+    one with the errors on all of `validation`. A cycle of the learning rate ends at each of these
+    numbers: the noise of a high rate would hide what was learnt (Loshchilov and Hutter 2017, arXiv
+    1608.03983). At most `micro_batch` images pass through the network at once: the gradient is that
+    of the whole batch, but batch norms see each part alone. With `bfloat16`, for training and
+    validation, weights stay in float32. `outliers` are pictures uint8 (M, C, H, W) without a class:
+    to each batch, OUTLIER_SHARE of its size of them is added, with the same probability for each
+    class as their target. `resume` is the state() of an earlier Progress of the same run: with the
+    same seed, model and number of threads, a resumed run gives the same weights on a CPU as an
+    uninterrupted one. Raises Diverged.
     """
     batch_size = min(batch_size, len(train))
     steps = max(1, round(samples / batch_size))
@@ -217,7 +217,7 @@ def _augment(
     mirror: float | None,
 ) -> torch.Tensor:
     if mirror is None:
-        mirror = 0.0 if dataset.kind == "digit" or dataset.mirror_images else MIRROR
+        mirror = 0.0 if dataset.kind == "digit" or dataset.mirrored_classes else MIRRORED_SHARE
     kind, is_ink = kind or dataset.kind, dataset.recipe == "digit"
     return change_images(images, generator, strength, kind, is_ink=is_ink, mirror=mirror)
 

@@ -57,7 +57,7 @@ class Admission:
         waiting, settings = queue.waiting, self._settings
         wait_s = waiting * queue.pace_s
         if max(waiting, self.requests) >= settings.max_queue:
-            reason = f"{settings.max_queue} requests are waiting (MAX_QUEUE)"
+            reason = f"{settings.max_queue} requests are in progress (MAX_QUEUE)"
             raise Busy("queue", reason, wait_s)
         if wait_s > MAX_WAIT_SHARE * settings.deadline_ms / 1000:
             reason = f"no answer within {settings.deadline_ms} ms (DEADLINE_MS)"
@@ -74,7 +74,8 @@ class Admission:
         Raises Busy if all bodies would exceed MAX_BODIES_BYTES.
         """
         if self._body_bytes + size > MAX_BODIES_BYTES:
-            raise Busy("memory", "large uploads")
+            limit = f"{MAX_BODIES_BYTES // 10**6} MB"
+            raise Busy("memory", f"the uploads in progress would exceed {limit}")
         self._body_bytes += size
         state["body_bytes"] = state.get("body_bytes", 0) + size
 

@@ -59,6 +59,7 @@ app = App(
     title="Small-image classifier",
     lifespan=lifespan,
     exception_handlers=HANDLERS,
+    redoc_url=None,
     redirect_slashes=False,  # RequestMiddleware drops them
     # FastAPI would read OpenTelemetry's settings in each request; serve.metrics is used instead.
     telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -177,7 +178,7 @@ async def predict_batch(
 ) -> JSONResponse:
     """Classify several raw pictures, each sent as the multipart field `files`."""
     files = await uploads.read_pictures(request)
-    slots = engine.slots()
+    slots = engine.batcher.slots()
 
     async def answer(data: bytes, filename: str | None) -> dict[str, Any]:
         try:

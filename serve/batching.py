@@ -113,6 +113,13 @@ class Batcher:
         if idle:
             self._executor.submit(self._run_batches)
 
+    def slots(self) -> asyncio.Semaphore:
+        """Fair queueing of the pictures of one request: besides those that are processed, one
+        waits, so that no thread is idle. If all waited, the last ones would miss the deadline
+        because of the others of this request.
+        """
+        return asyncio.Semaphore(self.threads + 1)
+
     # --- batch threads; _process also on the event loop, for a lone picture ---
 
     def _run_batches(self) -> None:
@@ -146,8 +153,10 @@ class Batcher:
         batches: dict[Model, list[tuple[Job, np.ndarray]]] = {}
         for job in jobs:
             try:
-                if time.monotonic() > job.queued_at + self._settings.deadline_ms / 1000:
-                    raise Busy("deadline", "the deadline has passed", self.waiting * self.pace_s)
+                deadline_ms = self._settings.deadline_ms
+                if time.monotonic() > job.queued_at + deadline_ms / 1000:
+                    reason = f"the picture waited over {deadline_ms} ms (DEADLINE_MS)"
+                    raise Busy("deadline", reason, self.waiting * self.pace_s)
                 picture = job.model.normalise(job.data)
                 batches.setdefault(job.model, []).append((job, picture))
             except Exception as error:  # noqa: BLE001 - raised where the future is awaited

@@ -114,13 +114,6 @@ class Engine:
         self.metrics.confidence.labels(model.name).observe(answer["probability"])
         return answer | ({"view": _png_url(picture)} if view else {})
 
-    def slots(self) -> asyncio.Semaphore:
-        """Fair queueing of the pictures of one request: besides those that are processed, one
-        waits, so that no thread is idle. If all waited, the last ones would miss the deadline
-        because of the others of this request.
-        """
-        return asyncio.Semaphore(self.batcher.threads + 1)
-
     # --- the registry ---
 
     async def _poll_registry(self) -> None:

@@ -88,7 +88,9 @@ class Loader:
     ) -> None:
         self._settings, self._store = settings, store
         models = settings.models
-        self._chosen = store.folder if store else models if isinstance(models, Path) else None
+        self._configured_folder = (
+            store.folder if store else models if isinstance(models, Path) else None
+        )
         self._preflight = Preflight(shared)
         self._executor = ThreadPoolExecutor(1, "loader")
         self._named_executor = ThreadPoolExecutor(1, "named")  # a swap waits for no named model
@@ -96,7 +98,7 @@ class Loader:
         self.needs_preflight = False  # set once a model answers, which no load may affect
         self.retry_at = math.inf  # of time.monotonic(); the loader thread reads it
         # Written by the loader thread; any thread reads `folder`, the registry in use.
-        self.folder = self._chosen or registry.FOLDER
+        self.folder = self._configured_folder or registry.FOLDER
         self._watched = [self.folder / registry.INFO]
         self._versions: list[tuple[int, ...] | None] = []
 
@@ -128,7 +130,7 @@ class Loader:
             reason = self._store.reason or "its record names none; make one current and upload it"
             text = f"no current model from MODELS={self._settings.models}: {reason}"
             raise registry.RegistryError(text)
-        if name is None and self._chosen and not registry.read(self.folder)["models"]:
+        if name is None and self._configured_folder and not registry.read(self.folder)["models"]:
             folder = self.folder
             remedy = f"`python run.py --output {folder}` saves one; or unset MODELS"
             if other := next(folder.glob(f"*/{registry.INFO}"), None):
@@ -139,10 +141,10 @@ class Loader:
     def _changed(self, canary: str | None) -> bool:
         if registry.versions(self._watched) == self._versions and time.monotonic() < self.retry_at:
             return False
-        self.folder = self._chosen or registry.FOLDER
+        self.folder = self._configured_folder or registry.FOLDER
         self._watched = [self.folder / registry.INFO]
         with suppress(registry.RegistryError):
-            folder = self.folder = self._chosen or registry.default_folder()
+            folder = self.folder = self._configured_folder or registry.default_folder()
             info = registry.read(folder)
             records = [
                 info["models"][name] for name in info["models"] if name in (info["current"], canary)
@@ -153,15 +155,15 @@ class Loader:
         return True
 
     async def _load(self, executor: ThreadPoolExecutor, name: str) -> LoadedModel:
-        settings, folder, checked = self._settings, self.folder, self.needs_preflight
+        settings, folder, preflighted = self._settings, self.folder, self.needs_preflight
         threads = settings.threads
         engine: str = settings.engine
         skipped_engines = None
         if self._store:
             await self._store.fetch(name)
-        if checked:
+        if preflighted:
             engine, skipped_engines = await self._preflight.check(folder, name, threads, engine)
-        arguments = folder, name, threads, engine, checked, settings.coverage
+        arguments = folder, name, threads, engine, preflighted, settings.coverage
         classifier = await _run_in(executor, inference.load, *arguments)
         if skipped_engines is not None:
             classifier = replace(classifier, skipped_engines=skipped_engines)

@@ -67,7 +67,7 @@ def model(request: Request, engine: CurrentEngine) -> dict[str, Any]:
     responses=schemas.error_responses(404, 503, model=schemas.ErrorText),
 )
 def model_ready(request: Request, engine: CurrentEngine) -> dict[str, Any]:
-    """Whether a model can be asked; others than the current one are loaded with a request."""
+    """Whether a model can answer; others than the current one are loaded with a request."""
     return {"name": _record(request, engine)[0], "ready": True}
 
 
@@ -85,16 +85,16 @@ async def infer(request: Request, engine: CurrentEngine, model: NamedModel) -> R
 
     body, max_files = await uploads.read_tensors(request)
     header = request.headers.get(tensors.HEADER)
-    asked = await asyncio.to_thread(tensors.parse, body, header, max_files)
-    slots = engine.slots()
+    infer_request = await asyncio.to_thread(tensors.parse, body, header, max_files)
+    slots = engine.batcher.slots()
 
     async def answer(data: bytes) -> dict[str, Any]:
         picture = uploads.check(request, data, "as an element of `image`")
         async with slots:
             return await engine.answer(model, picture, None)
 
-    answers = await asyncio.gather(*map(answer, asked.pictures), return_exceptions=True)
+    answers = await asyncio.gather(*map(answer, infer_request.pictures), return_exceptions=True)
     for result in answers:
         if isinstance(result, BaseException):
             raise result
-    return tensors.respond(asked, model.name, model.record, answers)  # type: ignore[arg-type]
+    return tensors.respond(infer_request, model.name, model.record, answers)  # type: ignore[arg-type]

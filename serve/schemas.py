@@ -20,7 +20,7 @@ class Answer(BaseModel):
     uncertain: bool = Field(description="the picture does not look like any class")
     labels: list[str] | None = Field(
         description="the prediction set: classes that contain the true one with a probability of "
-        "COVERAGE, the most likely one first; null for older models",
+        "COVERAGE, the most likely one first; null for models without calibrated sets",
         examples=[["3"]],
     )
     model: str = Field(examples=[NAME])

@@ -159,7 +159,7 @@ def _normalise_origin(origin: str) -> str:
         remedy = "an origin has a scheme, a host and no path, as https://example.org:8443"
         if "*" in origin:
             remedy = "patterns are not supported; list each origin, or * for all"
-        raise ValueError(f"{remedy}; {origin} matches none")
+        raise ValueError(f"{origin} is no origin: {remedy}")
     scheme, host = match["scheme"].lower(), match["host"].lower()
     port = f":{int(match['port'])}" if match["port"] else ""
     if port == f":{DEFAULT_PORTS.get(scheme)}":

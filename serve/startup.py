@@ -1,7 +1,8 @@
 """Settings that make the server start and answer faster; the first import of its two programs.
 
 These are serve.app and serve.preflight_worker. The settings apply to the whole process, and have
-to be made before other modules are imported. No other module of the server changes any.
+to be made before other modules are imported. Only serve.metrics changes another one, which
+prometheus_client reads at its import.
 """
 
 import gc

@@ -21,6 +21,7 @@ from serve.uploads import decode_base64
 
 HEADER = "Inference-Header-Content-Length"
 INPUT = {"name": "image", "datatype": "BYTES", "shape": [-1]}
+REMEDY = "send each picture file in base64, as an element of `data`"
 Parameters = dict[str, bool | int | float | str]
 
 
@@ -67,9 +68,11 @@ def parse(body: bytes, header: str | None, max_pictures: int) -> InferRequest:
         detail = error.errors(include_url=False)[0]
         place = ".".join(map(str, detail["loc"]))
         raise bad_request(f"the JSON of the request: {place} {detail['msg']}") from error
-    sent = content.inputs[0]
-    if sent.shape[0] > max_pictures:
-        message = f"the input has {sent.shape[0]} pictures, over {max_pictures} (MAX_BATCH_FILES)"
+    image_input = content.inputs[0]
+    if image_input.shape[0] > max_pictures:
+        message = (
+            f"the input has {image_input.shape[0]} pictures, over {max_pictures} (MAX_BATCH_FILES)"
+        )
         raise ApiError(413, "too_many_files", message)
     default = content.parameters.get("binary_data_output") is True
     outputs = {}
@@ -77,18 +80,23 @@ def parse(body: bytes, header: str | None, max_pictures: int) -> InferRequest:
         if "classification" in output.parameters:
             raise bad_request("`classification` is not supported; ask for `prediction`")
         outputs[output.name] = output.parameters.get("binary_data", default) is True
-    pictures = _read_pictures(sent, body[size:])
-    if len(pictures) != sent.shape[0]:
-        raise bad_request(f"the shape is {sent.shape}, but {len(pictures)} pictures were sent")
+    pictures = _read_pictures(image_input, body[size:])
+    if len(pictures) != image_input.shape[0]:
+        raise bad_request(
+            f"the shape is {image_input.shape}, but {len(pictures)} pictures were sent"
+        )
     return InferRequest(content.id, pictures, outputs, default)
 
 
-def _read_pictures(sent: _Input, binary: bytes) -> list[bytes]:
-    size = sent.parameters.get("binary_data_size")
+def _read_pictures(image_input: _Input, binary: bytes) -> list[bytes]:
+    size = image_input.parameters.get("binary_data_size")
     if size is None:
-        if sent.data is None or binary:
-            raise bad_request("the input has neither `data` nor `binary_data_size`")
-        return [decode_base64(text) for text in sent.data]
+        if binary:
+            text = f"{len(binary)} bytes follow the JSON, but the input has no `binary_data_size`"
+            raise bad_request(text)
+        if image_input.data is None:
+            raise bad_request(f"the input has no `data`; {REMEDY}")
+        return [decode_base64(text, "an element of `data`", REMEDY) for text in image_input.data]
     if size != len(binary):
         raise bad_request(f"binary_data_size is {size}, but {len(binary)} bytes follow the JSON")
     pictures, start = [], 0
@@ -120,11 +128,13 @@ def respond(
 ) -> Response:
     """The response for the answers (schemas.Answer); raises ApiError for an unknown output."""
     known = {output["name"]: output for output in describe_outputs(record)}
-    wanted = request.outputs or dict.fromkeys(known, request.is_binary)
-    if unknown := wanted.keys() - known.keys():
-        raise bad_request(f"no output is {quote(min(unknown))}; there are {', '.join(known)}")
+    requested_outputs = request.outputs or dict.fromkeys(known, request.is_binary)
+    if unknown := requested_outputs.keys() - known.keys():
+        raise bad_request(
+            f"there is no output {quote(min(unknown))}; the outputs are {', '.join(known)}"
+        )
     outputs, blobs = [], []
-    for output, is_binary in wanted.items():
+    for output, is_binary in requested_outputs.items():
         values = _values(output, answers)
         entry = known[output] | {"shape": [len(answers), *known[output]["shape"][1:]]}
         if is_binary:

@@ -116,12 +116,12 @@ def _decode_base64(body: bytes) -> tuple[bytes, list[str]]:
     try:
         sent = schemas.Base64.model_validate_json(body.decode(json.detect_encoding(body)))
     except ValueError as error:  # also of pydantic
-        raise bad_request(f"the body is not such JSON; {BASE64}") from error
+        raise bad_request(f"the body is not JSON with a text `image`; {BASE64}") from error
     return decode_base64(sent.image), [*(sent.model_extra or {})]
 
 
-def decode_base64(text: str) -> bytes:
-    """A picture in base64 or as a data: URL. Raises ApiError."""
+def decode_base64(text: str, name: str = "`image`", remedy: str = BASE64) -> bytes:
+    """A picture in base64 or as a data: URL. Raises ApiError, with the name of the text."""
     text = unquote(text) if "%" in text else text
     text = text.lstrip("\ufeff")
     if prefix := DATA_URL.match(text):
@@ -130,7 +130,7 @@ def decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
-        raise bad_request(f"`image` is not base64; {BASE64}") from error
+        raise bad_request(f"{name} is not base64; {remedy}") from error
 
 
 def _join_lines(text: str) -> str:
@@ -170,7 +170,7 @@ async def _upload_timeout() -> AsyncIterator[None]:
         async with asyncio.timeout(UPLOAD_S):
             yield
     except TimeoutError as error:
-        raise bad_request(f"the upload took over {UPLOAD_S} s") from error
+        raise bad_request(f"the upload took over {UPLOAD_S} s; send a smaller picture") from error
 
 
 def _content_length(request: Request) -> int:
@@ -183,7 +183,7 @@ def _content_length(request: Request) -> int:
 
 def _too_large(request: Request, limit: int = 0) -> ApiError:
     """`limit`: of a whole body, which may have several pictures."""
-    text = f"a picture may have {_limit(request)} bytes (MAX_UPLOAD_BYTES)"
+    text = f"a picture may have {_limit(request)} bytes (MAX_UPLOAD_BYTES); send a smaller one"
     if limit >= MAX_BODIES_BYTES:
         text = f"all pictures together may have {limit} bytes; send fewer at a time"
     return ApiError(413, "too_large", f"the upload is too large: {text}")

@@ -55,21 +55,23 @@ def test_a_wait_over_half_of_the_deadline_is_rejected_with_the_time_to_retry() -
 def test_bodies_over_the_limit_are_rejected_until_another_request_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(admission, "MAX_BODIES_BYTES", 100)
+    monkeypatch.setattr(admission, "MAX_BODIES_BYTES", 100_000_000)
     requests = Admission(Settings(), Metrics())
     first: dict[str, Any] = {}
     second: dict[str, Any] = {}
-    requests.add_body_bytes(first, 40)
-    requests.add_body_bytes(first, 30)
+    requests.add_body_bytes(first, 40_000_000)
+    requests.add_body_bytes(first, 30_000_000)
     with pytest.raises(Busy) as busy:
-        requests.add_body_bytes(second, 31)
-    assert str(busy.value) == "the server is busy: large uploads; try again in 1 s"
+        requests.add_body_bytes(second, 30_000_001)
+    assert str(busy.value) == (
+        "the server is busy: the uploads in progress would exceed 100 MB; try again in 1 s"
+    )
     assert (busy.value.why, busy.value.retry_after_s) == ("memory", 1)
     requests.release_body({})  # of a request without a body
-    requests.add_body_bytes(second, 20)
+    requests.add_body_bytes(second, 20_000_000)
     for _ in range(2):
         requests.release_body(first)
-    requests.add_body_bytes(second, 80)
+    requests.add_body_bytes(second, 80_000_000)
     with pytest.raises(Busy):
         requests.add_body_bytes(first, 1)
 

@@ -35,7 +35,7 @@ def test_a_slow_machine_takes_longer_to_train_the_final_model_on_enough_images()
 
 
 def test_pictures_have_more_time_where_there_are_many() -> None:
-    pictures = replace(MNIST, enough_samples=budget.ENOUGH_PICTURES)
+    pictures = replace(MNIST, enough_samples=budget.ENOUGH_PICTURE_SAMPLES)
     plan, digits = (budget.make_plan(work, 1_400, 10.0) for work in (pictures, MNIST))
     assert plan.total_s == pytest.approx(budget.LIMIT_S)
     assert plan.final_s > 1.4 * digits.final_s

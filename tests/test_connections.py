@@ -100,7 +100,9 @@ def test_a_binary_body_where_json_is_expected_is_the_client_s_error(body: bytes)
     with TestClient(app) as client:
         for kind in ("application/json", "multipart/form-data; boundary=x", "image/png"):
             response = client.post("/predict/base64", content=body, headers={"content-type": kind})
-            assert "the body is not such JSON" in refused(response, 400, "bad_request")
+            assert "the body is not JSON with a text `image`" in refused(
+                response, 400, "bad_request"
+            )
 
 
 def test_an_upload_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

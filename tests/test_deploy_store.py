@@ -196,7 +196,7 @@ def events(caplog: pytest.LogCaptureFixture, name: str) -> list[str]:
 
 def give_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the time after which a store that hangs counts as away."""
-    monkeypatch.setitem(mirror.CLIENT, "read_timeout", "2s")
+    monkeypatch.setitem(mirror.CLIENT_OPTIONS, "read_timeout", "2s")
     monkeypatch.setattr(mirror, "RETRY_S", 1)
 
 

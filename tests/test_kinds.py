@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mnist.data import Dataset, Split
-from mnist.data.kinds import describe_mirror_images, find_kind, find_mirror_images
+from mnist.data.kinds import describe_mirrored_classes, find_kind, find_mirrored_classes
 
 
 @pytest.mark.parametrize(
@@ -32,26 +32,26 @@ def arrows(classes: str, n: int = 12, size: int = 28) -> Split:
 
 @pytest.mark.parametrize("size", [28, 56])
 def test_arrows_to_the_left_and_right_are_mirror_images(size: int) -> None:
-    assert find_mirror_images(arrows("<^>", n=100, size=size), 3) == ((0, 2),)
+    assert find_mirrored_classes(arrows("<^>", n=100, size=size), 3) == ((0, 2),)
 
 
 def test_a_class_that_looks_like_another_in_one_direction_only_is_no_mirror_image() -> None:
     # All arrows point left; mirrored, they are nearest to the class that has both directions.
     left, both = arrows("<", n=100), arrows("<>", n=50)
     split = Split(torch.cat([left.images, both.images]), torch.arange(200) // 100)
-    assert find_mirror_images(split, 2) == ()
+    assert find_mirrored_classes(split, 2) == ()
 
 
 def test_a_class_without_images_among_the_compared_ones_is_no_pair() -> None:
-    assert find_mirror_images(arrows("<>", n=20), 3) == ((0, 1),)
+    assert find_mirrored_classes(arrows("<>", n=20), 3) == ((0, 1),)
 
 
 def test_a_line_names_the_classes_that_are_mirror_images() -> None:
-    assert describe_mirror_images(["b", "c", "d", "p", "q"], []) is None
-    line = describe_mirror_images(["b", "c", "d", "p", "q"], [(0, 2), (3, 4)])
+    assert describe_mirrored_classes(["b", "c", "d", "p", "q"], []) is None
+    line = describe_mirrored_classes(["b", "c", "d", "p", "q"], [(0, 2), (3, 4)])
     assert line is not None
     assert "'b' and 'd', 'p' and 'q'" in line
 
 
 def test_a_data_set_has_its_kind(digits: Dataset) -> None:
-    assert (digits.kind, digits.mirror_images) == ("digit", ())
+    assert (digits.kind, digits.mirrored_classes) == ("digit", ())

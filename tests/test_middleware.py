@@ -482,7 +482,7 @@ def test_a_request_that_is_rejected_after_its_admission_is_counted_by_the_reason
     monkeypatch.setattr(admission, "MAX_BODIES_BYTES", 1_000)
     with TestClient(app) as client:
         answer = client.post("/predict", content=bytes(2_000))
-        assert "large uploads" in refused(answer, 429, "busy")
+        assert "the uploads in progress would exceed" in refused(answer, 429, "busy")
         assert answer.headers["retry-after"] == "1"
         metrics = client.get("/metrics").text
     assert 'turned_away_total{why="memory"} 1.0' in metrics

@@ -43,7 +43,7 @@ def test_no_outlier_is_similar_to_a_training_image(digits: Dataset) -> None:
     made = outliers.make(known, 200, 0)
     rows = [part.reshape(len(part), -1).astype(float) for part in (made, known)]
     unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in rows]
-    assert (unit[0] @ unit[1].T).max() <= outliers.MAX_LIKENESS + 1e-6
+    assert (unit[0] @ unit[1].T).max() <= outliers.MAX_SIMILARITY + 1e-6
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -231,7 +231,7 @@ def test_a_missing_device_is_named() -> None:
         ({}, {}, ("digit", True, 0)),
         ({}, {"augment": "thing"}, ("thing", True, 0)),
         ({"recipe": "plain"}, {}, ("thing", False, 0.5)),
-        ({"recipe": "plain", "mirror_images": ((1, 2),)}, {}, ("thing", False, 0)),
+        ({"recipe": "plain", "mirrored_classes": ((1, 2),)}, {}, ("thing", False, 0)),
         (
             {"recipe": "plain"},
             {"augment": "photo", "mirror": 0.2},

@@ -73,9 +73,9 @@ def test_json_is_read_in_each_encoding(encoding: str, client: TestClient) -> Non
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"{", "the body is not such JSON; send {"),
-        (b"\xff", "the body is not such JSON; send {"),
-        (b'{"image": 7}', "the body is not such JSON; send {"),
+        (b"{", "the body is not JSON with a text `image`; send {"),
+        (b"\xff", "the body is not JSON with a text `image`; send {"),
+        (b'{"image": 7}', "the body is not JSON with a text `image`; send {"),
         (b'{"image": "?"}', "`image` is not base64; send {"),
         (b'{"image": "\xc3\xa9AAA"}', "`image` is not base64; send {"),
         (b'{"image": "AAAAA"}', "`image` is not base64; send {"),
@@ -130,7 +130,7 @@ def test_an_upload_that_takes_too_long_is_refused(
     client.portal.call(app, scope | {"headers": headers}, receive, send)
     assert sent[0]["status"] == 400
     error = json.loads(sent[1]["body"])["error"]
-    assert error["message"] == "the upload took over 0.01 s"
+    assert error["message"] == "the upload took over 0.01 s; send a smaller picture"
 
 
 def test_an_empty_image_gets_the_remedy_of_its_route(client: TestClient) -> None:

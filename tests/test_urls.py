@@ -38,7 +38,7 @@ SECRET = "s3cretWord"
 def test_only_scheme_host_port_database_and_harmless_parameters_are_shown(
     storage: str, shown: str
 ) -> None:
-    assert urls.mask_secrets(storage) == shown
+    assert urls.mask_url_secrets(storage) == shown
     assert Options(storage=storage).record()["storage"] == shown
     assert SECRET not in str(urls.unusable_storage(storage, "no route to the host"))
 

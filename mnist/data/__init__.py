@@ -14,7 +14,7 @@ from mnist import plugins
 from mnist.data import folders
 from mnist.data.cache import Arrays
 from mnist.data.download import DataError
-from mnist.data.kinds import find_kind, find_mirror_images
+from mnist.data.kinds import find_kind, find_mirrored_classes
 from mnist.data.sources import DATASETS, Reader, Source
 from mnist.data.splits import Split, split_stratified
 from mnist.shell import first_line
@@ -32,7 +32,7 @@ class Dataset:
 
     `mean` and `std` are those of the training split scaled to 0..1, over all channels; `sha256` is
     the hash of pixels and labels, `split_sha256` that of the indices of the splits.
-    `mirror_images` are pairs of classes that are each other's mirror image.
+    `mirrored_classes` are pairs of classes that are each other's mirror image.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Dataset:
     train: Split
     validation: Split
     calibration: Split
-    mirror_images: tuple[tuple[int, int], ...]
+    mirrored_classes: tuple[tuple[int, int], ...]
     open_test: Callable[[], Split]
     """Reads the test split, for the single evaluation of a model that is being saved."""
 
@@ -121,7 +121,7 @@ def load(
         train=split(train),
         validation=split(validation[:max_validation]),
         calibration=split(calibration),
-        mirror_images=() if is_ink else find_mirror_images(split(train), len(source.classes)),
+        mirrored_classes=() if is_ink else find_mirrored_classes(split(train), len(source.classes)),
         open_test=open_test,
     )
 
@@ -202,7 +202,7 @@ def _take_subset(
     """A stratified subset of the training split; raises ValueError for impossible sizes."""
     if not classes <= samples <= len(train):
         limits = f"{classes} (one of each class) to {len(train)}"
-        raise ValueError(f"train-samples is {samples}; {name} takes {limits}")
+        raise ValueError(f"--train-samples is {samples}; {name} takes {limits}")
     if samples <= len(train) - classes:
         return split_stratified(train, labels, samples)[1]
     return train[:samples]  # too few are left for a stratified split; `train` is shuffled

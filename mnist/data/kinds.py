@@ -20,7 +20,7 @@ def find_kind(recipe: str, channels: int) -> str:
     return "photo" if channels == 3 else "thing"
 
 
-def find_mirror_images(train: Split, n_classes: int) -> tuple[tuple[int, int], ...]:
+def find_mirrored_classes(train: Split, n_classes: int) -> tuple[tuple[int, int], ...]:
     """Pairs of classes that are each other's mirror image, such as b and d, or arrows.
 
     The nearest of COMPARED other images gives the class of each image and of its mirror image. Two
@@ -41,7 +41,9 @@ def find_mirror_images(train: Split, n_classes: int) -> tuple[tuple[int, int], .
     return tuple((int(i), int(j)) for i, j in np.argwhere(mutual >= MIN_SHARE))
 
 
-def describe_mirror_images(classes: Sequence[str], pairs: Sequence[tuple[int, int]]) -> str | None:
+def describe_mirrored_classes(
+    classes: Sequence[str], pairs: Sequence[tuple[int, int]]
+) -> str | None:
     """A line that names pairs of classes; None without any."""
     if not pairs:
         return None

@@ -19,7 +19,7 @@ from mnist.search.budget import Plan, estimate_remaining_s, estimate_search_s, e
 from mnist.search.loop import Update
 from mnist.search.storage import StorageError
 from mnist.search.study import FINISHED, MIN_TRIALS_FOR_IMPORTANCE
-from mnist.search.urls import mask_secrets
+from mnist.search.urls import mask_url_secrets
 from mnist.shell import first_line
 from mnist.training import Progress
 
@@ -84,7 +84,11 @@ class Display:
             if progress.accuracy is not None:
                 self.accuracies[number] = f"{progress.accuracy:.2%}"
             share = f"{progress.samples / progress.total:.0%}"
-            row = [*self._make_row(number, params), share, self.accuracies.get(number, "")]
+            row = [
+                *self._make_row(f"trial {number}", params),
+                share,
+                self.accuracies.get(number, ""),
+            ]
             self.running[number] = row
             self._render(row, self._estimate_search_s())
         elif update.state:
@@ -95,7 +99,12 @@ class Display:
                 self.add_finished(update.state, number, update.value)
             value = "" if update.value is None else f"{update.value:.2%}"
             state = update.state.name.lower()
-            row = [*self._make_row(number, params), state, value, f"{update.seconds:.0f} s"]
+            row = [
+                *self._make_row(f"trial {number}", params),
+                state,
+                value,
+                f"{update.seconds:.0f} s",
+            ]
             self.rows = [*self.rows, row][-MAX_ROWS:]
             self._render(row, self._estimate_search_s(), is_end=True)
 
@@ -128,8 +137,8 @@ class Display:
         row = [*self._make_row(label), f"{share:.0%}", f"loss {progress.loss:.3f}"]
         self._render(row, training_s + after_s)
 
-    def _make_row(self, first: int | str, params: Mapping[str, Any] | None = None) -> list[str]:
-        return [str(first), *(format_value((params or {}).get(name, "")) for name in self.names)]
+    def _make_row(self, label: str, params: Mapping[str, Any] | None = None) -> list[str]:
+        return [label, *(format_value((params or {}).get(name, "")) for name in self.names)]
 
     def _estimate_search_s(self) -> float:
         now, remaining = time.monotonic(), self.trials - self.done
@@ -149,7 +158,7 @@ class Display:
         )
         if self.live:
             names = [name.removesuffix("_size") for name in self.names]
-            table = Table("trial", *names, "state", "accuracy", "time", box=None)
+            table = Table("", *names, "state", "accuracy", "time", box=None)
             for cells in self.rows:
                 table.add_row(*cells, style="dim")
             rows = self.running.values() or ([row] if row and not is_end else [])
@@ -159,7 +168,7 @@ class Display:
             self.live.update(Group(table, summary, bar), refresh=True)
         elif row and time.monotonic() - self.last_line > PLAIN_INTERVAL_S:
             self.last_line = time.monotonic()
-            self.print_line(f"trial {' '.join(word for word in row if word)} | {summary}")
+            self.print_line(f"{' '.join(word for word in row if word)} | {summary}")
 
 
 def format_duration(seconds: float) -> str:
@@ -198,7 +207,7 @@ def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
         *activate,
         ("" if is_default else f"MODELS={shlex.quote(folder)} ") + "uvicorn serve.app:app",
         "curl -F file=@picture.png http://127.0.0.1:8000/predict",
-        f"optuna-dashboard {shlex.quote(mask_secrets(options.storage))} "
+        f"optuna-dashboard {shlex.quote(mask_url_secrets(options.storage))} "
         f"--artifact-dir {shlex.quote(str(options.artifacts))}",
     ):
         console.print(f"  {command}")
@@ -225,8 +234,10 @@ def _print_study(console: Console, outcome: dict[str, Any]) -> None:
     shares = outcome["importance"]
     if shares is None:
         few = n < MIN_TRIALS_FOR_IMPORTANCE
-        reason = "too few complete trials" if few else "the complete trials are too alike"
-        console.print(f"importance: withheld, {reason} (n = {n})")
+        reason = "the complete trials are too alike"
+        if few:
+            reason = f"fewer than {MIN_TRIALS_FOR_IMPORTANCE} complete trials"
+        console.print(f"importance: not computed, {reason} (n = {n})")
     else:
         text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         console.print(f"importance: {text} (n = {n} complete trials)")

@@ -72,7 +72,8 @@ class FinalTraining:
             if result.failure is None and weights is not None:
                 return TrainedModel(best, weights, run.samples, seconds)
             if result.failure in (None, "died"):
-                raise loop.Unfinished(f"the final training failed: {result.reason or run.weights}")
+                reason = result.reason or f"its weights are not at {run.weights}"
+                raise loop.Unfinished(f"the final training failed: {reason}")
             self._exclude(best.number, result)
         raise loop.SearchFailed(
             "no complete trial is left to make the final model from; a larger --trials adds some"

@@ -26,7 +26,7 @@ from mnist.job.parameters import (
 )
 from mnist.search import space as spaces
 from mnist.search import study as studies
-from mnist.search.urls import mask_secrets
+from mnist.search.urls import mask_url_secrets
 from mnist.shell import UserPath
 
 
@@ -63,7 +63,7 @@ class Options:
         None, "Longest training of a trial, in epochs. [default: fits the machine]", type=POSITIVE
     )
     final_epochs: float | None = option(
-        None, "The same for the final model. [default: fits the machine]", type=POSITIVE
+        None, "Length of the final training, in epochs. [default: fits the machine]", type=POSITIVE
     )
     timeout: float | None = option(
         None,
@@ -79,7 +79,7 @@ class Options:
     )
     augment: str = option(
         AUTO,
-        "What training images may show without a change of class; auto: by the data set.",
+        "Kind of random changes to training images; auto: by the data set.",
         type=click.Choice([AUTO, *augmentation.KINDS]),
     )
     image_size: int | None = option(
@@ -185,7 +185,7 @@ class Options:
             "data_dir": str(self.data_dir),
             "output": str(self.output),
             "artifacts": str(self.artifacts),
-            "storage": mask_secrets(self.storage),
+            "storage": mask_url_secrets(self.storage),
             "import_": list(map(str, self.import_)),
         }
         return {key.rstrip("_"): value for key, value in values.items() if key != "json"}
@@ -250,8 +250,8 @@ def _describe_network(name: str) -> str:
     return "?"
 
 
-def _count_parameters(name: str) -> int | None:
-    """The parameters for 28x28 grey images; None where a plugin's network does not take these."""
+def _count_parameters(name: str) -> int:
+    """The parameters for 28x28 grey images; 0 where a plugin's network does not take these."""
     with contextlib.suppress(Exception), torch.device("meta"):
         return models.count_parameters(models.build(name, 1, 28, 10))
-    return None
+    return 0

@@ -40,7 +40,11 @@ class Size(click.ParamType):
             self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
         size = int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]])
         if size < MIN_QUOTA:
-            self.fail(f"{value!r} is under {MIN_QUOTA // 10**6}MB", param, ctx)
+            self.fail(
+                f"{value!r} is under {MIN_QUOTA // 10**6}MB, which the smallest run needs",
+                param,
+                ctx,
+            )
         return size
 
 

@@ -11,7 +11,7 @@ import optuna
 import torch
 
 from mnist import batch_norms, data, disk, models, plugins, training
-from mnist.data.kinds import describe_mirror_images
+from mnist.data.kinds import describe_mirrored_classes
 from mnist.job import networks
 from mnist.job.clock import Clock
 from mnist.job.display import full_message
@@ -49,7 +49,7 @@ def prepare(
     space = read_space(options, model, dataset)
     if note := spaces.describe_repeats(space, options.total_trials):
         log.warning("%s", note)
-    note = describe_mirror_images(dataset.classes, dataset.mirror_images)
+    note = describe_mirrored_classes(dataset.classes, dataset.mirrored_classes)
     if note and "mirror" not in space:
         log.warning("%s", note)
     work = budget.Workload(
@@ -61,7 +61,7 @@ def prepare(
         len(dataset.validation),
         min(training.VALIDATION_SUBSET, len(dataset.validation)),
         batch_norms.NORM_IMAGES if batch_norms.list_layers(model) else 0,
-        budget.ENOUGH_FINAL_SAMPLES if dataset.kind == "digit" else budget.ENOUGH_PICTURES,
+        budget.ENOUGH_FINAL_SAMPLES if dataset.kind == "digit" else budget.ENOUGH_PICTURE_SAMPLES,
         options.thorough,
     )
     stored = member.run_locked(lambda study: study.user_attrs.get("plan"))
@@ -155,7 +155,7 @@ def read_space(options: Options, model: torch.nn.Module, dataset: data.Dataset) 
             (*entries, *options.param),
             bool(training.dropout_layers(model)),
             dataset.kind != "digit",
-            not dataset.mirror_images,
+            not dataset.mirrored_classes,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -196,8 +196,10 @@ def agree_on_plan(
     def store_plan(study: optuna.Study) -> budget.Plan:
         first = study.user_attrs.get("plan", asdict(plan))
         agreed = budget.Plan(**first) if trial_samples in (None, first["trial_samples"]) else plan
-        if "plan" not in study.user_attrs:  # stored before the fingerprint: after a kill in
-            study.set_user_attr("plan", asdict(agreed))  # between, no fingerprint lacks its plan
+        # The plan is stored before the fingerprint: after a kill between the two, no fingerprint
+        # lacks its plan.
+        if "plan" not in study.user_attrs:
+            study.set_user_attr("plan", asdict(agreed))
             study.set_user_attr("origin", describe_origin(options))
         components = (models.NETWORKS[options.model], data.find_reader(options.dataset))
         from_plugin = any(map(plugins.is_from_plugin, components))

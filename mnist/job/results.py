@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist import plugins, registry
 from mnist.job.options import Options
-from mnist.registry.records import mask_secrets
+from mnist.registry.records import mask_storage_urls
 from mnist.search import study as studies
 from mnist.search.checkpoints import Checkpoints
 from mnist.search.members import Member
@@ -33,7 +33,7 @@ def find_result(member: Member, options: Options) -> dict[str, Any] | None:
         return None
     local = registry.read(options.output)["models"]
     remote = member.run_locked(lambda study: study.user_attrs.get("result", {}))
-    mask_secrets(remote)
+    mask_storage_urls(remote)
     for name, record in [*reversed(local.items()), *remote.items()]:
         study = record["study"]
         is_winner = (study.get("id"), study.get("trial")) == (member.study_id, best.number)

@@ -83,10 +83,9 @@ class Tracking:
     def _find_entries(self, stopping: bool) -> list[Entry]:
         trials = self._member.run_locked(lambda study: find_trials(study, self._member.id))
         entries = [describe_trial(self._member, trial) for trial in trials]
-        if (
-            stopping and self._model and self._member.become_leader()
-        ):  # others leave it to the leader
-            entries.append(self._model)
+        model = self._model if stopping else None
+        if model and self._member.become_leader():  # other members leave the model to the leader
+            entries.append(model)
         return entries
 
 

@@ -46,7 +46,8 @@ def run_trials(
             screen.show_update(update)
             if time.monotonic() > half:
                 break
-    if member.run_locked(studies.count_finished) < trials:
+    if (finished := member.run_locked(studies.count_finished)) < trials:
         if not member.run_locked(lambda study: studies.best_trials(study, 1)):
             raise loop.Unfinished("--timeout: no trial was completed")
-        screen.print_line(f"--timeout: the budget of {trials} trials was not reached")
+        text = f"--timeout: {finished} of {trials} trials are finished; the same command continues"
+        screen.print_line(f"{text} once the final model is saved; a longer --timeout allows more")

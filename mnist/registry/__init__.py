@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mnist import disk
 from mnist.registry.records import DatasetEntry as DatasetEntry
-from mnist.registry.records import Info, Record, find_fault, mask_secrets
+from mnist.registry.records import Info, Record, find_fault, mask_storage_urls
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -70,7 +70,7 @@ def parse(content: bytes, source: str) -> Info:
         raise RegistryError(f"{text}; correct it, or restore a copy")
     if info["current"] not in (None, *info["models"]):
         raise RegistryError(f"{source}: `current` names none of its models; correct it")
-    mask_secrets(info["models"])
+    mask_storage_urls(info["models"])
     return info  # type: ignore[return-value]
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 URL = re.compile(r"(s3|gs)://[\w.-]+(/[\w./=+-]*)?")
 OBSTORE = "obstore==0.12.1"  # not in requirements-serve.txt: most servers read a folder
-CLIENT = {
+CLIENT_OPTIONS = {
     "allow_http": True,  # where the endpoint is one of http://, which only a person can set
     "connect_timeout": "3s",
     "read_timeout": "10s",  # for the next bytes
@@ -45,7 +45,7 @@ def check_url(url: str) -> None:
         raise RegistryError("an object store is s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
     if find_spec("obstore") is None:
         raise RegistryError(f"object stores need `pip install {OBSTORE}`")
-    _cache()
+    _cache()  # raises where the home folder is unknown
 
 
 def _cache() -> Path:
@@ -149,7 +149,7 @@ class Mirror:
 
         if self._store is None:
             retries: Any = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)}
-            options: Any = CLIENT
+            options: Any = CLIENT_OPTIONS
             self._store = from_url(self.url, client_options=options, retry_config=retries)
         try:
             return obstore.get(self._store, name, options={"if_none_match": etag} if etag else {})

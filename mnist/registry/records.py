@@ -118,7 +118,7 @@ def find_fault(info: Mapping[str, Any]) -> str | None:
     return None
 
 
-def mask_secrets(records: Mapping[str, Record]) -> None:
+def mask_storage_urls(records: Mapping[str, Record]) -> None:
     """Mask the password of a storage in each record; an older version may have stored it."""
     for record in records.values():
         options = record.get("options", {})

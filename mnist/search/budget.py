@@ -27,7 +27,7 @@ MAX_FINAL_EPOCHS, THOROUGH_EPOCHS, SMALL_DATA_FINAL_SAMPLES = 40, 60, 60_000
 TARGET_S, LIMIT_S, ENOUGH_FINAL_SAMPLES = 7.0 * 60, 13.5 * 60, 240_000
 # The same for things and photos, which take longer to learn: on Fashion-MNIST, `parallel` makes 569
 # errors of 7,500 held-out images after 240,000 training images, and 447 after 600,000 (one seed).
-ENOUGH_PICTURES = 1_000_000
+ENOUGH_PICTURE_SAMPLES = 1_000_000
 # Speed of a training of minutes, as a share of that of a measurement of seconds; 0.78 and 0.89 were
 # seen on two cores of Zen 4 whose speed changed by a third within minutes.
 SUSTAINED_SPEED = 0.9

@@ -100,9 +100,9 @@ def read_space(
         if name == "wide" and dropout:
             space["dropout"] = FloatDistribution(0.0, 0.7)
         if name == "wide" and pictures:
-            space["augment"] = CategoricalDistribution(("digit", *augmentation.PICTURES))
+            space["augment"] = CategoricalDistribution(("digit", *augmentation.PICTURE_LIMITS))
             if mirror:
-                space["mirror"] = CategoricalDistribution((0.0, augmentation.MIRROR))
+                space["mirror"] = CategoricalDistribution((0.0, augmentation.MIRRORED_SHARE))
     else:
         try:
             space = {key: parse_distribution(key, spec) for key, spec in _read_file(name).items()}

@@ -166,7 +166,7 @@ class SharedStudy:
                 self.file is None and _find_cause(error, CONNECTION_ERRORS) is not None
             )
             text = urls.scrub(first_line(cause), self.url)
-            raise StorageError(f"{urls.mask_secrets(self.url)}: {text}", passing) from error
+            raise StorageError(f"{urls.mask_url_secrets(self.url)}: {text}", passing) from error
 
     def _find_removal(self) -> str | None:
         """Why the study no longer exists; None where it does, or where the database fails."""
@@ -186,7 +186,7 @@ class SharedStudy:
         return None
 
     def _gone(self, reason: str) -> StudyGone:
-        return StudyGone(self.name, urls.mask_secrets(self.url), reason)
+        return StudyGone(self.name, urls.mask_url_secrets(self.url), reason)
 
     def close(self) -> None:
         self.storage.remove_session()
@@ -260,7 +260,7 @@ def set_transaction_timeout(connection: Any, _: Any) -> None:
 def other_schema(storage: str) -> StudyError:
     """The error for tables of another version of Optuna."""
     return StudyError(
-        f"--storage {urls.mask_secrets(storage)!r} has tables of another version of Optuna than "
-        f"{optuna.__version__}: `optuna storage upgrade --storage URL` converts tables of an "
+        f"--storage {urls.mask_url_secrets(storage)!r} has tables of another version of Optuna "
+        f"than {optuna.__version__}: `optuna storage upgrade --storage URL` converts tables of an "
         "older version; for tables of a newer one, name another database"
     )

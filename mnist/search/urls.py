@@ -46,7 +46,7 @@ def unusable_storage(storage: str, reason: str) -> StudyError:
     """The one-line error for a storage that cannot be opened."""
     line = scrub((reason.strip() or "no reason is known").splitlines()[0], storage)
     return StudyError(
-        f"--storage {mask_secrets(storage)!r} cannot be opened: {line}; "
+        f"--storage {mask_url_secrets(storage)!r} cannot be opened: {line}; "
         "a URL such as sqlite:///db.sqlite3 is expected"
     )
 
@@ -74,7 +74,7 @@ def _split_user(storage: str) -> tuple[str, str, str]:
     return (user, at, place) if at else ("", "", location)
 
 
-def mask_secrets(storage: str) -> str:
+def mask_url_secrets(storage: str) -> str:
     """The URL for output and records: scheme, host, port, database and harmless parameters."""
     storage = normalise(storage)
     scheme = re.match(r"[\w+]+(?=://)", storage)
