@@ -122,7 +122,9 @@ def smooth_errors(table: Table) -> np.ndarray:
         own = optimizers == optimizer
         errors = np.maximum(table.final_errors[own], 1)
         kernel = ConstantKernel() * Matern([1.0, 1.0], nu=2.5) + WhiteKernel(0.01)
-        process = GaussianProcessRegressor(kernel, alpha=1 / errors, normalize_y=True)
+        process = GaussianProcessRegressor(
+            kernel, alpha=1 / errors, normalize_y=True, n_restarts_optimizer=4, random_state=0
+        )
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
             process.fit(np.log(points[own]), np.log(errors))
         expected[own] = np.exp(process.predict(np.log(points[own])))
