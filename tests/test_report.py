@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from matplotlib.figure import Figure
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all_artifact_meta
 from optuna.trial import TrialState, create_trial
 from PIL import Image
@@ -134,6 +135,31 @@ def test_importance_is_withheld_below_ten_complete_trials() -> None:
     assert "Withheld: with 9 complete trials" in page.render_page(few)
     assert "importance" in enough.study_figures
     assert "Withheld" not in page.render_page(enough)
+
+
+def stretched(*accuracies: float) -> Any:
+    """An axis of these accuracies, and the labels of its ticks."""
+    axes = Figure().subplots()
+    axes.plot(accuracies, "o")
+    plots.stretch_accuracy(axes)
+    return axes, [label.get_text() for label in axes.get_yticklabels()]
+
+
+def test_accuracies_near_100_per_cent_are_as_far_apart_as_those_near_chance() -> None:
+    axes, labels = stretched(0.1, 0.5, 0.9, 0.99, 1.0, 0.0)
+    heights = axes.transAxes.inverted().transform(
+        axes.transData.transform([(0, y) for y in (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)])
+    )[:, 1]
+    assert heights[0] > 0.03
+    assert heights[-1] < 0.97
+    assert heights[3] - heights[2] == pytest.approx(heights[2] - heights[1], rel=1e-3)
+    assert heights[4] - heights[3] > 0.8 * (heights[3] - heights[2])
+    assert labels == ["100%", "99.9%", "99.5%", "98%", "90%", "50%", "10%", "2%", "0%"]
+
+
+def test_accuracies_that_are_alike_keep_a_linear_axis() -> None:
+    axes, _ = stretched(0.971, 0.975, 0.979)
+    assert axes.get_yscale() == "linear"
 
 
 def test_importance_is_drawn() -> None:

@@ -29,6 +29,9 @@ INK, BLUE, ORANGE, RED, GREY, PALE = (
     "#e4e7eb",
 )
 WIDTH, HEIGHT = 5.2, 3.4  # inches; text of 9 points is readable on a phone
+ACCURACY_TICKS = (1, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8, 0.5, 0.3, 0.1, 0.02, 0)
+MIN_TICK_DISTANCE = 0.06  # share of the axis
+ODDS_OFFSET = 0.0005  # so that shares of 0 and 1 have log odds
 STYLE: Any = {
     "figure.figsize": (WIDTH, HEIGHT),
     "savefig.dpi": 180,
@@ -108,7 +111,7 @@ def plot_history(study: "optuna.Study") -> "Figure":
     labels = ("complete", "best so far", "pruned")
     style_axes(axes).legend(handles, labels, loc="best", frameon=False, fontsize=9)
     axes.set_xlabel("trial")
-    format_percent(axes)
+    stretch_accuracy(axes)
     return axes.figure
 
 
@@ -135,7 +138,7 @@ def plot_curves(study: "optuna.Study", winner: int) -> "Figure":
         axes.legend(unique.values(), unique.keys(), loc="best", frameon=False)
     axes.set(xlabel="training images seen", ylabel=VALUE_LABEL)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    format_percent(style_axes(axes))
+    stretch_accuracy(style_axes(axes))
     return figure
 
 
@@ -156,7 +159,7 @@ def plot_slices(study: "optuna.Study") -> "Figure":
         axes.margins(0.08)
         axes.autoscale(axis="both")
         _format_log_axis(style_axes(axes).xaxis)
-    format_percent(panels[0])
+    stretch_accuracy(panels[0])
     bar = panels[-1].collections[0].colorbar  # shared by all panels
     bar.set_label("trial", color=INK, fontsize=9)
     bar.locator = _make_integer_locator()
@@ -246,6 +249,36 @@ def _format_log_axis(axis: "Axis") -> None:
 def format_number(value: float) -> str:
     """ "1e-4", "0.05", "200" """
     return f"{value:.0e}".replace("e-0", "e-") if value < 0.01 else f"{value:g}"
+
+
+def stretch_accuracy(axes: "Axes") -> None:
+    """Scale the y axis by log odds, as good trials differ by a per cent and bad ones by many.
+
+    An axis with fewer than three of ACCURACY_TICKS stays linear.
+    """
+    format_percent(axes)
+    low, high = axes.dataLim.intervaly
+    if sum(low <= tick <= high for tick in ACCURACY_TICKS) >= 3:
+        axes.set_yscale("function", functions=(_log_odds, _from_log_odds))
+        low, high = axes.get_ylim()
+        least = MIN_TICK_DISTANCE * (_log_odds(high) - _log_odds(low))
+        ticks: list[float] = []
+        for tick in ACCURACY_TICKS:
+            is_apart = not ticks or _log_odds(ticks[-1]) - _log_odds(tick) >= least
+            if low <= tick <= high and is_apart:
+                ticks.append(tick)
+        axes.set_yticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
+
+
+def _log_odds(share: Any) -> Any:
+    """Log odds of shares (any shape), also where they are up to ODDS_OFFSET under 0 or over 1."""
+    share = np.clip(share, -0.99 * ODDS_OFFSET, 1 + 0.99 * ODDS_OFFSET)
+    return np.log((share + ODDS_OFFSET) / (1 - share + ODDS_OFFSET))
+
+
+def _from_log_odds(log_odds: Any) -> Any:
+    odds = np.exp(log_odds)
+    return (odds * (1 + ODDS_OFFSET) - ODDS_OFFSET) / (1 + odds)
 
 
 def format_percent(axes: "Axes") -> None:
