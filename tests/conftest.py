@@ -28,6 +28,11 @@ SHORT = ["--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs",
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest tests first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: item.path.name != "test_soak.py")
+
+
 class Done(NamedTuple):
     """What a command left."""
 
