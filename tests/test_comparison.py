@@ -189,10 +189,12 @@ def test_a_candidate_that_the_search_space_does_not_suit_is_left_out(
     )
 
 
+@pytest.mark.usefixtures("known_speed", "blank_pictures")
 def test_a_study_of_the_chosen_network_is_saved_and_found_again(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "COMPARE_S", 0.2)
+    monkeypatch.setattr(comparison, "CANDIDATES", ("linear", "cnn"))  # small ones, for speed
     command = ["--dataset", "digits", "--model", "auto", *SHORT, "--json"]
     done = run(*command)
     assert done.returncode == 0, done.stderr

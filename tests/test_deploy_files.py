@@ -25,7 +25,7 @@ console.log(JSON.stringify(lint(fs.readFileSync(process.argv[2], "utf8"), "ci.ym
 def find_tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
-        pytest.skip(f"{name} is not installed; see deploy/requirements-test.txt")
+        pytest.skip(f"{name} is not installed; see requirements-dev.txt")
     return path
 
 
