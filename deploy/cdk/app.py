@@ -1,8 +1,8 @@
 """Two ways to run the server on AWS: a Lambda function with a URL, or ECS behind a load balancer.
 
-`npx --yes aws-cdk@2 synth` in this folder. Context values (`-c NAME=VALUE`): `models`, the folder of
-models in the image; `api-keys`, the name of the secret with API_KEYS; `provisioned`, the number of
-Lambda instances that are always warm; `certificate`, the ARN of the load balancer's certificate.
+`npx --yes aws-cdk@2 synth` in this folder. Context values (`-c NAME=VALUE`): `models`, the folder
+of models in the image; `api-keys`, the name of the secret with API_KEYS; `provisioned`, the number
+of Lambda instances that are always warm; `certificate`, the ARN of the load balancer's certificate.
 """
 
 from pathlib import Path
