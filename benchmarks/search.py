@@ -10,9 +10,9 @@ have seen --trials times that many images, or when all candidates were tried.
 
 The choice of a search, at any moment, is the complete trial with the best value so far. Its final
 errors judge it: the mean over the seeds of the final trainings or, if not all candidates have them,
-the errors that `benchmarks.replay.smooth_errors` expects at the last fidelity. Confirmations on
-fresh seeds are not replayed. The spread is that of the searches' seeds. A search sees one training
-of each candidate, and its chance is in all searches.
+the errors that `curve_table.smooth_errors` expects at the last fidelity. Confirmations on fresh
+seeds are not replayed. The spread is that of the searches' seeds. A search sees one training of
+each candidate, and its chance is in all searches.
 """
 
 import functools
@@ -33,18 +33,15 @@ from optuna.samplers._tpe import _truncnorm
 from scipy.special import log_ndtr
 from scipy.stats import kendalltau, mannwhitneyu
 
+from benchmarks.curve_table import METRICS, Table, read_table, smooth_errors
 from benchmarks.replay import (
     GOOD_RATIO,
-    METRICS,
     PROMOTED,
     CompleteTrial,
     Limits,
     OptunaSearch,
     RoundSearch,
     Search,
-    Table,
-    read_table,
-    smooth_errors,
 )
 from mnist.process import available_cores
 from mnist.search import budget

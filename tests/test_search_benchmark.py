@@ -1,4 +1,4 @@
-"""benchmarks/search.py and replay.py: searches on tables whose best candidate is known."""
+"""benchmarks/search.py, replay.py, curve_table.py: searches on tables whose best is known."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from optuna.samplers._tpe import _truncnorm
 from scipy.special import log_ndtr
 
-from benchmarks import curve_runs, curves, replay, search
+from benchmarks import curve_runs, curve_table, curves, replay, search
 from mnist.search import budget, space
 
 FIDELITIES = list(curve_runs.FIDELITIES)
@@ -52,17 +52,20 @@ def write_table(folder: Path, informative: bool, finals: int = 0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def informative(tmp_path_factory: pytest.TempPathFactory) -> replay.Table:
-    return replay.read_table(write_table(tmp_path_factory.mktemp("informative"), True))
+def informative(tmp_path_factory: pytest.TempPathFactory) -> curve_table.Table:
+    return curve_table.read_table(write_table(tmp_path_factory.mktemp("informative"), True))
 
 
 @pytest.fixture(scope="module")
-def uninformative(tmp_path_factory: pytest.TempPathFactory) -> replay.Table:
-    return replay.read_table(write_table(tmp_path_factory.mktemp("uninformative"), False))
+def uninformative(tmp_path_factory: pytest.TempPathFactory) -> curve_table.Table:
+    return curve_table.read_table(write_table(tmp_path_factory.mktemp("uninformative"), False))
 
 
 def replay_seeds(
-    table: replay.Table, searcher: replay.Search, seeds: int = 12, limits: replay.Limits = LIMITS
+    table: curve_table.Table,
+    searcher: replay.Search,
+    seeds: int = 12,
+    limits: replay.Limits = LIMITS,
 ) -> list[search.Outcome]:
     """Replay a search with several seeds; returns the outcome of each."""
     searches = (list(searcher.run(table, limits, seed)) for seed in range(seeds))
@@ -78,7 +81,7 @@ def mean_regret(outcomes: list[search.Outcome]) -> float:
 
 
 def test_tau_is_1_for_equal_rankings_and_about_0_for_random_ones(
-    informative: replay.Table, uninformative: replay.Table
+    informative: curve_table.Table, uninformative: curve_table.Table
 ) -> None:
     assert len(informative.params) == N
     for k, fidelity in enumerate(FIDELITIES):
@@ -91,7 +94,7 @@ def test_tau_is_1_for_equal_rankings_and_about_0_for_random_ones(
 
 
 def test_halving_needs_fewer_images_where_rungs_are_informative_and_fails_elsewhere(
-    informative: replay.Table, uninformative: replay.Table
+    informative: curve_table.Table, uninformative: curve_table.Table
 ) -> None:
     halving = replay.OptunaSearch(search.RANDOM, budget.RUNGS)
     full = replay.OptunaSearch(search.RANDOM)
@@ -103,7 +106,7 @@ def test_halving_needs_fewer_images_where_rungs_are_informative_and_fails_elsewh
 
 
 def test_tpe_learns_from_reported_values(tmp_path: Path) -> None:
-    table = replay.read_table(write_table(tmp_path, True))
+    table = curve_table.read_table(write_table(tmp_path, True))
     ranks = np.argsort(np.argsort([-params["lr"] for params in table.params]))
     table.values["errors"][:] = (20 + 5 * ranks)[:, None]  # the highest learning rate is best
 
@@ -117,9 +120,9 @@ def test_tpe_learns_from_reported_values(tmp_path: Path) -> None:
 
 
 def test_one_round_finds_the_best_at_once_where_rungs_are_informative(
-    informative: replay.Table, uninformative: replay.Table
+    informative: curve_table.Table, uninformative: curve_table.Table
 ) -> None:
-    for metric in replay.METRICS:
+    for metric in curve_table.METRICS:
         outcomes = replay_seeds(informative, replay.RoundSearch(0, 1 / 24, metric))
         assert {outcome.images_needed for outcome in outcomes} == {N * 1_000 + 23_000}
         assert {outcome.regret for outcome in outcomes} == {0}
@@ -133,7 +136,9 @@ def test_one_round_finds_the_best_at_once_where_rungs_are_informative(
     assert mean_regret(misled) > 30
 
 
-def test_the_images_of_all_trials_are_counted_up_to_the_limit(informative: replay.Table) -> None:
+def test_the_images_of_all_trials_are_counted_up_to_the_limit(
+    informative: curve_table.Table,
+) -> None:
     trials = list(replay.OptunaSearch(search.RANDOM).run(informative, LIMITS, 0))
     assert [trial.images for trial in trials] == [24_000 * (i + 1) for i in range(32)]
     assert len({trial.candidate for trial in trials}) == 32
@@ -152,7 +157,7 @@ def test_the_images_of_all_trials_are_counted_up_to_the_limit(informative: repla
     assert last.images < N * 24_000  # it ends where there is no candidate left
 
 
-def test_rungs_are_the_tables_fidelities(informative: replay.Table) -> None:
+def test_rungs_are_the_tables_fidelities(informative: curve_table.Table) -> None:
     def fidelities(searcher: replay.OptunaSearch) -> list[int]:
         return [FIDELITIES[i] for i in searcher.fidelity_indices(informative, LIMITS)]
 
@@ -164,7 +169,7 @@ def test_rungs_are_the_tables_fidelities(informative: replay.Table) -> None:
     assert search.SEARCHES[search.DEFAULT_SEARCH] == default
 
 
-def test_the_nearest_candidate_has_the_same_optimizer(informative: replay.Table) -> None:
+def test_the_nearest_candidate_has_the_same_optimizer(informative: curve_table.Table) -> None:
     points = informative.points
     distances = np.sqrt(((points[:, None] - points[None]) ** 2).sum(-1))
     optimizers = np.array([params["optimizer"] for params in informative.params])
@@ -173,13 +178,13 @@ def test_the_nearest_candidate_has_the_same_optimizer(informative: replay.Table)
     assert distances[~same].min() > 5
     bounds = ((32, 1e-5), (256, 1e-1))
     low, high = (
-        np.array(replay.normalise_params({"batch_size": b, "optimizer": "SGD", "lr": lr}))
+        np.array(curve_table.normalise_params({"batch_size": b, "optimizer": "SGD", "lr": lr}))
         for b, lr in bounds
     )
     assert high - low == pytest.approx([1, 1, 0, 0, 0])
 
 
-def test_the_gaussian_process_runs(informative: replay.Table) -> None:
+def test_the_gaussian_process_runs(informative: curve_table.Table) -> None:
     limits = replay.Limits(24_000, 11 * 24_000)
     assert len(replay_seeds(informative, search.SEARCHES["GP"], 1, limits)) == 1
 
@@ -206,21 +211,21 @@ def test_a_search_without_a_good_choice_is_censored() -> None:
 
 
 def test_final_trainings_judge_the_choice_where_all_candidates_have_them(tmp_path: Path) -> None:
-    some = replay.read_table(write_table(tmp_path, True, finals=8))
+    some = curve_table.read_table(write_table(tmp_path, True, finals=8))
     assert (some.final_errors == some.values["errors"][:, -1]).all()
     assert some.with_finals.tolist() == list(range(8))
     tau = search.compute_tau(some.final_errors[:8], some.seed_errors.mean(1))
     assert tau == pytest.approx(-1)
-    every = replay.read_table(write_table(tmp_path, True, finals=N))
+    every = curve_table.read_table(write_table(tmp_path, True, finals=N))
     assert (every.final_errors == 902 - every.values["errors"][:, -1]).all()
 
 
 def test_expected_errors_follow_the_space_and_not_the_chance_of_a_training(tmp_path: Path) -> None:
-    table = replay.read_table(write_table(tmp_path, True))
+    table = curve_table.read_table(write_table(tmp_path, True))
     lr = np.log([params["lr"] for params in table.params])
     truth = 40 + 3 * (lr - lr.mean()) ** 2
     counts = np.random.default_rng(0).poisson(truth).astype(float)
-    expected = replay.smooth_errors(replace(table, final_errors=counts))
+    expected = curve_table.smooth_errors(replace(table, final_errors=counts))
     assert np.abs(expected - truth).mean() < 0.7 * np.abs(counts - truth).mean()
     assert truth[expected.argmin()] < 1.1 * truth.min()
 

@@ -49,5 +49,5 @@ def run_trials(
     if (finished := member.run_locked(studies.count_finished)) < trials:
         if not member.run_locked(lambda study: studies.best_trials(study, 1)):
             raise loop.Unfinished("--timeout: no trial was completed")
-        text = f"--timeout: {finished} of {trials} trials are finished; the same command continues"
-        screen.print_line(f"{text} once the final model is saved; a longer --timeout allows more")
+        text = f"--timeout: {finished} of {trials} trials are finished"
+        screen.print_line(f"{text}; the final model is made from the best of them")
