@@ -210,3 +210,31 @@ def test_a_correction_keeps_its_ending_whatever_the_metadata(tmp_path: Path) -> 
     picture = with_chunk(PNG_METADATA["a large colour profile"])
     kept = feedback.keep(tmp_path, 10_000, picture, "7", images.MAX_PIXELS)
     assert (kept.suffix, kept.read_bytes()) == (".png", picture)
+
+
+def test_the_first_of_two_pictures_in_a_jpeg_is_read() -> None:
+    stream = io.BytesIO()
+    first = Image.open(io.BytesIO(make_seven("JPEG")))
+    first.save(stream, "MPO", save_all=True, append_images=[Image.new(first.mode, first.size)])
+    picture = stream.getvalue()
+    with Image.open(io.BytesIO(picture)) as opened:
+        assert (opened.format, opened.n_frames) == ("MPO", 2)
+        opened.load()
+        stream = io.BytesIO()
+        opened.save(stream, "PNG")
+    shift = np.abs(images.normalise(picture).astype(int) - images.normalise(stream.getvalue()))
+    assert shift.max() <= 2  # two decoders of JPEG
+
+
+def test_the_first_of_two_orientations_in_a_tag_counts() -> None:
+    turned = images.normalise(with_tag(TIFF, 274, 3, 1, 6))
+    assert not np.array_equal(turned, EXPECTED["TIFF"])
+    assert np.array_equal(images.normalise(with_tag(TIFF, 274, 3, 2, 6 | 6 << 16)), turned)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"avif"])
+def test_formats_of_phones_that_are_not_read_are_refused(brand: bytes) -> None:
+    head = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1" + brand
+    with pytest.raises(images.ImageError, match="cannot be read as a picture") as caught:
+        images.normalise(head + bytes(200))
+    assert caught.value.code == "not_an_image"
