@@ -238,3 +238,9 @@ def test_formats_of_phones_that_are_not_read_are_refused(brand: bytes) -> None:
     with pytest.raises(images.ImageError, match="cannot be read as a picture") as caught:
         images.normalise(head + bytes(200))
     assert caught.value.code == "not_an_image"
+
+
+def test_a_jpeg_without_its_end_is_refused() -> None:
+    with pytest.raises(images.ImageError) as caught:
+        images.normalise(JPEG[:-2])
+    assert caught.value.code == "not_an_image"

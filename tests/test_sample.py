@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 
 from benchmarks import load, servers
-from mnist import predict, registry
+from mnist import images, inference, predict, registry
 from serve import engine
 from serve.app import app
 from tests.conftest import ROOT
@@ -111,3 +112,11 @@ def test_the_page_works_before_any_training(port: int, browser: Any) -> None:
     page.wait_for_function(ANSWERED)
     assert page.inner_text("#class") == "7"
     page.close()
+
+
+@pytest.mark.parametrize("number", ["10", "42", "333"])
+def test_a_number_of_several_digits_is_uncertain(number: str) -> None:
+    page = np.full((300, 500), 255, np.uint8)
+    cv2.putText(page, number, (60, 220), cv2.FONT_HERSHEY_SIMPLEX, 6, 0, 14)
+    picture = images.normalise(cv2.imencode(".png", page)[1].tobytes())
+    assert inference.load(registry.SAMPLE).predict(picture[None]).uncertain.all()
