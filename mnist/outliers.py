@@ -5,6 +5,7 @@ on pictures without a class, it learns to be uncertain about them and about unse
 kinds (outlier exposure: Hendrycks et al. 2019, arXiv 1812.04606).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from mnist.images import ImageError, centre
+from mnist.images import ImageError, centre, libraries
 from mnist.images.ink import Grey, find_ink
 
 SIDE = 84  # pixels of a drawing before it is centred
@@ -41,17 +42,17 @@ def make(images: NDArray[np.uint8], n: int, seed: int) -> NDArray[np.uint8]:
         draw_noise,
         lambda rng: join(images[rng.integers(len(images), size=2), 0], rng),
     )
+    libraries.configure()
     known = _to_unit_length(images[:COMPARED])
+    drawings = (_draw_centred(draw, rng, size) for draw in itertools.cycle(draws))
+    inked = (picture for picture in drawings if picture is not None)
     chosen = np.empty((0, 1, size, size), np.uint8)
     while len(chosen) < n:
-        drawings = [_draw_centred(draws[i % len(draws)], rng, size) for i in range(n)]
-        candidates = np.stack([picture for picture in drawings if picture is not None])[:, None]
-        parts = np.array_split(
-            _to_unit_length(candidates), math.ceil(len(candidates) / COMPARISONS)
-        )
-        similarity = np.concatenate([(part @ known.T).max(1) for part in parts])
+        missing = min(n - len(chosen), COMPARISONS)
+        candidates = np.stack(list(itertools.islice(inked, missing)))[:, None]
+        similarity = (_to_unit_length(candidates) @ known.T).max(1)
         chosen = np.concatenate([chosen, candidates[similarity <= MAX_SIMILARITY]])
-    return chosen[:n]
+    return chosen
 
 
 def draw_strokes(rng: Generator) -> Grey:

@@ -189,6 +189,8 @@ def _find_rules(shape: tuple[int, ...], ink: tuple[NDArray[np.int64], ...], slop
     y, x = ink
     shifts = np.rint(np.arange(width) * (slope / width)).astype(np.int64) - max(0, slope)
     full = np.bincount(y - shifts[x], minlength=height) > MIN_RULE_LENGTH * width
+    if not full.any():
+        return _Rules(shifts, [])
     changes = np.flatnonzero(np.diff(full, prepend=False, append=False)).tolist()
     bands = [
         (start, end)
