@@ -92,7 +92,7 @@ def test_sigterm_lets_a_request_in_progress_finish(server: Server) -> None:
         while True:  # until the server takes no more connections
             try:
                 socket.create_connection(("127.0.0.1", server.port), 60).close()
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, ConnectionResetError):
                 break
         connection.sendall(PICTURE)
         assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
