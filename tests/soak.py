@@ -40,7 +40,7 @@ from tests.gates import LONG_S, Gates, alive, until
 ROOT = Path(__file__).parent.parent
 GATED = Path(__file__).with_name("gated.py")
 NAME = "digits-linear"
-DIGITS = ["--dataset", "digits", "--model", "linear", "--epochs", "12", "--final-epochs", "20"]
+DIGITS = ["--dataset", "digits", "--model", "linear", "--epochs", "3", "--final-epochs", "4"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 DRIVER = """
 import sys, run
@@ -113,7 +113,7 @@ def dashboard(storage: str, folder: Path) -> Iterator[list[int]]:
     stop = threading.Event()
 
     def poll() -> None:
-        while not stop.wait(0.1):
+        while not stop.wait(0.5):
             with contextlib.suppress(urllib.error.URLError, OSError):
                 url = f"http://127.0.0.1:{port}/api/studies/1"
                 with urllib.request.urlopen(url, timeout=10) as answer:

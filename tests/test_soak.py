@@ -15,7 +15,7 @@ from tests.gates import LONG_S, Gates, until
 from tests.soak import Command
 
 pytestmark = pytest.mark.slow
-DIGITS = [*soak.DIGITS, "--epochs", "6", "--final-epochs", "4"]
+DIGITS = [*soak.DIGITS, "--epochs", "2", "--final-epochs", "2"]
 Start = Callable[..., Command]
 StartAs = Callable[..., tuple[Command, Gates]]
 
@@ -199,7 +199,7 @@ def test_a_machine_that_sleeps_in_a_transaction_blocks_no_other(
 def test_a_leader_that_was_silent_for_too_long_does_not_save_a_second_model(
     start_as: StartAs, tmp_path: Path, postgresql: str
 ) -> None:
-    options = [*DIGITS, "--storage", postgresql, "--trials", "2", "--final-epochs", "20"]
+    options = [*DIGITS, "--storage", postgresql, "--trials", "2", "--final-epochs", "4"]
     one, gates = start_as("one", options, COUNT_EVALUATIONS + SHORT_LEASES, final=3)
     until(gates.final.held, "the final training goes on")
     send(one, signal.SIGSTOP)
@@ -216,7 +216,7 @@ def test_a_leader_that_was_silent_for_too_long_does_not_save_a_second_model(
 def test_two_commands_killed_at_the_end_leave_one_model_and_one_evaluation(
     start: Start, tmp_path: Path, postgresql: str
 ) -> None:
-    options = [*DIGITS, "--storage", postgresql, "--trials", "4", "--final-epochs", "10"]
+    options = [*DIGITS, "--storage", postgresql, "--trials", "4", "--final-epochs", "4"]
     gates = Gates(tmp_path)
     for gate, steps in ((gates.final, 3), (gates.saving, 0), (gates.saving, 1)):
         gate.allow(steps)
