@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -69,6 +70,36 @@ def test_an_unusual_head_causes_no_error_of_the_server(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize("line", [b"predict HTTP/1.0", b"http://127.0.0.1/predict HTTP/1.1"])
+def test_a_picture_of_an_old_client_or_a_proxy_is_answered(
+    line: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = b"POST /%b\r\n%bContent-Length: %d\r\n\r\n" % (line, HOST, len(PICTURE))
+    with (
+        serving(SAMPLE, monkeypatch, "httptools") as address,
+        socket.create_connection(address) as connection,
+    ):
+        status, body = ask(connection, head.replace(b"/http", b"http") + PICTURE)
+    assert (status, json.loads(body)["prediction"]) == (200, "7")
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+def test_a_client_that_waits_for_100_continue_sends_only_what_may_be_read(
+    parser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = (
+        b"POST /predict HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+    )
+    with serving(SAMPLE, monkeypatch, parser) as address:
+        with socket.create_connection(address, 20) as connection:
+            connection.sendall(head % len(PICTURE))
+            assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+            status, body = ask(connection, PICTURE)
+            assert (status, json.loads(body)["prediction"]) == (200, "7")
+        with socket.create_connection(address, 20) as connection:
+            assert ask(connection, head % 11_000_000)[0] == 413
+
+
 def test_a_unix_socket_answers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         serving(SAMPLE, monkeypatch, uds=str(tmp_path / "s")) as address,
@@ -132,3 +163,29 @@ def test_a_stopped_server_prints_no_traceback(number: signal.Signals) -> None:
     assert "Finished server process" in log
     assert "Traceback" not in log
     assert "Error" not in log
+
+
+SHORT_UPLOADS = """
+import uvicorn
+from serve import uploads
+uploads.UPLOAD_S = 1
+uvicorn.run("serve.app:app", port=0)
+"""
+
+
+def test_a_client_that_sends_nothing_more_does_not_keep_the_server_from_stopping() -> None:
+    command = [sys.executable, "-c", SHORT_UPLOADS]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(rb"running on http://127.0.0.1:([0-9]+)", line):
+                break
+        with socket.create_connection(("127.0.0.1", int(found[1])), 20) as connection:
+            head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
+            connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")  # it waits for the picture
+            process.send_signal(signal.SIGTERM)
+            assert b"the upload took over 1 s" in connection.makefile("rb").read()
+        log = process.stderr.read().decode()
+    assert "Finished server process" in log
+    assert "Traceback" not in log

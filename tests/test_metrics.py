@@ -1,6 +1,8 @@
 """serve/metrics.py: metrics of several workers."""
 
+import os
 import re
+import signal
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import load, servers
+from tests.gates import until
 from tests.test_app import png
 from tests.test_settings import start
 
@@ -37,8 +40,13 @@ def test_workers_without_a_temporary_folder_stop_with_one_line(tmp_path: Path) -
     assert "Traceback" not in log
 
 
+def counting(folder: Path) -> list[int]:
+    """Process ids of all workers that ever had counters there."""
+    return [int(path.stem.removeprefix("counter_")) for path in folder.glob("counter_*.db")]
+
+
 @pytest.mark.slow
-def test_each_worker_reports_the_metrics_of_all(saved: Path) -> None:
+def test_each_worker_reports_the_metrics_of_all_and_is_replaced_if_killed(saved: Path) -> None:
     page = np.full((60, 50), 255, np.uint8)
     page[10:50, 22:28] = 0
     request = load.request("/predict", png(page))
@@ -46,11 +54,14 @@ def test_each_worker_reports_the_metrics_of_all(saved: Path) -> None:
     with servers.server(saved, request, (*servers.OURS, "--workers", "2")) as server:
         for _ in range(30):  # each on a new connection, to either worker
             assert servers.answers(server.port, request)
+        (folder,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
+        workers = counting(folder)
+        os.kill(workers[0], signal.SIGKILL)
+        until(lambda: len(counting(folder)) == 3, "another worker takes its place")
         counts = set()
         for _ in range(10):
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:
                 counts |= set(re.findall(answered, response.read().decode()))
-        (folder,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
         stale = FOLDER / "serve-metrics-99999999999999999999-x"
         stale.mkdir()
     assert counts == {"31.0"}  # with the first request of servers.server
