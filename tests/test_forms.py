@@ -54,18 +54,37 @@ def test_the_name_of_a_file_has_no_influence(
     assert batch["results"] == [expected]
 
 
+@pytest.mark.parametrize(("boundary", "before"), [('"x"', b""), ("x", b"\r\n")])
+def test_boundaries_are_read_as_net_and_old_clients_write_them(
+    boundary: str, before: bytes, client: TestClient
+) -> None:
+    content = before + form((b'name="file"; filename="7.png"', PICTURE))
+    headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    assert client.post("/predict", content=content, headers=headers).json()["prediction"] == "7"
+
+
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("path", "content", "words"),
     [
-        (form(), "as the field `file`; the form is empty"),
-        (form((b'name="image"; filename="7.png"', PICTURE)), '; the form has "image"'),
-        (form((b'name="files[]"', b""), (b'name="\xe9\t"', b"")), '"files[]", "é\\t"'),
+        ("/predict", form(), "as the field `file`; the form is empty"),
+        ("/predict", form((b'name="image"; filename="7.png"', PICTURE)), '; the form has "image"'),
+        ("/predict", form((b'name="files[]"', b""), (b'name="\xe9\t"', b"")), '"files[]", "é\\t"'),
+        (
+            "/predict/batch",
+            form((b'name="files[]"; filename="7.png"', PICTURE)),
+            'as the field `files`; the form has "files[]"',
+        ),
+        (
+            "/predict/batch",
+            form((b'name="file"; filename="7.png"', PICTURE)),
+            'as the field `files`; the form has "file"',
+        ),
     ],
 )
 def test_a_form_without_a_picture_names_its_fields(
-    content: bytes, words: str, client: TestClient
+    path: str, content: bytes, words: str, client: TestClient
 ) -> None:
-    response = client.post("/predict", content=content, headers=HEADERS)
+    response = client.post(path, content=content, headers=HEADERS)
     assert words in refused(response, 422, "missing_file")
 
 
@@ -100,3 +119,10 @@ def test_a_body_that_is_not_a_form_gets_the_remedy(
     headers = {"content-type": content_type.encode("latin-1")} if content_type else None
     response = client.post(path, content=PICTURE, headers=headers)  # type: ignore[arg-type]
     assert words in refused(response, 400, "bad_request")
+
+
+def test_a_form_of_lines_without_carriage_returns_gets_the_remedy(client: TestClient) -> None:
+    content = form((b'name="file"; filename="7.png"', PICTURE)).replace(b"\r\n", b"\n")
+    message = refused(client.post("/predict", content=content, headers=HEADERS), 400, "bad_request")
+    assert message.startswith("the form cannot be read: ")
+    assert "let the HTTP client create it" in message

@@ -219,6 +219,13 @@ def test_sixteen_bits_keep_their_upper_eight(kind):
         assert np.array_equal(normalise(encode(deep, kind))[0], digit)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("top", [300, 1023, 4095])
+def test_ink_needs_few_of_the_levels_of_sixteen_bits(kind, top):
+    deep = (np.asarray(seven()) / 255 * top).astype(np.uint16)
+    assert_reads_as_the_seven(encode(Image.fromarray(deep), kind), least=0.99)
+
+
 def test_the_first_frame_of_an_animation_counts():
     other = Image.new("L", (280, 280), 255)
     ImageDraw.Draw(other).ellipse((80, 50, 200, 230), fill=0)

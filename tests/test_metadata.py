@@ -15,6 +15,7 @@ from mnist.images.metadata import strip_metadata
 from serve import feedback
 
 GARBAGE = b"Exif\0\0no TIFF at all"
+TAG = b"Exif\0\0MM\0*\0\0\0\x08\0\1%b\0\0\0\0"  # EXIF of one tag
 BOMB = zlib.compress(bytes(2_000_000))
 
 
@@ -84,6 +85,9 @@ def test_a_png_is_read_whatever_its_metadata(name: str, at_end: bool) -> None:
 JPEG_METADATA = {
     "EXIF": (0xE1, GARBAGE),
     "EXIF that is cut": (0xE1, b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"),
+    "EXIF of four bytes": (0xE1, b"Exif\0\0MM\0*"),
+    "EXIF past its end": (0xE1, b"Exif\0\0MM\0*\0\0\xff\xff"),
+    "an orientation in words": (0xE1, TAG % b"\1\x12\0\2\0\0\0\4top\0"),
     "JFIF that is cut": (0xE0, b"JFIF\0"),
     "Adobe's segment, cut": (0xEE, b"Adobe"),
     "several pictures": (0xE2, b"MPF\0MM\0*"),
@@ -230,13 +234,22 @@ def test_the_first_of_two_orientations_in_a_tag_counts() -> None:
     turned = images.normalise(with_tag(TIFF, 274, 3, 1, 6))
     assert not np.array_equal(turned, EXPECTED["TIFF"])
     assert np.array_equal(images.normalise(with_tag(TIFF, 274, 3, 2, 6 | 6 << 16)), turned)
+    one, two = (
+        images.normalise(with_segment(0xE1, TAG % (b"\1\x12\0\3\0\0\0" + values)))
+        for values in (b"\1\0\6\0\0", b"\2\0\6\0\6")
+    )
+    assert not np.array_equal(one, EXPECTED["JPEG"])
+    assert np.array_equal(two, one)
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"avif"])
-def test_formats_of_phones_that_are_not_read_are_refused(brand: bytes) -> None:
-    head = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1" + brand
+@pytest.mark.parametrize(
+    "data",
+    [b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), make_seven("AVIF")],
+    ids=["HEIC", "AVIF"],
+)
+def test_formats_of_phones_that_are_not_read_are_refused(data: bytes) -> None:
     with pytest.raises(images.ImageError, match="cannot be read as a picture") as caught:
-        images.normalise(head + bytes(200))
+        images.normalise(data)
     assert caught.value.code == "not_an_image"
 
 

@@ -189,8 +189,9 @@ def test_a_folder_s_files_of_the_system_are_left_out_and_counted(ask: Predict, s
     for name in ("._7.png", "__MACOSX/._7.png", ".ipynb_checkpoints/7.png", "Thumbs.db"):
         (seven.parent / name).write_bytes(b"no picture")
     done = ask(seven.parent)
-    answered = [Path(line.split("  ")[0]).name for line in done.stdout.splitlines()]
-    assert answered == ["7.png", "scan.pnm", "web.jfif"]
+    answered = [line.split("  ")[:2] for line in done.stdout.splitlines()]
+    names = ("7.png", "scan.pnm", "web.jfif")
+    assert answered == [[str(seven.parent / name), "7"] for name in names]
     assert done.returncode == 0
     assert done.stderr == (
         f"predict: {seven.parent}: 4 left out, as their names are not those of pictures: "

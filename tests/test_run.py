@@ -484,7 +484,8 @@ def test_a_network_that_is_too_large_for_the_machine_is_refused(
     assert "its training needs 0.000126 GB" in done.stderr
 
 
-NETWORK_PLUGIN = """
+NETWORK_PLUGIN = """# -*- coding: latin-1 -*-
+# un réseau
 from torch import nn
 from mnist import models
 
@@ -501,7 +502,7 @@ def test_a_plugin_s_network_is_searched_saved_and_answers_without_its_python(
 ) -> None:
     monkeypatch.setitem(models.NETWORKS, "tiny", models.Linear)  # removed after the test
     file = tmp_path / "plugin.py"
-    file.write_text(NETWORK_PLUGIN)
+    file.write_text(NETWORK_PLUGIN, "latin-1")
     options = ["--dataset", "digits", "--import", str(file), "--model", "tiny", *SHORT]
     done = run(*options, "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert done.returncode == 0, done.stderr
@@ -520,17 +521,18 @@ def test_a_plugin_s_network_is_searched_saved_and_answers_without_its_python(
         with TestClient(app) as client:
             answer = client.post("/predict", content=picture.read_bytes()).json()
         assert answer["prediction"] == prediction.top[0][0]
-    file.write_text(NETWORK_PLUGIN + "# another one")
+    file.write_text(NETWORK_PLUGIN + "# another one", "latin-1")
     other = run(*options, "--trials", "2", "--param", "dropout=float:0:0.5", "--param", "lr=0.01")
     assert other.returncode == 2
     assert "network is tiny of " in other.stderr
-    file.write_text(NETWORK_PLUGIN.replace("size**2", "size"))
+    file.write_text(NETWORK_PLUGIN.replace("size**2", "size"), "latin-1")
     invalid = run(*options)
     assert invalid.returncode == 2
     assert invalid.stderr.count("\n") == 1
     assert "network 'tiny' cannot be used: " in invalid.stderr
     file.write_text(
-        NETWORK_PLUGIN.replace("nn.Linear(", "nn.Dropout(0.0), nn.BatchNorm1d(3), nn.Linear(")
+        NETWORK_PLUGIN.replace("nn.Linear(", "nn.Dropout(0.0), nn.BatchNorm1d(3), nn.Linear("),
+        "latin-1",
     )
     untrainable = run(*options)
     assert (untrainable.returncode, untrainable.stderr.count("\n")) == (2, 1)

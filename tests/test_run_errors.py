@@ -1,11 +1,14 @@
 """run.py where its study, its database or its surroundings fail: one line, and the truth in it."""
 
+import contextlib
 import json
+import sqlite3
 import sys
 from pathlib import Path
 
 import optuna
 import pytest
+from fastapi.testclient import TestClient
 from optuna.trial import TrialState
 
 import run as run_module
@@ -16,6 +19,7 @@ from mnist.search import loop
 from mnist.search.checkpoints import NoRoom
 from mnist.search.claims import Trials
 from mnist.search.storage import StorageError, StudyGone
+from serve.app import app
 from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures", "known_speed")
@@ -40,6 +44,40 @@ def test_a_study_that_is_deleted_in_mid_run_ends_it_with_one_line(
     assert line.startswith(f"run.py: study {NAME} is gone from {URL}: it was deleted or renamed; ")
     assert "command continues" not in line
     assert not any("run.py:" in other for other in progress)
+
+
+def test_a_database_that_is_not_ours_is_refused_before_anything_is_written(
+    run: Command, tmp_path: Path
+) -> None:
+    optuna.create_study(storage=URL, study_name=NAME)
+    minimised = run(*DIGITS, *SHORT)
+    with contextlib.closing(sqlite3.connect("db.sqlite3")) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
+        database.commit()
+    older = run(*DIGITS, *SHORT)
+    for done, words in (
+        (minimised, "has the direction minimize"),
+        (older, "optuna storage upgrade"),
+    ):
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert words in done.stderr
+    assert not [*tmp_path.rglob("*.pth")]
+
+
+def test_a_password_in_a_storage_url_is_in_no_output_record_or_response(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "sqlite:///file:db.sqlite3?uri=true&password=s3cretWord"
+    done = run(*DIGITS, *SHORT, "--storage", url)
+    assert done.returncode == 0, done.stderr
+    assert "password=***" in done.stdout
+    monkeypatch.setenv("MODELS", str(tmp_path / "saved_models"))
+    with TestClient(app) as client:
+        (model,) = client.get("/models").json()["models"]
+        response = client.get(f"/models/{model['name']}").text
+    assert "password=***" in response
+    assert "s3cretWord" not in done.stdout + done.stderr + response
+    assert not [path for path in tmp_path.rglob("*.*") if b"s3cretWord" in path.read_bytes()]
 
 
 def test_an_enqueued_trial_outside_the_space_is_reported_and_the_study_is_finished(

@@ -1,5 +1,6 @@
 """serve/upgrades.py: a request with an Upgrade header is answered as one without."""
 
+import base64
 import http.client
 import json
 import socket
@@ -9,6 +10,7 @@ import pytest
 
 from mnist.registry import SAMPLE
 from tests.test_app import drawn_seven, serving
+from tests.test_forms import HEADERS, form
 
 PICTURE = drawn_seven()
 PARSERS = ("httptools", "h11")
@@ -21,9 +23,10 @@ OFFERS = {
 }
 
 
-def post(body: bytes, offer: str, chunked: bool = False) -> bytes:
-    """POST /predict with this picture and these header lines."""
-    head = f"POST /predict?top=1 HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n{offer}\r\n"
+def post(body: bytes, offer: str, chunked: bool = False, path: str = "", kind: str = "") -> bytes:
+    """POST /predict with this body and these header lines."""
+    head = f"POST /predict{path}?top=1 HTTP/1.1\r\nHost: x\r\n"
+    head += f"Content-Type: {kind or 'image/png'}\r\n{offer}\r\n"
     if not chunked:
         return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     chunks = b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n"
@@ -54,6 +57,25 @@ def test_an_upgrade_header_changes_no_answer(parser: str, monkeypatch: pytest.Mo
                             connection.sendall(packet)
                         [(status, answer)] = answers(connection, 1)
                     assert (status, len(answer["probabilities"])) == (200, 10), (name, chunked)
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_forms_and_json_with_an_upgrade_header_are_answered(
+    parser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = json.dumps({"image": base64.b64encode(PICTURE).decode()}).encode()
+    part = (b'name="file"; filename="7.png"', PICTURE)
+    with (
+        serving(SAMPLE, monkeypatch, parser) as address,
+        socket.create_connection(address, timeout=10) as connection,
+    ):
+        for body, path, kind in (
+            (form(part), "", HEADERS["content-type"]),
+            (text, "/base64", "application/json"),
+        ):
+            connection.sendall(post(body, OFFERS["h2c"], path=path, kind=kind))
+            [(status, answer)] = answers(connection, 1)
+            assert (status, answer["prediction"]) == (200, "7")
 
 
 @pytest.mark.parametrize("parser", PARSERS)

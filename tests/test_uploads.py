@@ -79,6 +79,8 @@ def test_json_is_read_in_each_encoding(encoding: str, client: TestClient) -> Non
         (b'{"image": "?"}', "`image` is not base64; send {"),
         (b'{"image": "\xc3\xa9AAA"}', "`image` is not base64; send {"),
         (b'{"image": "AAAAA"}', "`image` is not base64; send {"),
+        (b"iVBORw0KGgo=", "the body is not JSON with a text `image`; send {"),
+        (b"--x\r\n\r\niVBORw0KGgo=\r\n--x--", "the body is not JSON with a text `image`; send {"),
     ],
 )
 def test_a_body_without_base64_gets_the_remedy(body: bytes, words: str, client: TestClient) -> None:
