@@ -56,11 +56,17 @@ def test_joined_images_show_parts_of_both_or_all(digits: Dataset, seed: int) -> 
     assert not any(np.array_equal(joined, image) for image in pair)
 
 
-@pytest.mark.parametrize("samples", [0, 1, 20])
-def test_a_final_training_on_few_images_has_outliers_too(digits: Dataset, samples: int) -> None:
-    run = runs.Run("linear", {}, samples, 0, final=True, outliers=True)
-    made = runs._make_outliers(run, digits, round(samples / 4))
+@pytest.mark.parametrize(
+    ("samples", "n"), [(0, 1), (1, 1), (20, 2), (1_000, 125), (47_000, 5_875), (240_000, 6_000)]
+)
+def test_a_final_training_has_outliers_however_few_its_images(samples: int, n: int) -> None:
+    assert runs._count_outliers(samples) == n
+
+
+def test_outliers_are_made_where_a_run_needs_them(digits: Dataset) -> None:
+    run = runs.Run("linear", {}, 20, 0, final=True, outliers=True)
+    made = runs._make_outliers(run, digits, 5)
     assert made is not None
-    assert len(made) == max(1, round(samples / 4))
+    assert made.shape == (5, 1, 28, 28)
     assert runs._make_outliers(replace(run, outliers=False), digits, 5) is None
     assert runs._make_outliers(run, replace(digits, recipe="plain"), 5) is None

@@ -25,7 +25,8 @@ MEASURE_LR = 1e-8  # of speed measurements: no step diverges
 REPORT_INTERVAL_S = 0.25
 CHECKPOINT_INTERVAL_S = 30.0  # least time between checkpoints; `parallel` with Adam takes 340 MB
 
-MAX_OUTLIERS = 6_000  # pictures without a class; each is shown many times, changed at random
+# Pictures without a class; each is shown at least twice, changed at random.
+MAX_OUTLIERS, MIN_SHOWN = 6_000, 2
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
         seed=run.seed,
         micro_batch=run.micro_batch,
         bfloat16=run.bfloat16,
-        outliers=_make_outliers(run, dataset, round(run.samples * batch_norms.OUTLIER_SHARE)),
+        outliers=_make_outliers(run, dataset, _count_outliers(run.samples)),
         resume=checkpoints.load(run.checkpoint),
     )
     saved_at, accuracy, reported_at = time.monotonic(), None, -math.inf
@@ -278,12 +279,17 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
     return RunResult(accuracy)
 
 
+def _count_outliers(samples: int) -> int:
+    """The number of different outliers in a training of that many images."""
+    return min(max(round(samples * batch_norms.OUTLIER_SHARE / MIN_SHOWN), 1), MAX_OUTLIERS)
+
+
 def _make_outliers(run: Run, dataset: Dataset, n: int) -> torch.Tensor | None:
-    """One to `n` pictures without a class; None where the run needs none, or none can be made."""
+    """`n` pictures without a class; None where the run needs none, or none can be made."""
     if not run.outliers or dataset.recipe != "digit":
         return None
     images = dataset.train.images
-    made = outliers.make(images.cpu().numpy(), min(max(n, 1), MAX_OUTLIERS), run.seed)
+    made = outliers.make(images.cpu().numpy(), n, run.seed)
     memory.return_freed_memory()  # 90 MB
     return torch.from_numpy(made).to(images.device)
 
