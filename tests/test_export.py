@@ -193,7 +193,7 @@ def test_all_engines_are_one_function_though_onnx_has_fewer_multiplications(
     dataset = data.load("digits")
     torch.manual_seed(0)
     form = folding.training_form(models.build("parallel", 1, dataset.size, 10))
-    for _ in training.fit(form, dataset, dataset.train, samples=6_000, lr=0.003):
+    for _ in training.fit(form, dataset, dataset.train, samples=3_000, lr=0.003):
         pass
     model = folding.fold(form.eval())
     exported = export.export(model, dataset, folding.merge_norms(form))

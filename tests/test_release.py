@@ -85,7 +85,7 @@ def test_a_better_model_becomes_current_and_a_worse_one_does_not(
 def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
     run: Command, tmp_path: Path
 ) -> None:
-    done = run("--dataset", "digits", "--model", "parallel", *SHORT, "--final-epochs", "3")
+    done = run("--dataset", "digits", "--model", "parallel", *SHORT, "--final-epochs", "2")
     assert done.returncode == 0, done.stderr
     name, record = registry.record(tmp_path / "saved_models")
     weights = torch.load(tmp_path / "saved_models" / f"{name}.pth", weights_only=True)
@@ -101,7 +101,7 @@ def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
 
 @pytest.mark.usefixtures("known_speed")
 def test_plain_trains_the_layers_themselves(run: Command, tmp_path: Path) -> None:
-    options = ["--dataset", "digits", "--model", "parallel", *SHORT, "--final-epochs", "0.2"]
+    options = ["--dataset", "digits", "--model", "compact", *SHORT]
     done = run(*options, "--plain")
     assert done.returncode == 0, done.stderr
     record = registry.record(tmp_path / "saved_models")[1]

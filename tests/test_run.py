@@ -596,7 +596,7 @@ def test_a_short_real_search_beats_97_per_cent(
     done = run(
         *("--data-dir", str(DATA_DIR), "--json"),
         *("--model", "compact", "--param", "lr=0.01", "--param", "batch_size=128"),
-        *("--trials", "1", "--confirm", "0", "--epochs", "0.02", "--final-epochs", "0.6"),
+        *("--trials", "1", "--confirm", "0", "--epochs", "0.02", "--final-epochs", "0.5"),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -47,7 +47,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Fake]]:
 def test_a_tracker_gets_each_trial_with_its_curve_and_the_model_with_its_files(
     run: Command, fake: type[Fake], tmp_path: Path
 ) -> None:
-    done = run(*DIGITS, "--trials", "2", "--track", "tensorboard")
+    done = run(*DIGITS, *SHORT, "--trials", "2", "--track", "tensorboard")
     assert done.returncode == 0, done.stderr
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/db.sqlite3")
     *trials, model = fake.entries
