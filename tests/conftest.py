@@ -23,6 +23,7 @@ from run import run_cli
 ROOT = Path(__file__).parent.parent
 DATA_DIR = Path(os.environ.get("MNIST_DATA_DIR", ROOT / "data")).resolve()
 DIGITS = ["--dataset", "digits", "--model", "linear", "--quick"]  # trains for as long as is planned
+LONGEST = ("test_soak.py", "test_deploy_container.py")
 SHORT = ["--trials", "1", "--confirm", "0", "--epochs", "0.5", "--final-epochs", "1"]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -30,7 +31,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest tests first, so that two processes end at about the same time."""
-    items.sort(key=lambda item: item.path.name != "test_soak.py")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 class Done(NamedTuple):
