@@ -8,13 +8,14 @@ import pytest
 
 from mnist import models, registry
 from mnist.job import display
+from mnist.job.clock import Clock
 from mnist.job.final import FinalTraining
 from mnist.job.options import Options
-from mnist.search import budget
+from mnist.search import budget, loop
 from mnist.search.checkpoints import Checkpoints
 from mnist.search.members import Member
 from mnist.search.runs import StudyConfig
-from tests.conftest import SHORT, Command
+from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -47,6 +48,31 @@ def test_an_interrupted_final_training_keeps_its_number_of_images(
         assert final._choose_samples(best) == 7_000  # it had no checkpoint yet
         config.checkpoints.final(3, 7_000).touch()
         assert final._choose_samples(best) == 7_000
+
+
+def test_a_timeout_ends_the_confirmations_in_time_for_the_final_model(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*DIGITS, *SHORT, "--confirm", "1", "--timeout", "1h"]
+    confirmed: list[Any] = []
+    record_confirmation = loop.record_confirmation
+
+    def record(*args: Any) -> None:
+        record_confirmation(*args)
+        confirmed.append(args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "record_confirmation", record)
+        patch.setattr(Clock, "elapsed_s", property(lambda _: 2_800 if confirmed else 1))
+        done = run(*options)
+    assert done.returncode == 0, done.stderr
+    line = "--timeout: 1 of 2 confirmations are finished; the final model is made without them"
+    assert done.stderr.count(line) == 1
+    names = list(registry.read(tmp_path / "saved_models")["models"])
+    again = run(*options)
+    assert again.returncode == 0, again.stderr
+    assert "trial 0 is still the best; its saved model is kept" in again.stderr
+    assert list(registry.read(tmp_path / "saved_models")["models"]) == names
 
 
 GREEDY = """

@@ -1,15 +1,16 @@
 """The end of a study: confirmation of the best trials and training of the final model."""
 
+import math
 import time
 from dataclasses import dataclass
 
+import optuna
 import torch
 from optuna.trial import FrozenTrial
 
 from mnist.job.clock import Clock
 from mnist.job.display import Display
 from mnist.job.options import Options
-from mnist.job.results import select_winner
 from mnist.report.text import format_params
 from mnist.search import budget, checkpoints, loop
 from mnist.search import study as studies
@@ -17,6 +18,7 @@ from mnist.search.members import Member
 from mnist.search.runs import Report, Run, RunResult, StudyConfig
 from mnist.search.workers import Pool, training_threads
 
+CONFIRMED_BY = 3 / 4  # of --timeout; later confirmations would take the time of the final training
 MIN_FINAL_SAMPLES = 1_200  # a model trained on fewer images is of no use
 
 
@@ -45,11 +47,21 @@ class FinalTraining:
     epoch: int
 
     def confirm(self) -> None:
-        """Train again with the hyperparameters of the best trials and baselines, on fresh seeds."""
+        """Train again with the hyperparameters of the best trials and baselines, on fresh seeds,
+        while --timeout leaves time for the final training."""
+        if self._is_late():
+            return
         runs = loop.confirm(self.member, self.pool, self.config, self.options.confirmed)
         for done, total in runs:
             self.screen.show_confirmation(done, total)
-            self.clock.check("the best trials are not confirmed yet")
+            if done < total and self._is_late():
+                text = f"--timeout: {done} of {total} confirmations are finished"
+                self.screen.print_line(f"{text}; the final model is made without them")
+                self.pool.stop_workers()
+                return
+
+    def _is_late(self) -> bool:
+        return self.clock.elapsed_s > CONFIRMED_BY * (self.options.timeout or math.inf)
 
     def train(self) -> TrainedModel:
         """Train the final model with the winner's hyperparameters.
@@ -59,7 +71,7 @@ class FinalTraining:
         """
         while self.member.run_locked(lambda study: studies.best_trials(study, 1)):
             self.confirm()
-            best = select_winner(self.member, self.options)
+            best = self.member.run_locked(self._select_winner)
             if best is None:  # another member has just finished a better trial
                 continue
             run = self._make_run(best)
@@ -78,6 +90,13 @@ class FinalTraining:
         raise loop.SearchFailed(
             "no complete trial is left to make the final model from; a larger --trials adds some"
         )
+
+    def _select_winner(self, study: optuna.Study) -> FrozenTrial | None:
+        """See studies.select_winner; the best unconfirmed trial where it is too late to confirm."""
+        k = self.options.confirmed
+        if self._is_late() and studies.find_unconfirmed(study, k):
+            k = 0
+        return studies.select_winner(study, k)
 
     def _announce(self, best: FrozenTrial, run: Run) -> None:
         means = self.member.run_locked(
