@@ -30,7 +30,7 @@ from mnist.job.options import Options, make_command
 from mnist.job.tracking import Tracking
 from mnist.job.trials import run_trials
 from mnist.report import compare, page
-from mnist.search import checkpoints, loop, storage
+from mnist.search import checkpoints, loop, storage, summary
 from mnist.search import study as studies
 from mnist.search.members import Member
 from mnist.search.runs import Setup
@@ -77,7 +77,7 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
             results.save_forecasts(member, clock.elapsed_s, screen.forecasts)
         place = results.find_place(options, result["name"])
         best = result["study"]["trial"]
-        outcome = member.run_locked(lambda study: studies.summarise(study, best)) | result
+        outcome = member.run_locked(lambda study: summary.summarise(study, best)) | result
     if not options.json:
         display.print_result(outcome, options, place)
     return outcome

@@ -23,8 +23,15 @@ MAX_SIMILARITY = 0.8  # largest cosine between an outlier and a training image
 COMPARED = 5_000  # training images that an outlier is compared with
 COMPARISONS = 500  # outliers that are compared at a time: 10 MB
 
+MAX_OUTLIERS, MIN_SHOWN = 6_000, 2  # in a training: different ones, and how often each is shown
+
 Draw = Callable[[Generator], Grey]
 """Ink, high on 0, of any size; it may be blank."""
+
+
+def count(shown: float) -> int:
+    """The number of different outliers for a training that shows `shown` of them."""
+    return min(max(round(shown / MIN_SHOWN), 1), MAX_OUTLIERS)
 
 
 def make(images: NDArray[np.uint8], n: int, seed: int) -> NDArray[np.uint8]:

@@ -57,10 +57,10 @@ def test_joined_images_show_parts_of_both_or_all(digits: Dataset, seed: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("samples", "n"), [(0, 1), (1, 1), (20, 2), (1_000, 125), (47_000, 5_875), (240_000, 6_000)]
+    ("shown", "n"), [(0, 1), (0.25, 1), (5, 2), (250, 125), (11_750, 5_875), (60_000, 6_000)]
 )
-def test_a_final_training_has_outliers_however_few_its_images(samples: int, n: int) -> None:
-    assert runs._count_outliers(samples) == n
+def test_a_training_has_outliers_however_few_it_shows(shown: float, n: int) -> None:
+    assert outliers.count(shown) == n
 
 
 def test_outliers_are_made_where_a_run_needs_them(digits: Dataset) -> None:

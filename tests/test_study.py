@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from mnist.data import Dataset
 from mnist.job.options import Options
-from mnist.search import budget, runs, space
+from mnist.search import budget, runs, space, summary
 from mnist.search import study as studies
 from mnist.search.storage import StudyError, open_study
 
@@ -204,12 +204,29 @@ def test_the_winner_has_the_best_mean_on_fresh_seeds(study: optuna.Study) -> Non
     assert unconfirmed.number == 0
 
 
+def test_without_time_for_confirmations_the_best_trial_wins_until_another_one_is_finished(
+    study: optuna.Study,
+) -> None:
+    add(study, 0.8)
+    add(study, 0.9)
+    studies.record_confirmation(study, 0, 0, 0.99)
+    assert studies.select_winner(study, 2) is None
+    studies.skip_confirmations(study)
+    winner = studies.select_winner(study, 2)
+    assert winner is not None
+    assert winner.number == 1
+    add(study, 0.7, "FAIL")
+    assert studies.select_winner(study, 2) is not None
+    add(study, 0.7, "PRUNED")
+    assert studies.select_winner(study, 2) is None
+
+
 def test_importance_is_withheld_below_ten_complete_trials(study: optuna.Study) -> None:
     for i in range(9):
         add(study, 0.001 * (i + 1), lr=0.001 * (i + 1))
-    assert studies.compute_importance(study) is None
+    assert summary.compute_importance(study) is None
     add(study, 0.05, lr=0.05)
-    shares = studies.compute_importance(study)
+    shares = summary.compute_importance(study)
     assert shares is not None
     assert max(shares, key=lambda name: shares[name]) == "lr"
 
@@ -221,7 +238,7 @@ def test_importance_is_withheld_for_trials_that_are_alike(
 ) -> None:
     for number in range(12):
         study.tell(studies.ask(study, number, space=space), 0.5 + 0.1 * (number < better))
-    shares = studies.compute_importance(study)
+    shares = summary.compute_importance(study)
     if better < 2:  # Optuna would warn and call all hyperparameters equally important
         assert shares is None
     else:
@@ -332,7 +349,7 @@ def test_counts_results_and_reasons_make_the_summary(study: optuna.Study) -> Non
         params = studies.FIRST_PARAMS | {"lr": lr}
         return {"number": number, "state": state, "accuracy": accuracy, "params": params}
 
-    assert studies.summarise(study, best) == {
+    assert summary.summarise(study, best) == {
         "trials": {"complete": 2, "pruned": 1, "fail": 2},
         "best": entry(best, "complete", 0.75, 0.02),
         "first": entry(pruned, "pruned", 0.25, 0.01),
@@ -343,7 +360,7 @@ def test_counts_results_and_reasons_make_the_summary(study: optuna.Study) -> Non
 
 def test_a_summary_without_a_finished_trial_has_no_first(study: optuna.Study) -> None:
     add(study, 0.1, "FAIL")
-    assert studies.summarise(study, 0)["first"] is None
+    assert summary.summarise(study, 0)["first"] is None
 
 
 def test_what_is_stored_for_a_trial_leaves_the_other_trials_as_they_are(

@@ -18,7 +18,8 @@ from mnist.report.text import describe_confirmation, format_value
 from mnist.search.budget import Plan, estimate_remaining_s, estimate_search_s, estimate_training_s
 from mnist.search.loop import Update
 from mnist.search.storage import StorageError
-from mnist.search.study import FINISHED, MIN_TRIALS_FOR_IMPORTANCE
+from mnist.search.study import FINISHED
+from mnist.search.summary import MIN_TRIALS_FOR_IMPORTANCE
 from mnist.search.urls import mask_url_secrets
 from mnist.shell import first_line
 from mnist.training import Progress
@@ -177,7 +178,7 @@ def format_duration(seconds: float) -> str:
 
 
 def print_result(outcome: dict[str, Any], options: Options, place: str) -> None:
-    """Print the result of a study: study.summarise() joined with the saved model's record.
+    """Print the result of a study: summary.summarise() joined with the saved model's record.
 
     `place`: see results.find_place().
     """

@@ -1,16 +1,17 @@
 """The end of a study: confirmation of the best trials and training of the final model."""
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
 
-import optuna
 import torch
 from optuna.trial import FrozenTrial
 
 from mnist.job.clock import Clock
 from mnist.job.display import Display
 from mnist.job.options import Options
+from mnist.job.results import select_winner
 from mnist.report.text import format_params
 from mnist.search import budget, checkpoints, loop
 from mnist.search import study as studies
@@ -49,19 +50,19 @@ class FinalTraining:
     def confirm(self) -> None:
         """Train again with the hyperparameters of the best trials and baselines, on fresh seeds,
         while --timeout leaves time for the final training."""
-        if self._is_late():
+        if select_winner(self.member, self.options) is not None:  # all confirmed, or skipped
             return
+        latest_s = CONFIRMED_BY * (self.options.timeout or math.inf)
         runs = loop.confirm(self.member, self.pool, self.config, self.options.confirmed)
-        for done, total in runs:
-            self.screen.show_confirmation(done, total)
-            if done < total and self._is_late():
-                text = f"--timeout: {done} of {total} confirmations are finished"
-                self.screen.print_line(f"{text}; the final model is made without them")
-                self.pool.stop_workers()
-                return
-
-    def _is_late(self) -> bool:
-        return self.clock.elapsed_s > CONFIRMED_BY * (self.options.timeout or math.inf)
+        with contextlib.closing(runs):
+            for done, total in runs:
+                self.screen.show_confirmation(done, total)
+                if done < total and self.clock.elapsed_s > latest_s:
+                    text = f"--timeout: {done} of {total} confirmations are finished"
+                    self.screen.print_line(f"{text}; the final model is made without them")
+                    self.member.run_locked(studies.skip_confirmations)
+                    self.pool.stop_workers()
+                    return
 
     def train(self) -> TrainedModel:
         """Train the final model with the winner's hyperparameters.
@@ -71,7 +72,7 @@ class FinalTraining:
         """
         while self.member.run_locked(lambda study: studies.best_trials(study, 1)):
             self.confirm()
-            best = self.member.run_locked(self._select_winner)
+            best = select_winner(self.member, self.options)
             if best is None:  # another member has just finished a better trial
                 continue
             run = self._make_run(best)
@@ -91,18 +92,11 @@ class FinalTraining:
             "no complete trial is left to make the final model from; a larger --trials adds some"
         )
 
-    def _select_winner(self, study: optuna.Study) -> FrozenTrial | None:
-        """See studies.select_winner; the best unconfirmed trial where it is too late to confirm."""
-        k = self.options.confirmed
-        if self._is_late() and studies.find_unconfirmed(study, k):
-            k = 0
-        return studies.select_winner(study, k)
-
     def _announce(self, best: FrozenTrial, run: Run) -> None:
-        means = self.member.run_locked(
-            lambda study: studies.mean_confirmations(study, self.options.confirmed)
-        )
-        if means:
+        k = self.options.confirmed
+        skipped = self.member.run_locked(lambda study: studies.find_unconfirmed(study, k))
+        means = self.member.run_locked(lambda study: studies.mean_confirmations(study, k))
+        if means and not skipped:
             text = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
             self.screen.print_line(f"on fresh seeds: {text}")
         text = f"as trial {best.number} ({format_params(best.params)}), {run.samples:,} images"

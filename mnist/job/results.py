@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from mnist import plugins, registry
 from mnist.job.options import Options
@@ -19,12 +19,16 @@ from mnist.search.members import Member
 from mnist.search.storage import StorageError
 
 
+def select_winner(member: Member, options: Options) -> FrozenTrial | None:
+    return member.run_locked(lambda study: studies.select_winner(study, options.confirmed))
+
+
 def find_result(member: Member, options: Options) -> dict[str, Any] | None:
     """The name and record of the model saved from the study's winner; None where there is none.
 
     The model may be in another machine's registry; the study then has a copy of the record.
     """
-    best = member.run_locked(lambda study: studies.select_winner(study, options.confirmed))
+    best = select_winner(member, options)
     if best is None:
         return None
     local = registry.read(options.output)["models"]

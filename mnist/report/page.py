@@ -22,7 +22,7 @@ from mnist.conformal import DEFAULT_COVERAGE
 from mnist.report import model_plots, plots
 from mnist.report.text import describe_gain, format_params
 from mnist.scores import calibration_error
-from mnist.search import study as studies
+from mnist.search import summary as summaries
 from mnist.search.members import Member
 
 SUFFIX = ".report.html"
@@ -85,7 +85,7 @@ def draw(
     study: optuna.Study, name: str, record: registry.Record, predictions: Predictions
 ) -> Report:
     """Draw the figures; `predictions` are the arrays of release.evaluate()."""
-    with_importance = studies.compute_importance(study) is not None
+    with_importance = summaries.compute_importance(study) is not None
     study_figures = plots.plot_study(study, record["study"]["trial"], with_importance)
     model_figures = model_plots.plot_model(record["dataset"]["classes"], predictions)
     return Report(name, record, study, predictions, study_figures, model_figures)
@@ -114,7 +114,7 @@ def describe_task(report: Report) -> list[str]:
 
 def describe_result(report: Report) -> list[str]:
     """Sentences about the result of the study."""
-    summary = studies.summarise(report.study, report.best.number)
+    summary = summaries.summarise(report.study, report.best.number)
     counts, test = summary["trials"], report.record["metrics"]["test"]
     low, high = test["interval95"]
     engine = report.record.get("engines", {}).get("served", "torch")  # old records have none

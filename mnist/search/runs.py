@@ -25,9 +25,6 @@ MEASURE_LR = 1e-8  # of speed measurements: no step diverges
 REPORT_INTERVAL_S = 0.25
 CHECKPOINT_INTERVAL_S = 30.0  # least time between checkpoints; `parallel` with Adam takes 340 MB
 
-# Pictures without a class; each is shown at least twice, changed at random.
-MAX_OUTLIERS, MIN_SHOWN = 6_000, 2
-
 log = logging.getLogger(__name__)
 
 
@@ -242,6 +239,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
     torch.set_num_threads(run.threads or setup.threads)
     model = _build_for(run, dataset)
     split = dataset.train + dataset.validation if run.final else dataset.train
+    n_outliers = outliers.count(run.samples * batch_norms.OUTLIER_SHARE)
     reports = training.fit(
         model,
         dataset,
@@ -253,7 +251,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
         seed=run.seed,
         micro_batch=run.micro_batch,
         bfloat16=run.bfloat16,
-        outliers=_make_outliers(run, dataset, _count_outliers(run.samples)),
+        outliers=_make_outliers(run, dataset, n_outliers),
         resume=checkpoints.load(run.checkpoint),
     )
     saved_at, accuracy, reported_at = time.monotonic(), None, -math.inf
@@ -277,11 +275,6 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
     if run.weights:
         save_weights(model, run, setup.quota)
     return RunResult(accuracy)
-
-
-def _count_outliers(samples: int) -> int:
-    """The number of different outliers in a training of that many images."""
-    return min(max(round(samples * batch_norms.OUTLIER_SHARE / MIN_SHOWN), 1), MAX_OUTLIERS)
 
 
 def _make_outliers(run: Run, dataset: Dataset, n: int) -> torch.Tensor | None:

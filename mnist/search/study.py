@@ -1,4 +1,4 @@
-"""The Optuna study: sampler, pruner, fingerprint, best trials, baselines, summary."""
+"""The Optuna study: sampler, pruner, fingerprint, best trials, baselines, confirmations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,6 @@ from mnist.search.space import DEFAULT, Space, filter_params
 from mnist.search.storage import StudyError
 
 FIRST_PARAMS = {"batch_size": 33, "optimizer": "Adam", "lr": 0.00039}  # the published best
-MIN_TRIALS_FOR_IMPORTANCE = 10  # complete trials; with fewer, importances are noise
 BASELINES = ("first", "median")
 CONFIRM_SEEDS = 2  # fresh seeds, on which the best trials and the baselines are trained again
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -226,14 +225,22 @@ def mean_confirmations(study: optuna.Study, k: int) -> dict[int, float]:
     return {number: sum(values) / len(values) for number, values in confirmed.items() if values}
 
 
+def skip_confirmations(study: optuna.Study) -> None:
+    """Let select_winner() do without missing confirmations until another trial is finished."""
+    study.set_user_attr("confirmations_skipped", count_finished(study))
+
+
 def select_winner(study: optuna.Study, k: int) -> FrozenTrial | None:
-    """Of the k best trials the one with the best mean on fresh seeds; for k = 0 the best trial.
+    """Of the k best trials the one with the best mean on fresh seeds; for k = 0, and where missing
+    confirmations are skipped, the trial with the best accuracy.
 
     None without a complete trial, or while confirmations are missing.
     """
-    best = best_trials(study, max(1, k))
     if find_unconfirmed(study, k):
-        return None
+        if study.user_attrs.get("confirmations_skipped") != count_finished(study):
+            return None
+        k = 0
+    best = best_trials(study, max(1, k))
 
     def mean(trial: FrozenTrial) -> float:
         values: Sequence[float] = confirmations(study, trial.number) if k else [_get_value(trial)]
@@ -255,46 +262,3 @@ def store_final_samples(study: optuna.Study, number: int, samples: int) -> None:
 def micro_batch(trial: FrozenTrial) -> int | None:
     """The trial's micro-batch at its end; None where its memory was enough for whole batches."""
     return trial.user_attrs.get("again", {}).get("micro_batch")
-
-
-def compute_importance(study: optuna.Study) -> dict[str, float] | None:
-    """The importance of each hyperparameter for the accuracy, as shares (0..1), by PED-ANOVA.
-
-    None below MIN_TRIALS_FOR_IMPORTANCE complete trials, or if the worst is among the best tenth.
-    """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    values = sorted(trial.value or 0.0 for trial in complete)
-    skip = len(values) < MIN_TRIALS_FOR_IMPORTANCE or values[0] == values[-1 - len(values) // 10]
-    return None if skip else optuna.importance.get_param_importances(study)
-
-
-def summarise(study: optuna.Study, best: int) -> dict[str, Any]:
-    """The study as JSON values: counts by state, trial number `best`, the first trial, importance,
-    and the reasons of failed trials by number."""
-    trials = study.get_trials(deepcopy=False)
-    counts = {
-        state.name.lower(): sum(trial.state == state for trial in trials)
-        for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-    }
-    return {
-        "trials": counts,
-        "best": _summarise_trial(trials[best]),
-        "first": _summarise_trial(next((t for t in trials if t.state in FINISHED), None)),
-        "importance": compute_importance(study),
-        "failures": {
-            str(trial.number): trial.user_attrs.get("fail_reason", "unknown")
-            for trial in trials
-            if trial.state == TrialState.FAIL
-        },
-    }
-
-
-def _summarise_trial(trial: FrozenTrial | None) -> dict[str, Any] | None:
-    if trial is None:
-        return None
-    return {
-        "number": trial.number,
-        "params": trial.params,
-        "state": trial.state.name.lower(),
-        "accuracy": trial.value,
-    }
