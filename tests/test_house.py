@@ -117,6 +117,21 @@ def test_only_the_start_of_the_server_has_an_effect_at_its_import() -> None:
     assert calls == {"serve.startup", "serve.app"}
 
 
+def test_modules_functions_and_classes_are_short() -> None:
+    limits = {ast.ClassDef: 150, ast.FunctionDef: 50, ast.AsyncFunctionDef: 50}
+    long = set()
+    for module, path in MODULES.items():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300, module
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                if node.end_lineno - node.lineno >= limits[type(node)]:
+                    long.add(f"{module}.{node.name}")
+    assert long == {"mnist.training.fit"}  # the training loop
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_each_version_is_written_once() -> None:
     lines = [
         line.split("==")[0]
