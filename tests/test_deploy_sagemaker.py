@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,8 +96,7 @@ def test_an_interrupted_job_goes_on_and_leaves_a_registry(
     assert (base / "output/success").exists()
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
         archive.add(base / "model", ".")
-    with tarfile.open(tmp_path / "model.tar.gz") as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(tmp_path / "model.tar.gz", tmp_path / "unpacked")
     name, record = registry.record(tmp_path / "unpacked")
     assert record["metrics"]["validation"]["mean"] == pytest.approx(float(accuracy[1]), abs=1e-6)
     monkeypatch.setenv("MODELS", str(tmp_path / "unpacked"))

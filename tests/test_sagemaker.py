@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -47,8 +48,7 @@ def test_the_container_s_command_serves_the_models_that_sagemaker_unpacked(
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
         for path in registry.SAMPLE.iterdir():
             archive.add(path, path.name)
-    with tarfile.open(tmp_path / "model.tar.gz") as archive:
-        archive.extractall(tmp_path / "model", filter="data")
+    shutil.unpack_archive(tmp_path / "model.tar.gz", tmp_path / "model")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     script = ROOT / "deploy" / "sagemaker" / "serve"
