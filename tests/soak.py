@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from tests.gates import LONG_S, Gates, alive, until
 ROOT = Path(__file__).parent.parent
 GATED = Path(__file__).with_name("gated.py")
 NAME = "digits-linear"
-DIGITS = ["--dataset", "digits", "--model", "linear", "--epochs", "3", "--final-epochs", "4"]
+DIGITS = ["--dataset", "digits", "--model", "linear", "--epochs", "12", "--final-epochs", "20"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 DRIVER = """
 import sys, run
@@ -200,14 +200,21 @@ def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
 
 
 def soak(
-    storage: str, folder: Path, kills: int, seed: int, server: Any = None, trials: int = 60
+    storage: str,
+    folder: Path,
+    kills: int,
+    seed: int,
+    server: Any = None,
+    trials: int = 60,
+    options: Sequence[str] = (),
 ) -> str:
     """Run the whole test; returns a summary, raises AssertionError if anything was lost.
 
-    The database's `server` is restarted in the middle.
+    The database's `server` is restarted in the middle. `options` are further ones of run.py.
     """
     chance, earlier, start = random.Random(seed), dict[int, FrozenTrial](), time.monotonic()
-    options = [*DIGITS, "--workers", str(WORKERS), "--storage", storage, "--trials", str(trials)]
+    options = [*DIGITS, *options, "--workers", str(WORKERS), "--storage", storage]
+    options += ["--trials", str(trials)]
     plan, locked, gates = planned(kills, trials, chance), 0, Gates(folder)
     gates.reports.allow(0)
     command = Command(folder, options)

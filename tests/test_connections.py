@@ -4,7 +4,6 @@ import base64
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -70,16 +69,18 @@ def test_an_unusual_head_causes_no_error_of_the_server(
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.parametrize("line", [b"predict HTTP/1.0", b"http://127.0.0.1/predict HTTP/1.1"])
+@pytest.mark.parametrize(
+    "line", [b"POST /predict HTTP/1.0", b"POST http://127.0.0.1/predict HTTP/1.1"]
+)
 def test_a_picture_of_an_old_client_or_a_proxy_is_answered(
     line: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = b"POST /%b\r\n%bContent-Length: %d\r\n\r\n" % (line, HOST, len(PICTURE))
+    head = b"%b\r\n%bContent-Length: %d\r\n\r\n" % (line, HOST, len(PICTURE))
     with (
         serving(SAMPLE, monkeypatch, "httptools") as address,
         socket.create_connection(address) as connection,
     ):
-        status, body = ask(connection, head.replace(b"/http", b"http") + PICTURE)
+        status, body = ask(connection, head + PICTURE)
     assert (status, json.loads(body)["prediction"]) == (200, "7")
 
 
@@ -175,17 +176,20 @@ uvicorn.run("serve.app:app", port=0)
 
 def test_a_client_that_sends_nothing_more_does_not_keep_the_server_from_stopping() -> None:
     command = [sys.executable, "-c", SHORT_UPLOADS]
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
     with subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if found := re.search(rb"running on http://127.0.0.1:([0-9]+)", line):
-                break
-        with socket.create_connection(("127.0.0.1", int(found[1])), 20) as connection:
-            head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
-            connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
-            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")  # it waits for the picture
-            process.send_signal(signal.SIGTERM)
-            assert b"the upload took over 1 s" in connection.makefile("rb").read()
-        log = process.stderr.read().decode()
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, b"")
+            start = next(line for line in lines if b"Uvicorn running on" in line)
+            port = int(start.split(b"http://127.0.0.1:")[1].split()[0])
+            with socket.create_connection(("127.0.0.1", port), 20) as connection:
+                connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
+                assert connection.recv(100).startswith(b"HTTP/1.1 100 ")  # it expects the picture
+                process.send_signal(signal.SIGTERM)
+                assert b"the upload took over 1 s" in connection.makefile("rb").read()
+            log = process.stderr.read().decode()
+        finally:
+            process.kill()  # after a failure, it would run for ever
     assert "Finished server process" in log
     assert "Traceback" not in log

@@ -40,7 +40,7 @@ def test_workers_without_a_temporary_folder_stop_with_one_line(tmp_path: Path) -
     assert "Traceback" not in log
 
 
-def counting(folder: Path) -> list[int]:
+def worker_ids(folder: Path) -> list[int]:
     """Process ids of all workers that ever had counters there."""
     return [int(path.stem.removeprefix("counter_")) for path in folder.glob("counter_*.db")]
 
@@ -55,9 +55,9 @@ def test_each_worker_reports_the_metrics_of_all_and_is_replaced_if_killed(saved:
         for _ in range(30):  # each on a new connection, to either worker
             assert servers.answers(server.port, request)
         (folder,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
-        workers = counting(folder)
+        workers = worker_ids(folder)
         os.kill(workers[0], signal.SIGKILL)
-        until(lambda: len(counting(folder)) == 3, "another worker takes its place")
+        until(lambda: len(worker_ids(folder)) == 3, "another worker takes its place")
         counts = set()
         for _ in range(10):
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:

@@ -101,7 +101,7 @@ def test_the_weights_are_the_plain_network_and_what_is_served_computes_the_same(
 
 @pytest.mark.usefixtures("known_speed")
 def test_plain_trains_the_layers_themselves(run: Command, tmp_path: Path) -> None:
-    options = ["--dataset", "digits", "--model", "compact", *SHORT]
+    options = ["--dataset", "digits", "--model", "residual", *SHORT]
     done = run(*options, "--plain")
     assert done.returncode == 0, done.stderr
     record = registry.record(tmp_path / "saved_models")[1]

@@ -46,7 +46,7 @@ def test_a_study_that_is_deleted_in_mid_run_ends_it_with_one_line(
     assert not any("run.py:" in other for other in progress)
 
 
-def test_a_database_that_is_not_ours_is_refused_before_anything_is_written(
+def test_a_study_of_another_direction_or_optuna_is_refused_in_one_line(
     run: Command, tmp_path: Path
 ) -> None:
     optuna.create_study(storage=URL, study_name=NAME)

@@ -193,7 +193,7 @@ def test_a_worker_that_dies_on_a_trial_is_replaced_and_the_trial_retried(
 
 def test_the_speed_of_a_worker_is_measured_and_a_network_that_fails_says_why(pool: Pool) -> None:
     run = Run("linear", {"batch_size": 8, "optimizer": "Adam", "lr": 1e-8}, 0, 0, measure=True)
-    assert 1_000 < loop.measure_speed(pool, run) < 10_000_000
+    assert 1 < loop.measure_speed(pool, run) < 10_000_000
     with pytest.raises(loop.RunFailed, match="unknown network 'nothing'"):
         loop.measure_speed(pool, replace(run, network="nothing"))
 

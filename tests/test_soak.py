@@ -15,6 +15,7 @@ from tests.gates import LONG_S, Gates, until
 from tests.soak import Command
 
 pytestmark = pytest.mark.slow
+SHORT = ["--epochs", "3", "--final-epochs", "4"]
 DIGITS = [*soak.DIGITS, "--epochs", "2", "--final-epochs", "2"]
 Start = Callable[..., Command]
 StartAs = Callable[..., tuple[Command, Gates]]
@@ -65,13 +66,13 @@ checkpoints.save = save
 
 def test_five_kills_lose_nothing(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/db.sqlite3"
-    print(soak.soak(storage, tmp_path, kills=5, seed=0, trials=12))
+    print(soak.soak(storage, tmp_path, kills=5, seed=0, trials=12, options=SHORT))
 
 
 def test_five_kills_and_a_restart_of_postgresql_lose_nothing(
     tmp_path: Path, server: Any, postgresql: str
 ) -> None:
-    print(soak.soak(postgresql, tmp_path, kills=5, seed=20, server=server, trials=12))
+    print(soak.soak(postgresql, tmp_path, 5, 20, server, trials=12, options=SHORT))
 
 
 @pytest.fixture
