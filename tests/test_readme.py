@@ -1,5 +1,6 @@
 """The commands, code and answers in README and docs are what there is."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -9,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import click
 import pytest
 from fastapi.testclient import TestClient
 
@@ -36,6 +38,36 @@ def test_the_commands_of_run_py_parse(tmp_path: Path, monkeypatch: pytest.Monkey
     for line in commands:
         name, *options = shlex.split(line)
         make_command(lambda options: None).make_context(name, options)
+
+
+def test_the_commands_of_other_modules_parse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # platformdirs warns without it
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "3.png").symlink_to(ROOT / "docs" / "7.png")
+    (tmp_path / "photos").mkdir()
+    lines = re.findall(r"python -m ((?:mnist|benchmarks|tests)\.[\w.]+)([^\n#`|>]*)", ALL)
+    parsed = set()
+    for name, rest in lines:
+        place = f"{name}.__main__" if name == "mnist.registry" else name
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError:  # of a benchmark, whose libraries are in requirements-dev.txt
+            continue
+        commands = [value for value in vars(module).values() if isinstance(value, click.Command)]
+        if not commands:  # its arguments are files
+            continue
+        command = next((c for c in commands if isinstance(c, click.Group)), commands[-1])
+        arguments = shlex.split(rest)
+        context = command.make_context(name, arguments or ["list"] * (name == "mnist.registry"))
+        if isinstance(command, click.Group):
+            _, inner, arguments = command.resolve_command(context, arguments or ["list"])
+            assert inner is not None
+            inner.make_context(name, arguments, parent=context)
+        parsed.add(name)
+    assert {"mnist.predict", "mnist.registry", "tests.soak", "benchmarks.search"} <= parsed
 
 
 def test_named_modules_and_files_exist() -> None:

@@ -244,6 +244,7 @@ def debian_fetcher(package: str, folder: Path, names: Iterable[str]) -> Fetcher:
 def import_torchvision() -> ModuleType:
     """Import torchvision, even where its wheel does not match torch's build.
 
+    It knows the mirrors, checksums and formats of nine data sets, where pooch would only download.
     The registry's wheel is linked to a CUDA build of torch. With a CPU build, its compiled part
     does not load, and the import fails because that part would have declared the two operators
     below. It is enough to declare them, as nothing here calls them.
