@@ -10,6 +10,8 @@ HARMLESS_PARAMETERS = (
     *("host", "port", "dbname", "sslmode", "connect_timeout", "application_name", "charset"),
     *("target_session_attrs", "mode", "uri", "cache", "timeout"),
 )
+# Their names are shown. Any other name may be a part of a password with an &.
+SECRET_PARAMETERS = ("user", "password", "passwd", "pwd", "passfile", "sslkey", "sslpassword")
 
 
 def mask_text(text: str) -> str:
@@ -18,11 +20,12 @@ def mask_text(text: str) -> str:
 
 
 def mask_parameter(parameter: str) -> str:
-    """NAME=VALUE of a URL's query, without its value unless that is harmless."""
+    """NAME=VALUE of a URL's query, without a value or name that may be a secret."""
     name, equals, value = parameter.partition("=")
     if name in HARMLESS_PARAMETERS and re.fullmatch(r"[\w./,:-]*", value):
         return parameter
-    return f"{name}={MASK}" if equals and re.fullmatch(r"\w+", name) else MASK
+    is_known = name.lower() in (*HARMLESS_PARAMETERS, *SECRET_PARAMETERS)
+    return f"{name}={MASK}" if equals and is_known else MASK
 
 
 def mask_url(url: str) -> str:

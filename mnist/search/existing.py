@@ -15,6 +15,7 @@ ATTRIBUTES = {
     **dict.fromkeys(("id", "finisher"), str),
     **dict.fromkeys(("members", "plan", "fingerprint", "origin", "result", "time"), dict),
     **dict.fromkeys(("confirmations", "set_aside", "final_samples"), dict),
+    "confirmations_skipped": int,
     "reports": list,
 }
 
