@@ -110,22 +110,22 @@ class Gates:
         runs: int,
         reports: int,
         statements: int | None = None,
-        going: Callable[[], bool] = lambda: True,
+        is_running: Callable[[], bool] = lambda: True,
     ) -> None:
         """Let `runs` runs end and `reports` reports follow; then a worker is held in its run.
 
         With `statements`, the command is held in a transaction after that many statements, unless
-        another run ends first. `going` raises when the command has ended.
+        another run ends first. `is_running` raises when the command has ended.
         """
         self.statements.open()
         self.runs.allow(runs)
         self.reports.open()
-        until(lambda: going() and self.runs.passed(), f"{runs} runs are over")
+        until(lambda: is_running() and self.runs.passed(), f"{runs} runs are over")
         if statements is None:
             self.reports.allow(reports)
         else:
             self.statements.allow(statements)
-        until(lambda: going() and (self.held() or self.statements.held()), "somebody is held")
+        until(lambda: is_running() and (self.held() or self.statements.held()), "somebody is held")
 
 
 def alive(pid: int) -> bool:

@@ -46,7 +46,7 @@ DRIVER = """
 import sys, run
 sys.exit(run.run_cli(sys.argv[1:]))
 """
-WORKERS, WHO = 4, ("worker", "parent", "both")
+WORKERS, TARGETS = 4, ("worker", "parent", "both")
 MOST_REPORTS, MOST_STATEMENTS = 40, 60  # from the end of a trial to a kill
 LOSSES = 3  # that a command has seen before its database server is back
 
@@ -68,26 +68,26 @@ class Command:
                 stderr=log,
             )
 
-    def below(self) -> list[int]:
+    def worker_pids(self) -> list[int]:
         """Process ids of its workers."""
         server = children(self.process.pid)
         return [pid for parent in server for pid in children(parent)]
 
-    def going(self) -> bool:
-        """True, as it has not ended; raises AssertionError with its last words where it has."""
+    def is_running(self) -> bool:
+        """True, as it has not ended; raises AssertionError with the end of its log otherwise."""
         assert self.process.poll() is None, f"it has ended: {self.log.read_text()[-2000:]}"
         return True
 
     def kill(self, who: str, worker: int) -> None:
         """SIGKILL for this worker, the command, or both."""
-        below = self.below()
+        pids = self.worker_pids()
         if who in ("worker", "both"):
             os.kill(worker, signal.SIGKILL)
             until(lambda: not alive(worker), "the worker is gone")
         if who in ("parent", "both"):
             self.process.kill()
             self.process.wait()
-            until(lambda: not any(map(alive, below)), "its workers are gone")
+            until(lambda: not any(map(alive, pids)), "its workers are gone")
 
 
 def children(pid: int) -> list[int]:
@@ -192,7 +192,7 @@ def planned(kills: int, trials: int, chance: random.Random) -> list[Kill]:
     assert kills <= most, f"{trials} trials are enough for {most} kills"
     times, plan = sorted(chance.sample(range(most), kills)), []
     for before, after in itertools.pairwise([0, *times]):
-        who, reports = chance.choice(WHO), chance.randint(0, MOST_REPORTS)
+        who, reports = chance.choice(TARGETS), chance.randint(0, MOST_REPORTS)
         locked = who != "worker" and chance.random() < 0.5
         statements = chance.randint(0, MOST_STATEMENTS) if locked else None
         plan.append(Kill(who, after - before, reports, statements))
@@ -219,16 +219,16 @@ def soak(
     gates.reports.allow(0)
     command = Command(folder, options)
     try:
-        until(lambda: command.going() and gates.held(), "it has workers")
+        until(lambda: command.is_running() and gates.held(), "it has workers")
         with dashboard(storage, folder) as answers:
             for i, kill in enumerate(plan):
                 if server and i == kills // 2:
                     restart(server, command, gates)
-                gates.hold(kill.runs, kill.reports, kill.statements, command.going)
-                looked = len(answers)
-                until(lambda: len(answers) > looked, "the dashboard answers")  # noqa: B023
+                gates.hold(kill.runs, kill.reports, kill.statements, command.is_running)
+                before = len(answers)
+                until(lambda: len(answers) > before, "the dashboard answers")  # noqa: B023
                 locked += bool(gates.statements.held())
-                command.kill(kill.who, chance.choice(gates.held() or command.below()))
+                command.kill(kill.who, chance.choice(gates.held() or command.worker_pids()))
                 earlier = unchanged(earlier, finished(storage))
                 if command.process.poll() is not None:
                     command = Command(folder, options)
@@ -241,7 +241,7 @@ def soak(
     assert resumed(storage), "no trial went on from a checkpoint"
     count = Counter(kill.who for kill in plan)
     return (
-        f"{kills} kills ({', '.join(f'{count[who]} {who}' for who in WHO)}; {locked} in a "
+        f"{kills} kills ({', '.join(f'{count[who]} {who}' for who in TARGETS)}; {locked} in a "
         f"transaction) in {time.monotonic() - start:.0f} s: {trials} trials finished, none lost, "
         f"none running, {failed} failed; {resumed(storage)} had gone on from a checkpoint; "
         f"{trials} replayed bit for bit; one model; the dashboard answered {len(answers)} times"
@@ -263,13 +263,13 @@ def restart(server: Any, command: Command, gates: Gates) -> None:
 
     Not during the start of the command, which does not wait long for a server.
     """
-    gates.hold(0, 1, going=command.going)
+    gates.hold(0, 1, is_running=command.is_running)
     gates.runs.allow(1)
     gates.reports.open()
     server.stop()
     before = gates.losses.count()
     until(
-        lambda: command.going() and gates.losses.count() >= before + LOSSES,
+        lambda: command.is_running() and gates.losses.count() >= before + LOSSES,
         "the command has lost its database",
     )
     server.start()

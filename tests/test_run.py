@@ -117,13 +117,13 @@ def killed(
         start_new_session=True,
     )  # fmt: skip
 
-    def going() -> bool:
+    def is_running() -> bool:
         assert process.poll() is None, "it ended before it could be stopped"
         return True
 
     gates = Gates(folder)
     try:
-        when(gates, going)
+        when(gates, is_running)
         if sig == signal.SIGINT:  # to the workers, too, like a terminal
             os.killpg(process.pid, sig)
         else:
@@ -135,17 +135,17 @@ def killed(
     return process.returncode, errors
 
 
-def trial_is_running(gates: Gates, going: Callable[[], bool]) -> None:
+def trial_is_running(gates: Gates, is_running: Callable[[], bool]) -> None:
     """Wait until a trial is finished and the next one is running."""
-    gates.hold(runs=1, reports=3, going=going)
+    gates.hold(runs=1, reports=3, is_running=is_running)
 
 
-def final_training(gates: Gates, going: Callable[[], bool]) -> None:
-    until(lambda: going() and gates.final.held(), "the final training is under way")
+def final_training(gates: Gates, is_running: Callable[[], bool]) -> None:
+    until(lambda: is_running() and gates.final.held(), "the final training is under way")
 
 
-def evaluation(gates: Gates, going: Callable[[], bool]) -> None:
-    until(lambda: going() and gates.saving.held(), "it evaluates")
+def evaluation(gates: Gates, is_running: Callable[[], bool]) -> None:
+    until(lambda: is_running() and gates.saving.held(), "it evaluates")
 
 
 SLOW = pytest.mark.slow

@@ -86,7 +86,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for command in begun:
-        for pid in command.below() if command.process.poll() is None else []:
+        for pid in command.worker_pids() if command.process.poll() is None else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         command.process.kill()
@@ -113,7 +113,7 @@ def start_as(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
 
 def send(command: Command, sign: int) -> None:
     """Send a signal to the command and its workers, as if their machine fell asleep or woke."""
-    for pid in (command.process.pid, *command.below()):
+    for pid in (command.process.pid, *command.worker_pids()):
         os.kill(pid, sign)
 
 
@@ -145,7 +145,7 @@ def test_a_machine_that_is_silent_for_a_while_keeps_its_trial(
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "8"]
     one, gates = start_as("one", options, LONG_LEASES, runs=0)
-    gates.hold(runs=1, reports=3, going=one.going)
+    gates.hold(runs=1, reports=3, is_running=one.is_running)
     held = running(postgresql)
     two, others = start_as("two", options, LONG_LEASES, runs=0)
     until(others.runs.held, "another machine works too")
@@ -169,7 +169,7 @@ def test_a_machine_that_is_silent_for_too_long_loses_its_trial_and_gives_no_seco
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "14"]
     one, gates = start_as("one", options, SHORT_LEASES, runs=0)
-    gates.hold(runs=1, reports=3, going=one.going)
+    gates.hold(runs=1, reports=3, is_running=one.is_running)
     number, owner = running(postgresql)
     send(one, signal.SIGSTOP)
     two, _ = start_as("two", options, SHORT_LEASES)
@@ -186,7 +186,7 @@ def test_a_machine_that_sleeps_in_a_transaction_blocks_no_other(
 ) -> None:
     options = [*DIGITS, "--storage", postgresql, "--trials", "8"]
     one, gates = start_as("one", options, STOP_WITH_A_LOCK + SHORT_LEASES, runs=0)
-    gates.hold(runs=1, reports=3, going=one.going)
+    gates.hold(runs=1, reports=3, is_running=one.is_running)
     (tmp_path / "stop").touch()
     gates.open()
     until((tmp_path / "stopped").exists, "it sleeps with a row of the database locked")
