@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -233,3 +234,20 @@ def test_the_server_writes_nothing_into_the_home_folder(
     with servers.server(saved, load.request("/predict", PICTURE)):
         pass
     assert not [*(tmp_path / "home").rglob("*")]
+
+
+@pytest.mark.slow
+def test_the_server_looks_up_no_name(saved: Path, tmp_path: Path) -> None:
+    """With telemetry, ONNX Runtime looks up its host some 12 s after the start."""
+    trace = tmp_path / "trace"
+    strace = ["strace", "-fqq", "-e", "trace=connect", "-o", str(trace)]
+    if shutil.which("strace") is None or subprocess.run([*strace, "true"], check=False).returncode:
+        pytest.skip("strace is not installed, or may not trace")
+    done = subprocess.run(
+        [*strace, "timeout", "40", sys.executable, "-m", "uvicorn", "serve.app:app", "--port", "0"],
+        cwd=ROOT, env=empty_home(tmp_path / "home") | {"MODELS": str(saved)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Application startup complete" in done.stderr
+    assert "Application shutdown complete" in done.stderr
+    assert "htons(53)" not in trace.read_text()  # the port of name servers

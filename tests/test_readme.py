@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 
 from mnist import inference, models, registry
@@ -68,6 +69,13 @@ def test_the_commands_of_other_modules_parse(
             inner.make_context(name, arguments, parent=context)
         parsed.add(name)
     assert {"mnist.predict", "mnist.registry", "tests.soak", "benchmarks.search"} <= parsed
+
+
+def test_the_commands_of_uvicorn_parse() -> None:
+    lines = re.findall(r"(?:^    |`)uvicorn (serve[^\n#`]*)", ALL, re.MULTILINE)
+    assert len(lines) >= 3
+    for line in lines:
+        uvicorn.main.make_context("uvicorn", shlex.split(line))
 
 
 def test_named_modules_and_files_exist() -> None:
