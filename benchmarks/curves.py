@@ -37,8 +37,9 @@ from benchmarks.curve_runs import (
     parse_share,
     train,
 )
-from mnist import data, folding, memory, training
+from mnist import data, folding, memory
 from mnist.data import Dataset
+from mnist.job import networks
 from mnist.search import study as studies
 from mnist.search.storage import StudyError, open_study
 from mnist.search.urls import mask_url_secrets
@@ -275,7 +276,7 @@ def main(
     try:
         if not export:
             torch.set_num_threads(threads or available_cores())
-            torch_device = training.select_device(device)
+            torch_device = networks.select_device(device)
             dataset = data.load(settings.dataset, data_dir).to(torch_device)
             part_studies = open_studies(storage, study, settings, dataset)
             restore(part_studies, path, settings)

@@ -53,23 +53,6 @@ class Progress:
         return None if self.errors is None or not self.n else 1 - self.errors / self.n
 
 
-def select_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" prefers cuda, then mps, then cpu.
-
-    Raises ValueError where this machine lacks the device.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, usable in available.items() if usable)
-    if not available.get(name):
-        raise ValueError(f"device {name!r} is not on this machine; use auto or cpu")
-    return torch.device(name)
-
-
 def set_dropout(model: nn.Module, p: float | None) -> None:
     """Set the dropout probability (0..1) of all the model's dropout layers; None leaves them."""
     for layer in dropout_layers(model):
@@ -122,6 +105,7 @@ def fit(
     micro_batch: int | None = None,
     bfloat16: bool = False,
     outliers: torch.Tensor | None = None,
+    adjust_total: Callable[[int, int], int] | None = None,
     resume: dict[str, Any] | None = None,
 ) -> Generator[Progress]:
     """Train `model` in place on about `samples` images of `train`; both on one device.
@@ -137,15 +121,15 @@ def fit(
     of the whole batch, but batch norms see each part alone. With `bfloat16`, for training and
     validation, weights stay in float32. `outliers` are pictures uint8 (M, C, H, W) without a class:
     to each batch, OUTLIER_SHARE of its size of them is added, with the same probability for each
-    class as their target. `resume` is the state() of an earlier Progress of the same run: with the
-    same seed, model and number of threads, a resumed run gives the same weights on a CPU as an
-    uninterrupted one. Raises Diverged.
+    class as their target. Before each Progress but the last, `adjust_total` may change the
+    number of training images: it gets the number of images seen and the total, and returns a new
+    total, to which the schedule is stretched. `resume` is the state() of an earlier Progress of the
+    same run: with the same seed, model and number of threads, a resumed run gives the same weights
+    on a CPU as an uninterrupted one. Raises Diverged.
     """
     batch_size = min(batch_size, len(train))
     steps = max(1, round(samples / batch_size))
-    total = steps * batch_size
     rung_steps = sorted({math.ceil(rung / batch_size) for rung in validate_at} - {0})
-    cycle_ends = [*(step for step in rung_steps if step < steps), steps]
     batch_norms.check_batch_size(model, batch_size)
     generator = torch.Generator().manual_seed(seed)
     order = ShuffledPasses(len(train), generator)
@@ -161,10 +145,13 @@ def fit(
     n_classes = len(dataset.classes)
     factors = [module for module in model.modules() if isinstance(module, Factors)]
     decayed_weights = [layer.weight for module in factors for layer in module.layers]
-    start_step = _load_state(resume, model, torch_optimizer, order) if resume else 0
+    step = _load_state(resume, model, torch_optimizer, order) if resume else 0
+    steps = (resume or {}).get("steps", steps)  # states of old versions lack it
+    cycle_ends = [*(rung for rung in rung_steps if rung < steps), steps]
     losses: list[torch.Tensor] = []
     model.train()
-    for step in range(start_step + 1, steps + 1):
+    while step < steps:
+        step += 1
         index = order.take(batch_size)
         images, targets = train.images[index], train.labels[index]
         if outliers is not None:
@@ -187,9 +174,10 @@ def fit(
             continue
         mean_loss = float(torch.stack(losses).mean())
         losses.clear()
+        cycle_ends[-1] = steps = _adjust_steps(adjust_total, step, steps, batch_size)
         if not math.isfinite(mean_loss):
             raise Diverged(f"the loss is {mean_loss} after {seen} samples; a lower lr may help")
-        state = functools.partial(_make_state, step, model, torch_optimizer, order)
+        state = functools.partial(_make_state, step, steps, model, torch_optimizer, order)
         wrong, n, log_loss = None, None, None
         if is_rung or step == steps:
             batch_norms.recompute_statistics(model, dataset, train, outliers)
@@ -198,7 +186,16 @@ def fit(
                 with precision:
                     wrong, n, log_loss = metrics.validate(model, dataset, split)
                 model.train()
-        yield Progress(seen, total, mean_loss, wrong, n, log_loss, state)
+        yield Progress(seen, steps * batch_size, mean_loss, wrong, n, log_loss, state)
+
+
+def _adjust_steps(
+    adjust_total: Callable[[int, int], int] | None, step: int, steps: int, batch_size: int
+) -> int:
+    """The new number of all steps after `step` of them, at least one more except at the end."""
+    if adjust_total is None or step == steps:
+        return steps
+    return max(step + 1, round(adjust_total(step * batch_size, steps * batch_size) / batch_size))
 
 
 @torch.no_grad()
@@ -255,10 +252,11 @@ def _backward(
 
 
 def _make_state(
-    step: int, model: nn.Module, optimizer: torch.optim.Optimizer, order: ShuffledPasses
+    step: int, steps: int, model: nn.Module, optimizer: torch.optim.Optimizer, order: ShuffledPasses
 ) -> dict[str, Any]:
     return {
         "step": step,
+        "steps": steps,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rest": order.remaining.clone(),

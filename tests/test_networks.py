@@ -78,3 +78,26 @@ def test_weights_are_counted_without_the_compiler(digits: data.Dataset) -> None:
     )
     form = folding.training_form(models.build("parallel", 1, digits.size, 10))
     assert done.stdout.split() == [str(models.count_parameters(form)), "False"]
+
+
+def test_a_missing_device_is_named() -> None:
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has mps")
+    with pytest.raises(ValueError, match="device 'mps' is not on this machine"):
+        networks.select_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("usable", "expected"),
+    [({"cuda", "mps"}, "cuda"), ({"mps"}, "mps"), (set(), "cpu")],
+)
+def test_the_fastest_device_of_the_machine_is_preferred(
+    monkeypatch: pytest.MonkeyPatch, usable: set[str], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in usable)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in usable)
+    assert networks.select_device() == torch.device(expected)
+    assert networks.select_device("cpu") == torch.device("cpu")
+    for name in {"cuda", "mps", "tpu"} - usable:
+        with pytest.raises(ValueError, match=f"device '{name}' is not on this machine"):
+            networks.select_device(name)

@@ -1,5 +1,6 @@
 """mnist.training: a run, its progress, its evaluation."""
 
+import copy
 import inspect
 import math
 from dataclasses import replace
@@ -218,13 +219,6 @@ def test_errors_count_the_last_smaller_batch_right(digits: Dataset) -> None:
     assert metrics.errors(model, digits, split) == int((logits.argmax(1) != split.labels).sum())
 
 
-def test_a_missing_device_is_named() -> None:
-    if torch.backends.mps.is_available():
-        pytest.skip("this machine has mps")
-    with pytest.raises(ValueError, match="device 'mps' is not on this machine"):
-        training.select_device("mps")
-
-
 @pytest.mark.parametrize(
     ("dataset", "params", "expected"),
     [
@@ -315,22 +309,6 @@ def test_an_accuracy_needs_validation_images() -> None:
     assert replace(progress, errors=3, n=4).accuracy == 0.25
 
 
-@pytest.mark.parametrize(
-    ("usable", "expected"),
-    [({"cuda", "mps"}, "cuda"), ({"mps"}, "mps"), (set(), "cpu")],
-)
-def test_the_fastest_device_of_the_machine_is_preferred(
-    monkeypatch: pytest.MonkeyPatch, usable: set[str], expected: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in usable)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in usable)
-    assert training.select_device() == torch.device(expected)
-    assert training.select_device("cpu") == torch.device("cpu")
-    for name in {"cuda", "mps", "tpu"} - usable:
-        with pytest.raises(ValueError, match=f"device '{name}' is not on this machine"):
-            training.select_device(name)
-
-
 def test_a_run_has_about_the_images_asked_for_and_a_hundred_reports(digits: Dataset) -> None:
     reports = fit(build(digits), digits, samples=3_000, batch_size=8)
     assert reports[-1].samples == 3_000
@@ -344,6 +322,56 @@ def test_a_run_has_about_the_images_asked_for_and_a_hundred_reports(digits: Data
     few = digits.train.head(5)
     run = training.fit(build(digits), digits, few, batch_size=8, samples=10)
     assert [progress.samples for progress in run] == [5, 10]
+
+
+def test_a_run_whose_total_changes_ends_there_at_a_learning_rate_of_zero(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positions: list[float] = []
+    factor = optimizers.learning_rate_factor
+
+    def learning_rate_factor(position: float, schedule: str) -> float:
+        positions.append(position)
+        return factor(position, schedule)
+
+    monkeypatch.setattr(optimizers, "learning_rate_factor", learning_rate_factor)
+    totals = {160: 400, 240: 400, 320: 1_600}
+    asked: list[tuple[int, int]] = []
+
+    def adjust_total(seen: int, total: int) -> int:
+        asked.append((seen, total))
+        return totals.get(seen, total)
+
+    settings = {"samples": 800, "batch_size": 8, "adjust_total": adjust_total}
+    model = build(digits)
+    reports = fit(model, digits, **settings)
+    assert [report.total for report in reports if report.samples in (152, 160, 320)] == [
+        *(800, 400, 1_600)
+    ]
+    assert reports[-1].samples == reports[-1].total == 1_600
+    assert reports[-1].n == len(digits.validation)
+    assert positions[19:21] == [19.5 / 100, 20.5 / 50]
+    assert positions[39:41] == [39.5 / 50, 40.5 / 200]
+    assert positions[-1] == 199.5 / 200
+    assert asked[-1][0] < 1_600  # the last report cannot change the total
+    now = fit(build(digits), digits, **settings | {"adjust_total": lambda seen, total: 8})
+    assert [report.samples for report in now] == [8, 16]
+
+
+def test_a_resumed_run_keeps_its_changed_total(digits: Dataset) -> None:
+    settings: dict[str, Any] = {"samples": 800, "batch_size": 8}
+    whole, resumed, state = build(digits), build(digits, seed=1), None
+    run = training.fit(
+        whole, digits, digits.train, **settings, adjust_total=lambda seen, total: 1_200
+    )
+    for progress in run:
+        if progress.samples == 400 and progress.state is not None:
+            state = copy.deepcopy(progress.state())
+    assert state is not None
+    *_, last = training.fit(resumed, digits, digits.train, **settings, resume=state)
+    assert last.samples == last.total == 1_200
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name])
 
 
 def test_a_report_s_loss_is_the_mean_since_the_last_one(

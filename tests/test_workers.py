@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from dataclasses import replace
 from multiprocessing.connection import Listener
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 
 from mnist import data, models, optimizers, training
 from mnist.data import Dataset
-from mnist.search import checkpoints, runs, workers
+from mnist.search import checkpoints, pace, runs, workers
 from mnist.search.checkpoints import QuotaExceeded
+from mnist.search.pace import Pace
 from mnist.search.runs import Report, Run, RunResult, Setup
 from mnist.search.workers import Pool, Worker
 from tests.conftest import ROOT, Disk
@@ -78,8 +80,11 @@ def test_a_killed_run_continues_bit_for_bit(
     assert len(second.reports) < len(reference.reports)
     together = {**dict(first.accuracies()), **dict(second.accuracies())}
     assert together == dict(reference.accuracies())
-    for name, tensor in torch.load(tmp_path / "whole.pt").items():
-        assert torch.equal(tensor, torch.load(tmp_path / "killed.pt")[name]), name
+    expected, weights = (
+        torch.load(tmp_path / f"{name}.pt")["weights"] for name in ("whole", "killed")
+    )
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, weights[name]), name
 
 
 def test_between_two_reports_without_an_accuracy_there_is_some_time(digits: Dataset) -> None:
@@ -240,6 +245,39 @@ def test_final_weights_take_the_checkpoint_s_room_where_they_must(
     run = replace(run, weights=folder / "more.pt")
     result = runs.run_safely(run, digits, too_small, Pipe())
     assert (result.failure, "--disk-quota" in result.reason) == ("disk", True)
+
+
+def test_a_final_training_gets_the_length_that_its_time_allows(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(Pipe):
+        """Each report takes as long as `s_per_image` says."""
+
+        s_per_image = 0.0
+
+        def send(self, message: Report) -> None:
+            before = self.reports[-1].samples if self.reports else 0
+            super().send(message)
+            now[0] += (message.progress.samples - before) * self.s_per_image
+
+    lengths = []
+    for s_per_image in (0.01, 0.02, 0.2):
+        now[0], pipe = 0.0, Slow()
+        pipe.s_per_image = s_per_image
+        limits = Pace.around(2_000, 2_800, deadline=40.0)
+        run = replace(RUN, rungs=(), final=True, pace=limits, weights=tmp_path / "weights.pt")
+        assert runs.run_safely(run, digits, replace(SETUP, report_s=-1.0), pipe).failure is None
+        lengths.append(pipe.reports[-1].samples)
+        saved = checkpoints.load(run.weights)
+        assert saved is not None
+        assert saved["samples"] == lengths[-1]
+        assert pipe.reports[0].total == 1_984  # the first images only start the measurement
+    assert lengths[0] == pytest.approx(2_800, abs=32)
+    assert lengths[1] == pytest.approx(2_000, abs=64)
+    assert lengths[2] == pytest.approx(1_500, abs=32)
 
 
 def test_with_a_damaged_checkpoint_a_run_starts_again(

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from optuna.trial import FrozenTrial
@@ -16,6 +17,7 @@ from mnist.report.text import format_params
 from mnist.search import budget, checkpoints, loop
 from mnist.search import study as studies
 from mnist.search.members import Member
+from mnist.search.pace import Pace
 from mnist.search.runs import Report, Run, RunResult, StudyConfig
 from mnist.search.workers import Pool, training_threads
 
@@ -76,14 +78,15 @@ class FinalTraining:
             if best is None:  # another member has just finished a better trial
                 continue
             run = self._make_run(best)
-            weights = checkpoints.load(run.weights)
-            if weights is not None:  # an earlier process was killed after the final training
-                return TrainedModel(best, weights, run.samples, None)
-            self._announce(best, run)
-            result, seconds = self._execute(run)
-            weights = checkpoints.load(run.weights)
-            if result.failure is None and weights is not None:
-                return TrainedModel(best, weights, run.samples, seconds)
+            trained = _load_trained(run)
+            if trained is not None:  # an earlier process was killed after the final training
+                return TrainedModel(best, **trained, seconds=None)
+            _announce(self.member, self.screen, self.options.confirmed, best, run)
+            result, s_per_image = self._execute(run)
+            trained = _load_trained(run)
+            if result.failure is None and trained is not None:
+                seconds = s_per_image and s_per_image * trained["samples"]
+                return TrainedModel(best, **trained, seconds=seconds)
             if result.failure in (None, "died"):
                 reason = result.reason or f"its weights are not at {run.weights}"
                 raise loop.Unfinished(f"the final training failed: {reason}")
@@ -92,23 +95,13 @@ class FinalTraining:
             "no complete trial is left to make the final model from; a larger --trials adds some"
         )
 
-    def _announce(self, best: FrozenTrial, run: Run) -> None:
-        k = self.options.confirmed
-        skipped = self.member.run_locked(lambda study: studies.find_unconfirmed(study, k))
-        means = self.member.run_locked(lambda study: studies.mean_confirmations(study, k))
-        if means and not skipped:
-            text = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
-            self.screen.print_line(f"on fresh seeds: {text}")
-        text = f"as trial {best.number} ({format_params(best.params)}), {run.samples:,} images"
-        self.screen.print_line(f"final model: {text}")
-
     def _exclude(self, number: int, result: RunResult) -> None:
         reason = f"{result.failure}: {result.reason}"
         self.member.run_locked(lambda study: studies.exclude_trial(study, number, reason))
         self.screen.print_line(f"trial {number} is excluded: {result.reason}")
 
     def _execute(self, run: Run) -> tuple[RunResult, float | None]:
-        """Train in a worker; also returns the seconds for all of `run.samples`."""
+        """Train in a worker; also returns the seconds per training image."""
         progress: list[tuple[int, float]] = []  # images, time; a resumed run starts above 0 images
         expected_s = self._available_s()
         for _, message in loop.execute_runs(self.pool, {"final": run}):
@@ -120,16 +113,25 @@ class FinalTraining:
             elif message is not None:
                 first, last = (progress[0], progress[-1]) if progress else ((0, 0.0), (0, 0.0))
                 images, seconds = last[0] - first[0], last[1] - first[1]
-                return message, seconds / images * run.samples if images else None
+                return message, seconds / images if images else None
             else:
                 self.clock.check("the final training is not finished yet")
         raise AssertionError("a run ends with a RunResult")
 
     def _make_run(self, best: FrozenTrial) -> Run:
         """The final training, on all cores, as no other run competes for them."""
-        samples, micro_batch = self._choose_samples(best), studies.micro_batch(best)
+        samples, pace = self._choose_samples(best), None
+        if not self.options.final_epochs:
+            deadline = time.monotonic() + self._available_s()
+            pace = Pace.around(samples, self._max_samples(), deadline)
         return Run.for_final(
-            self.config, best.number, best.params, samples, training_threads(), micro_batch
+            self.config,
+            best.number,
+            best.params,
+            samples,
+            threads=training_threads(),
+            micro_batch=studies.micro_batch(best),
+            pace=pace,
         )
 
     def _choose_samples(self, best: FrozenTrial) -> int:
@@ -166,9 +168,11 @@ class FinalTraining:
             images_per_s = loop.measure_speed(self.pool, run)
         except loop.RunFailed:  # the final training reports the reason
             images_per_s = self.plan.images_per_s
-        most = budget.max_final_samples(self.epoch, self.options.thorough)
         affordable = self._available_s() * images_per_s * budget.SUSTAINED_SPEED
-        return max(minimum, round(min(affordable, most)))
+        return max(minimum, round(min(affordable, self._max_samples())))
+
+    def _max_samples(self) -> int:
+        return budget.max_final_samples(self.epoch, self.options.thorough)
 
     def _available_s(self) -> float:
         """Seconds for the training: by --final-epochs, or from the remaining time."""
@@ -178,3 +182,22 @@ class FinalTraining:
             remaining_s = self.options.timeout - self.clock.elapsed_s
             return budget.allot_final_s_until(self.plan, remaining_s)
         return budget.allot_final_s(self.plan, self.plan.total_s - self.clock.elapsed_s)
+
+
+def _load_trained(run: Run) -> dict[str, Any] | None:
+    """Weights and samples of a finished training; None where an old version wrote weights alone."""
+    state = checkpoints.load(run.weights)
+    return None if state is None or "samples" not in state else state
+
+
+def _announce(member: Member, screen: Display, k: int, best: FrozenTrial, run: Run) -> None:
+    """Print the confirmations of the `k` best trials, and the run that is about to start."""
+    skipped = member.run_locked(lambda study: studies.find_unconfirmed(study, k))
+    means = member.run_locked(lambda study: studies.mean_confirmations(study, k))
+    if means and not skipped:
+        text = ", ".join(f"trial {number} {mean:.2%}" for number, mean in means.items())
+        screen.print_line(f"on fresh seeds: {text}")
+    params = format_params(best.params)
+    screen.print_line(
+        f"final model: as trial {best.number} ({params}), about {run.samples:,} images"
+    )

@@ -92,6 +92,23 @@ def measure_speed(options: Options, pool: Pool, try_bfloat16: bool) -> tuple[flo
     return speed, False
 
 
+def select_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" prefers cuda, then mps, then cpu.
+
+    Raises ValueError where this machine lacks the device.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, usable in available.items() if usable)
+    if not available.get(name):
+        raise ValueError(f"device {name!r} is not on this machine; use auto or cpu")
+    return torch.device(name)
+
+
 def may_use_bfloat16(options: Options, device: torch.device, model: torch.nn.Module) -> bool:
     """Whether to measure bfloat16: for training forms, on devices that support it, in studies that
     no other machine shares, as a machine without bfloat16 would get other results."""

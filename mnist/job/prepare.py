@@ -115,7 +115,7 @@ def check_writable(artifacts: Path) -> None:
 def choose_device(options: Options) -> torch.device:
     """The device of --device; raises click.UsageError where this machine lacks it."""
     try:
-        return training.select_device(options.device)
+        return networks.select_device(options.device)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -16,6 +16,7 @@ from mnist import batch_norms, folding, memory, models, outliers, plugins, train
 from mnist.data import Dataset
 from mnist.search import budget, checkpoints
 from mnist.search.checkpoints import Checkpoints, QuotaExceeded
+from mnist.search.pace import Pace
 from mnist.shell import first_line
 
 MAX_DEATHS = 3  # of a run's processes without a new checkpoint in between; then the run has failed
@@ -50,6 +51,7 @@ class Run:
     seed: int
     rungs: tuple[int, ...] = ()
     final: bool = False  # on training and validation images together
+    pace: Pace | None = None  # changes `samples` during the training
     outliers: bool = False  # also on pictures without a class
     measure: bool = False  # only measure the speed of some steps
     plain: bool = False
@@ -107,10 +109,9 @@ class Run:
         number: int,
         params: dict[str, Any],
         samples: int,
-        threads: int,
-        micro_batch: int | None,
+        **options: Any,
     ) -> "Run":
-        """The final training, as trial `number`."""
+        """The final training, as trial `number`; `options`: threads, micro_batch and pace."""
         return cls(
             config.network,
             params,
@@ -120,10 +121,9 @@ class Run:
             outliers=not config.plain,
             plain=config.plain,
             bfloat16=config.bfloat16,
-            threads=threads,
-            micro_batch=micro_batch,
             checkpoint=config.checkpoints.final(number, samples),
             weights=config.checkpoints.weights(number, samples),
+            **options,
         )
 
     @classmethod
@@ -252,6 +252,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
         micro_batch=run.micro_batch,
         bfloat16=run.bfloat16,
         outliers=_make_outliers(run, dataset, n_outliers),
+        adjust_total=run.pace.start() if run.pace else None,
         resume=checkpoints.load(run.checkpoint),
     )
     saved_at, accuracy, reported_at = time.monotonic(), None, -math.inf
@@ -273,7 +274,7 @@ def train(run: Run, dataset: Dataset, setup: Setup, pipe: Any) -> RunResult:
                 log.warning("%s", error)
             saved_at = time.monotonic()
     if run.weights:
-        save_weights(model, run, setup.quota)
+        save_weights(model, progress.samples, run, setup.quota)
     return RunResult(accuracy)
 
 
@@ -287,10 +288,11 @@ def _make_outliers(run: Run, dataset: Dataset, n: int) -> torch.Tensor | None:
     return torch.from_numpy(made).to(images.device)
 
 
-def save_weights(model: torch.nn.Module, run: Run, quota: int | None) -> None:
-    """Write the weights of a final training; raises QuotaExceeded."""
+def save_weights(model: torch.nn.Module, samples: int, run: Run, quota: int | None) -> None:
+    """Write the weights of a final training on `samples` images; raises QuotaExceeded."""
     assert run.weights is not None
-    state = {key: value.cpu() for key, value in model.state_dict().items()}
+    weights = {key: value.cpu() for key, value in model.state_dict().items()}
+    state = {"weights": weights, "samples": samples}
     with contextlib.suppress(QuotaExceeded):
         return checkpoints.save(state, run.weights, quota)
     if run.checkpoint:  # a finished run does not need it
