@@ -2,10 +2,16 @@
 
 import json
 import os
+import re
+import shlex
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +21,7 @@ import pytest
 
 from mnist.job.trackers import TRACKERS
 from tests.conftest import DIGITS, ROOT
+from tests.test_readme import DOCS
 
 pytestmark = [
     pytest.mark.deploy,
@@ -219,3 +226,64 @@ def test_an_interrupted_run_is_completed(tmp_path: Path) -> None:
     (again,) = client.search_runs([experiment.experiment_id], query)
     assert again.info.run_id == run.info.run_id
     assert again.info.status in ("FINISHED", "KILLED")
+
+
+def documented_command(name: str, program: str) -> list[str]:
+    (row,) = re.findall(rf"^\| `--track {name}` .*", DOCS["search.md"], re.MULTILINE)
+    (command,) = re.findall(rf"`({program} [^`]*-[^`]*)`", row)
+    return shlex.split(command)
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "page"),
+    [
+        ("mlflow", "mlflow", "ajax-api/2.0/mlflow/experiments/search?max_results=9"),
+        ("tensorboard", "tensorboard", "data/runs"),
+    ],
+)
+def test_the_documented_command_shows_the_study(
+    name: str, program: str, page: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(name, reason="it is in deploy/requirements-test.txt")
+    start(tmp_path, "--track", name, MLFLOW_TRACKING_URI="")
+    program, *arguments = documented_command(name, program)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    viewer = subprocess.Popen(
+        [str(Path(sys.executable).with_name(program)), *arguments, "--port", str(port)],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        shown = ""
+        for _ in range(1200):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}") as response:
+                    shown = response.read().decode()
+            except urllib.error.URLError:
+                assert viewer.poll() is None
+            if "digits-linear-quick" in shown:
+                break
+            time.sleep(0.1)
+        assert "digits-linear-quick" in shown
+    finally:
+        os.killpg(viewer.pid, signal.SIGTERM)
+        viewer.wait(60)
+
+
+def test_the_documented_command_of_wandb_finds_the_runs(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="it is in deploy/requirements-test.txt")
+    start(tmp_path, "--track", "wandb", WANDB_MODE="offline")
+    program, command, pattern = documented_command("wandb", "wandb")
+    runs = [str(path.relative_to(tmp_path)) for path in tmp_path.glob(pattern)]
+    assert runs
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(program)), command, *runs, "--dry-run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(run in done.stdout + done.stderr for run in runs)

@@ -1,5 +1,7 @@
 """The routes of the Open Inference Protocol with Triton's client, in JSON and binary."""
 
+import ast
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from mnist import registry
+from tests.conftest import ROOT
 from tests.test_app import drawn_seven, serving
 from tests.test_open_inference import PICTURES
 
@@ -95,6 +98,24 @@ def test_the_client_gets_the_answers_of_predict(
     assert result.as_numpy("uncertain").tolist() == [answer["uncertain"] for answer in answers]
     labels = [[name in answer["labels"] for name in answer["probabilities"]] for answer in answers]
     assert result.as_numpy("labels").tolist() == labels
+
+
+def test_the_documented_example_has_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = re.search(
+        r"```python\n(client = tritonclient.*?)\n([^\n]*)  # ([^\n]*)\n```",
+        (ROOT / "docs/serving.md").read_text(),
+        re.DOTALL,
+    )
+    assert found
+    code, expression, answer = found.groups()
+    assert "127.0.0.1:8000" in code
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec("import numpy, tritonclient.http", names)
+    with serving(registry.SAMPLE, monkeypatch) as address:
+        exec(code.replace("127.0.0.1:8000", "{}:{}".format(*address)), names)
+        assert eval(expression, names).tolist() == ast.literal_eval(answer)
+        names["client"].close()
 
 
 @pytest.mark.parametrize(
