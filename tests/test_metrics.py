@@ -45,26 +45,35 @@ def worker_ids(folder: Path) -> list[int]:
     return [int(path.stem.removeprefix("counter_")) for path in folder.glob("counter_*.db")]
 
 
+def count_answers(port: int) -> float:
+    """The number of pictures answered by all workers, as one of them reports it."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        metrics = response.read().decode()
+    answered = r'requests_total\{method="POST",route="/predict",status="200"\} (\S+)'
+    (count,) = re.findall(answered, metrics)
+    return float(count)
+
+
 @pytest.mark.slow
 def test_each_worker_reports_the_metrics_of_all_and_is_replaced_if_killed(saved: Path) -> None:
     page = np.full((60, 50), 255, np.uint8)
     page[10:50, 22:28] = 0
     request = load.request("/predict", png(page))
-    answered = r'requests_total\{method="POST",route="/predict",status="200"\} (\S+)'
     with servers.server(saved, request, (*servers.OURS, "--workers", "2")) as server:
         for _ in range(30):  # each on a new connection, to either worker
             assert servers.answers(server.port, request)
+        # With the first request of servers.server. A request is counted just after its response.
+        until(
+            lambda: count_answers(server.port) == 31, "the killed worker has counted its requests"
+        )
         (folder,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
         workers = worker_ids(folder)
         os.kill(workers[0], signal.SIGKILL)
         until(lambda: len(worker_ids(folder)) == 3, "another worker takes its place")
-        counts = set()
-        for _ in range(10):
-            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:
-                counts |= set(re.findall(answered, response.read().decode()))
+        counts = {count_answers(server.port) for _ in range(10)}
         stale = FOLDER / "serve-metrics-99999999999999999999-x"
         stale.mkdir()
-    assert counts == {"31.0"}  # with the first request of servers.server
+    assert counts == {31}
     with servers.server(saved, request, (*servers.OURS, "--workers", "2")):
         assert not folder.exists()
         assert not stale.exists()
