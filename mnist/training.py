@@ -121,11 +121,11 @@ def fit(
     of the whole batch, but batch norms see each part alone. With `bfloat16`, for training and
     validation, weights stay in float32. `outliers` are pictures uint8 (M, C, H, W) without a class:
     to each batch, OUTLIER_SHARE of its size of them is added, with the same probability for each
-    class as their target. Before each Progress but the last, `adjust_total` may change the
-    number of training images: it gets the number of images seen and the total, and returns a new
-    total, to which the schedule is stretched. `resume` is the state() of an earlier Progress of the
-    same run: with the same seed, model and number of threads, a resumed run gives the same weights
-    on a CPU as an uninterrupted one. Raises Diverged.
+    class as their target. Before each Progress but the last, `adjust_total` gets the number of
+    images seen and the total, and returns a new total, to which the schedule is stretched (not with
+    `validate_at`). `resume` is the state() of an earlier Progress of the same run: with the same
+    seed, model, number of threads and total, a resumed run gives the same weights on a CPU as an
+    uninterrupted one. Raises Diverged.
     """
     batch_size = min(batch_size, len(train))
     steps = max(1, round(samples / batch_size))

@@ -1,5 +1,6 @@
 """Studies in real trackers, read back: each trial once, with its curve, and the model."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -260,16 +260,18 @@ def test_the_documented_command_shows_the_study(
         shown = ""
         for _ in range(1200):
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}") as response:
+                url = f"http://127.0.0.1:{port}/{page}"
+                with urllib.request.urlopen(url, timeout=60) as response:
                     shown = response.read().decode()
-            except urllib.error.URLError:
+            except OSError:  # it has not started yet
                 assert viewer.poll() is None
             if "digits-linear-quick" in shown:
                 break
             time.sleep(0.1)
         assert "digits-linear-quick" in shown
     finally:
-        os.killpg(viewer.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(viewer.pid, signal.SIGTERM)
         viewer.wait(60)
 
 

@@ -1,20 +1,24 @@
 """mnist.job.final: one final model of a study, trained as its winner."""
 
+import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mnist import models, registry
 from mnist.job import display
+from mnist.job import final as final_training
 from mnist.job.clock import Clock
 from mnist.job.final import FinalTraining
 from mnist.job.options import Options
-from mnist.search import budget, loop
+from mnist.search import budget, checkpoints, loop
 from mnist.search.checkpoints import Checkpoints
 from mnist.search.members import Member
-from mnist.search.runs import StudyConfig
+from mnist.search.runs import Run, StudyConfig
 from tests.conftest import DIGITS, SHORT, Command
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -48,6 +52,40 @@ def test_an_interrupted_final_training_keeps_its_number_of_images(
         assert final._choose_samples(best) == 7_000  # it had no checkpoint yet
         config.checkpoints.final(3, 7_000).touch()
         assert final._choose_samples(best) == 7_000
+
+
+def test_the_length_of_a_new_final_training_follows_its_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FinalTraining, "_affordable_samples", lambda *_: 30_000)
+    config = StudyConfig("linear", 0, 600, Checkpoints(tmp_path))
+    best: Any = types.SimpleNamespace(number=3, params={}, user_attrs={})
+    plan = budget.Plan(600, 1.0, 100.0, 300.0, release_s=20.0, total_s=200.0)
+    clock, unused = Clock(time.monotonic() - 90), Any
+    with Member(f"sqlite:///{tmp_path}/db.sqlite3", "study", threads=1) as member:
+        final = FinalTraining(member, unused, unused, Options(), config, plan, clock, 1_000)
+        pace = final._make_run(best).pace
+        assert pace is not None
+        assert (pace.least, pace.most) == (22_500, 45_000)
+        assert pace.deadline == pytest.approx(time.monotonic() + 90, abs=60)
+        config.checkpoints.final(3, 30_000).touch()
+        assert final._make_run(best).pace is None  # its length is in the checkpoint
+        fixed = replace(final, options=Options(final_epochs=40.0))
+        assert fixed._make_run(best).pace is None
+
+
+def test_a_finished_final_training_is_used_if_its_length_is_known(tmp_path: Path) -> None:
+    config = StudyConfig("linear", 0, 600, Checkpoints(tmp_path))
+    run = Run.for_final(config, 3, {}, 5_000)
+    assert run.weights is not None
+    weights = {"output.bias": torch.zeros(10)}
+    assert final_training._load_trained(run) is None
+    checkpoints.save(weights, run.weights)  # as an old version did
+    assert final_training._load_trained(run) is None
+    checkpoints.save({"weights": weights, "samples": 4_800}, run.weights)
+    trained = final_training._load_trained(run)
+    assert trained is not None
+    assert trained["samples"] == 4_800
 
 
 def test_a_timeout_ends_the_confirmations_in_time_for_the_final_model(

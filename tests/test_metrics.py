@@ -63,9 +63,7 @@ def test_each_worker_reports_the_metrics_of_all_and_is_replaced_if_killed(saved:
         for _ in range(30):  # each on a new connection, to either worker
             assert servers.answers(server.port, request)
         # With the first request of servers.server. A request is counted just after its response.
-        until(
-            lambda: count_answers(server.port) == 31, "the killed worker has counted its requests"
-        )
+        until(lambda: count_answers(server.port) == 31, "all requests are counted")
         (folder,) = FOLDER.glob(f"serve-metrics-{server.process.pid}-*")
         workers = worker_ids(folder)
         os.kill(workers[0], signal.SIGKILL)

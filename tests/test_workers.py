@@ -267,7 +267,7 @@ def test_a_final_training_gets_the_length_that_its_time_allows(
     for s_per_image in (0.01, 0.02, 0.2):
         now[0], pipe = 0.0, Slow()
         pipe.s_per_image = s_per_image
-        limits = Pace.around(2_000, 2_800, deadline=40.0)
+        limits = Pace.around(2_000, 1_200, 2_800, deadline=40.0)
         run = replace(RUN, rungs=(), final=True, pace=limits, weights=tmp_path / "weights.pt")
         assert runs.run_safely(run, digits, replace(SETUP, report_s=-1.0), pipe).failure is None
         lengths.append(pipe.reports[-1].samples)
@@ -278,6 +278,28 @@ def test_a_final_training_gets_the_length_that_its_time_allows(
     assert lengths[0] == pytest.approx(2_800, abs=32)
     assert lengths[1] == pytest.approx(2_000, abs=64)
     assert lengths[2] == pytest.approx(1_500, abs=32)
+
+
+def test_a_pause_shortens_a_training_by_half_of_the_rest_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    adjust_total = Pace(100.0, 5_000, 20_000).start()
+    assert adjust_total(100, 10_000) == 10_000
+    now[0] = 50.0
+    assert adjust_total(5_000, 10_000) == 9_900  # 98 images per second
+    now[0] = 1_000.0
+    assert adjust_total(6_000, 9_900) == 7_950
+    assert adjust_total(6_100, 7_950) == 7_025
+
+
+@pytest.mark.parametrize(
+    ("samples", "least", "most"),
+    [(10_000, 7_500, 12_000), (1_300, 1_200, 1_950), (700, 700, 1_050)],
+)
+def test_a_training_keeps_its_least_number_of_images(samples: int, least: int, most: int) -> None:
+    assert Pace.around(samples, 1_200, 12_000, 5.0) == Pace(5.0, least, most)
 
 
 def test_with_a_damaged_checkpoint_a_run_starts_again(

@@ -121,9 +121,10 @@ class FinalTraining:
     def _make_run(self, best: FrozenTrial) -> Run:
         """The final training, on all cores, as no other run competes for them."""
         samples, pace = self._choose_samples(best), None
-        if not self.options.final_epochs:
+        resumes = self.config.checkpoints.final(best.number, samples).exists()
+        if not self.options.final_epochs and not resumes:  # a resumed training keeps its length
             deadline = time.monotonic() + self._available_s()
-            pace = Pace.around(samples, self._max_samples(), deadline)
+            pace = Pace.around(samples, MIN_FINAL_SAMPLES, self._max_samples(), deadline)
         return Run.for_final(
             self.config,
             best.number,

@@ -15,14 +15,15 @@ TRIAL_SHARE = RUNGS[0] + (1 - RUNGS[0]) * 0.4
 TRIAL_OVERHEAD_S = 0.4  # to build a network and record a trial, on a processor of 2024
 FORWARD_SHARE = 0.3  # time per image in evaluation, as a share of that in training
 SEARCH_SHARE, MIN_FINAL_SHARE = 0.4, 0.3  # of the time; the search includes confirmations
-# Bounds on the training images of a trial, however fast the machine. Kendall's tau of the errors
-# after 6,000 and after 60,000 images is 0.77 (`parallel` on MNIST, docs/benchmarks.md).
+# Bounds on the training images of a trial, however fast the machine. Longer trials rank better, but
+# take time from the final training: Kendall's tau with the errors after 60,000 images is 0.77 at
+# 6,000 images and 0.83 at 12,000 (`parallel` on MNIST, docs/benchmarks.md).
 MAX_TRIAL_SAMPLES, MIN_TRIAL_SAMPLES, QUICK_TRIAL_SAMPLES = 24_000, 6_000, 1_200
 # Bounds on the final training; on small data it may exceed the epochs, up to a number of images.
 # `compact` still gains: 69 errors of 15,000 after 36 epochs, 85 after 13 (docs/lab-log.md).
 MAX_FINAL_EPOCHS, THOROUGH_EPOCHS, SMALL_DATA_FINAL_SAMPLES = 40, 60, 60_000
-# The default run: on two cores with AVX-512 it ends within 8 minutes, even if the machine becomes a
-# little slower. A slower machine takes longer, up to LIMIT_S, for a better final model.
+# The default run: about 8 minutes on two cores with AVX-512. A slower machine takes longer, up to
+# LIMIT_S, for a better final model.
 TARGET_S, LIMIT_S, ENOUGH_FINAL_SAMPLES = 7.5 * 60, 13.5 * 60, 240_000
 # The same for things and photos, which take longer to learn: on Fashion-MNIST, `parallel` makes 569
 # errors of 7,500 held-out images after 240,000 training images, and 447 after 600,000 (one seed).

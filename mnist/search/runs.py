@@ -51,7 +51,7 @@ class Run:
     seed: int
     rungs: tuple[int, ...] = ()
     final: bool = False  # on training and validation images together
-    pace: Pace | None = None  # changes `samples` during the training
+    pace: Pace | None = None  # changes the length during the training
     outliers: bool = False  # also on pictures without a class
     measure: bool = False  # only measure the speed of some steps
     plain: bool = False
@@ -59,7 +59,7 @@ class Run:
     threads: int | None = None
     micro_batch: int | None = None
     checkpoint: Path | None = None
-    weights: Path | None = None  # file for the final state dict of the training form
+    weights: Path | None = None  # file for the training form's state dict and its images
     deaths: int = 0  # consecutive deaths of its processes since the checkpoint of time `mark`
     mark: int = 0
 
