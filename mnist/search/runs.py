@@ -59,7 +59,7 @@ class Run:
     threads: int | None = None
     micro_batch: int | None = None
     checkpoint: Path | None = None
-    weights: Path | None = None  # file for the training form's state dict and its images
+    weights: Path | None = None  # file for the trained state dict and the number of images
     deaths: int = 0  # consecutive deaths of its processes since the checkpoint of time `mark`
     mark: int = 0
 
