@@ -337,6 +337,24 @@ def test_a_pool_trains_replaces_what_dies_and_leaves_no_process(digits: Dataset)
     assert all(not alive(pid) for pid in [pid, *pids])
 
 
+def test_a_pool_that_was_shut_down_leaves_no_process_and_starts_anew(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pool(1, SETUP) as pool:
+        assert drain(pool, RUN).failure is None
+        worker = pool.workers[0].process.pid
+        server = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+        pool.shut_down()
+        pool.shut_down()  # a second time does nothing
+        assert not alive(worker)
+        assert not alive(server)
+        # The new server has the environment of the first one.
+        monkeypatch.setitem(workers.ONEDNN_SETTINGS, "SEEN_BY_WORKERS", "1")
+        assert drain(pool, RUN).failure is None
+        environment = Path(f"/proc/{pool.workers[0].process.pid}/environ").read_bytes()
+        assert b"SEEN_BY_WORKERS=1" in environment
+
+
 def test_sockets_have_a_short_path_wherever_the_temporary_folder_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,11 +439,9 @@ def test_the_workers_of_a_pool_share_the_gpus(
     monkeypatch: pytest.MonkeyPatch, device: str, devices: list[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(workers, "_start_forkserver", lambda threads: threads)
     pool = Pool(3, replace(SETUP, device=device))
     assert [setup.device for setup in pool.setups] == devices
     assert [setup.index for setup in pool.setups] == [0, 1, 2]
-    assert pool._context == SETUP.threads
 
 
 @pytest.mark.parametrize(

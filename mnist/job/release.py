@@ -45,7 +45,7 @@ def finish(final: FinalTraining, load: Callable[[], Dataset]) -> dict[str, Any]:
                 )
                 return result
             trained = final.train()
-            final.pool.stop_workers()  # frees memory for the plain network and its export
+            final.pool.shut_down()  # frees memory for the plain network and its export
             screen.print_line("evaluating, once, and saving")
             if result := save(trained, load(), member, options, final.config):
                 return result
