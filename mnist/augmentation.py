@@ -98,16 +98,17 @@ def change_strokes(
 
 
 def scan(images: torch.Tensor, generator: torch.Generator, strength: float) -> torch.Tensor:
-    """Reduce the first images to a few pixels a side, and enlarge them; their peak stays 1."""
+    """Reduce some images to a few pixels a side, and enlarge them; their peak stays 1."""
     n = round(SCANS * strength * len(images))
     if not n:
         return images
     low, high = SCAN_SIDES
     side = int(torch.randint(low, high + 1, (1,), generator=generator))
-    small = F.interpolate(images[:n], size=(side, side), mode="area")
+    chosen = torch.randperm(len(images), generator=generator)[:n].to(images.device)
+    small = F.interpolate(images[chosen], size=(side, side), mode="area")
     large = F.interpolate(small, size=images.shape[-2:], mode="bicubic").clamp(0, 1)
     peaks = large.amax((1, 2, 3), keepdim=True).clamp(min=0.1)
-    return torch.cat([large / peaks, images[n:]])
+    return images.index_copy(0, chosen, large / peaks)
 
 
 def change_picture(
