@@ -15,8 +15,9 @@ EMPTY_SHARE = 0.2
 
 class Limits(NamedTuple):
     """A class is in the set of a picture if its probability is at least `probability`. The set is
-    empty if the picture's score is below `score`, if any."""
+    empty if the picture's score is below `score`, if any. `coverage` is the guaranteed one."""
 
+    coverage: float
     probability: float
     score: float | None
 
@@ -52,8 +53,10 @@ def choose(limits: Mapping[str, list[float | None]], coverage: float) -> Limits 
     known = sorted((float(key), pair) for key, pair in limits.items())
     if not known:
         return None
-    probability, score = next((pair for key, pair in known if key >= coverage), known[-1][1])
-    return Limits(probability or 0.0, score)
+    stored, (probability, score) = next(
+        (entry for entry in known if entry[0] >= coverage), known[-1]
+    )
+    return Limits(stored, probability or 0.0, score)
 
 
 def make_sets(probabilities: np.ndarray, scores: np.ndarray, limits: Limits) -> np.ndarray:

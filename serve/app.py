@@ -90,6 +90,9 @@ async def ready(request: Request, engine: CurrentEngine) -> JSONResponse:
     classifier = engine.current.classifier
     if classifier.skipped_engines:
         extra["passed_over"] = visibility.reasons(request, classifier.skipped_engines)
+    limits = classifier.set_limits
+    if limits and limits.coverage < engine.settings.coverage:
+        extra["coverage"] = limits.coverage
     if engine.canary:
         extra["canary"] = engine.canary.name
     if engine.settings.feedback_dir:

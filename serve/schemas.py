@@ -75,6 +75,9 @@ class Ready(BaseModel):
     passed_over: dict[str, str] = Field(
         {}, description="better engines that cannot run it, and why"
     )
+    coverage: float | None = Field(
+        None, description="of `labels`, where the model has too few calibration images for COVERAGE"
+    )
     canary: str | None = Field(None, description="the model that answers the share of CANARY")
     refused: dict[str, str] = Field({}, description="models that could not take over, and why")
     sample: str | None = Field(None, description="a note, while the sample model is in use")

@@ -73,7 +73,9 @@ def refused(response: object, status: int, code: str) -> str:
 def test_the_server_is_alive_and_ready(client: TestClient, saved: Path) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     name, _ = registry.record(saved)
-    assert client.get("/ready").json() == {"status": "ready", "model": name, "engine": "onnx_int8"}
+    ready = client.get("/ready").json()
+    assert ready.pop("coverage") == 0.98  # 64 calibration images are too few for 0.999
+    assert ready == {"status": "ready", "model": name, "engine": "onnx_int8"}
 
 
 def test_ready_names_the_skipped_engine_and_the_reason(

@@ -17,8 +17,7 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from mnist import registry
-from mnist.conformal import DEFAULT_COVERAGE
+from mnist import conformal, registry
 from mnist.report import model_plots, plots
 from mnist.report.text import describe_gain, format_params
 from mnist.scores import calibration_error
@@ -123,7 +122,7 @@ def describe_result(report: Report) -> list[str]:
         f"{test['errors']:,} of {test['n']:,} test images are misclassified: the accuracy "
         f"is {test['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}).",
         *([] if engine == "torch" else [served]),
-        *describe_sets(report.record["metrics"]["test"]),
+        *describe_sets(report.record),
         describe_winner(summary["best"], report.record["metrics"]["validation"]),
         describe_first(summary["best"], summary["first"]),
         *([f"{text[0].upper()}{text[1:]}."] if (text := describe_gain(report.record)) else []),
@@ -132,14 +131,16 @@ def describe_result(report: Report) -> list[str]:
     ]
 
 
-def describe_sets(test: Mapping[str, Any]) -> list[str]:
+def describe_sets(record: Mapping[str, Any]) -> list[str]:
     """A sentence about the prediction sets; none for old records."""
-    if "coverage" not in test:
+    test, stored = record["metrics"]["test"], record["calibration"].get("prediction_sets", {})
+    limits = conformal.choose(stored, conformal.DEFAULT_COVERAGE)
+    if "coverage" not in test or limits is None:
         return []
     return [
         f"The prediction sets contain the true class of {test['coverage']:.2%} of the test images "
-        f"({DEFAULT_COVERAGE:.1%} is the target), and have {test['set_size']:.3f} classes on "
-        "average."
+        f"({100 * limits.coverage:.4g} % is the target), and have {test['set_size']:.3f} classes "
+        "on average."
     ]
 
 
