@@ -82,12 +82,12 @@ def predict_file(
 
 
 def format_line(prediction: Prediction) -> str:
-    """ "3.png  3  99.8%  (3 99.8%, 5 0.1%, 8 0.0%)", and "  not sure" for an uncertain picture, or
-    "  3 or 8" for a set of several classes."""
+    """ "3.png  3  99.8%  (3 99.8%, 5 0.1%, 8 0.0%)", and "  not sure" for an uncertain picture or
+    an empty set, or "  3 or 8" for a set of several classes."""
     name, share = prediction.top[0]
     likely = ", ".join(f"{name} {share:.1%}" for name, share in prediction.top)
     doubt = ""
-    if prediction.uncertain:
+    if prediction.uncertain or prediction.labels == []:
         doubt = "  not sure"
     elif len(labels := prediction.labels or []) > 1:
         doubt = f"  {' or '.join(labels) if len(labels) <= MAX_LABELS else 'or others'}"

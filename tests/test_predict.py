@@ -64,8 +64,12 @@ def test_an_uncertain_picture_is_marked_not_sure(
     ask: Predict, seven: Path, saved: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "registry"))
-    for limit, ending in ((-1e9, "%)\n"), (0.0, "%)  not sure\n")):
-        limits = {"uncertain_below": limit, "prediction_sets": {}}
+    for limit, sets, ending in (
+        (-1e9, {}, "%)\n"),
+        (0.0, {}, "%)  not sure\n"),
+        (-1e9, {"0.999": [1.1, None]}, "%)  not sure\n"),  # an empty set
+    ):
+        limits = {"uncertain_below": limit, "prediction_sets": sets}
         change(folder, lambda record, to=limits: record["calibration"].update(to))
         assert ask("--models", folder, seven).stdout.endswith(ending)
         (answer,) = json.loads(ask("--models", folder, "--json", seven).stdout)

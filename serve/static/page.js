@@ -70,6 +70,11 @@ function percent(share) {
   return `${(100 * share).toFixed(share > 0 && share < 1 ? 1 : 0)}%`;
 }
 
+/** Whether the picture looks like no class, or no class is likely enough. */
+function isUnsure({ uncertain, labels }) {
+  return uncertain || labels?.length === 0;
+}
+
 function either(labels) {
   return labels.length > 4 ? `One of ${labels.length} classes` : labels.join(" or ");
 }
@@ -81,13 +86,14 @@ function show(answer) {
   }
   answered = answer;
   state("ready");
-  const { prediction, probability, probabilities, top, uncertain, labels, view, model } = answer;
+  const { prediction, probability, probabilities, top, labels, view, model } = answer;
+  const unsure = isUnsure(answer);
   $("class").textContent = prediction;
   $("class").classList.toggle("long", prediction.length > 2);
-  $("class").classList.toggle("unsure", uncertain);
+  $("class").classList.toggle("unsure", unsure);
   const others = top.slice(1).map(([name, share]) => `${name}\u00a0(${percent(share)})`);
   const several = labels?.length > 1 ? `${either(labels)}; most likely ` : "";
-  const sure = uncertain ? `Not sure; most like ${prediction}` : several + prediction;
+  const sure = unsure ? `Not sure; most like ${prediction}` : several + prediction;
   const then = others.length ? ` Then ${others.join(" and ")}.` : "";
   $("words").textContent = `${sure}, ${percent(probability)}.${then}`;
   const other = model === described ? "" : `, by ${model}`; // a canary, or a new model
@@ -220,7 +226,7 @@ function fill(line, answer) {
   }
   view.append(Object.assign(new Image(56, 56), { alt: "", src: answer.view }));
   const set = answer.labels?.length > 1 ? either(answer.labels) : answer.prediction;
-  prediction.textContent = answer.uncertain ? `${answer.prediction} (not sure)` : set;
+  prediction.textContent = isUnsure(answer) ? `${answer.prediction} (not sure)` : set;
   top.textContent = answer.top.map(([name, share]) => `${name}\u00a0${percent(share)}`).join(", ");
 }
 
