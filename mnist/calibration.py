@@ -34,14 +34,15 @@ def calibrate(engines: dict[str, EngineOutputs], dataset: Dataset) -> Classifier
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature with the highest likelihood of the labels (N,) (Guo et al. 2017).
 
-    1 without errors: the likelihood would then grow without limit as the temperature falls.
+    Without errors, the likelihood would grow without limit as the temperature falls. The labels
+    then count as if one of N + 2 was drawn at random (Laplace's rule of succession).
     """
-    if not count_errors(logits, labels):
-        return 1.0
+    random_share = 0.0 if count_errors(logits, labels) else 1 / (len(labels) + 2)
 
     def loss(log_temperature: float) -> float:
         shares = log_softmax(logits / np.exp(log_temperature), axis=1)
-        return -float(shares[np.arange(len(labels)), labels].mean())
+        true = shares[np.arange(len(labels)), labels].mean()
+        return -float((1 - random_share) * true + random_share * shares.mean())
 
     limit = float(np.log(MAX_TEMPERATURE))
     optimum = minimize_scalar(loss, bounds=(-limit, limit), method="bounded")

@@ -253,9 +253,12 @@ def test_the_temperature_corrects_an_overconfident_model(sharper: float) -> None
         assert before > 5 * after
 
 
-def test_without_an_error_there_is_no_temperature_to_fit() -> None:
-    logits = np.eye(3)
-    assert calibration.fit_temperature(logits, np.arange(3)) == 1.0
+@pytest.mark.parametrize(("n", "expected"), [(1, 1 - 2 / 9), (10, 1 - 2 / 36), (98, 1 - 2 / 300)])
+def test_without_an_error_one_label_in_n_plus_2_counts_as_random(n: int, expected: float) -> None:
+    labels = np.arange(n) % 3
+    logits = np.eye(3)[labels]
+    shares = inference.probabilities(logits, calibration.fit_temperature(logits, labels))
+    assert shares.max(1) == pytest.approx(expected, rel=1e-3)
 
 
 def test_probabilities_are_the_softmax_over_the_temperature() -> None:
