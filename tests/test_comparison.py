@@ -112,15 +112,6 @@ def test_a_large_folder_is_mirrored_without_a_comparison(
     assert trained == []
 
 
-def test_a_study_with_log_losses_alone_keeps_its_choice(
-    choose: Choose, member: Member, pets: Options, trained: Trained
-) -> None:
-    member.run_locked(lambda study: study.set_user_attr("networks", {"compact": 1, "residual": 2}))
-    member.run_locked(lambda study: study.set_user_attr("mirroring", {}))
-    assert choose(pets) == replace(pets, model="compact", study="pets-auto")
-    assert trained == []
-
-
 def test_a_study_from_before_comparisons_goes_on_as_it_was(
     choose: Choose, member: Member, pets: Options, trained: Trained
 ) -> None:

@@ -20,7 +20,7 @@ from mnist.search.workers import Pool, training_threads
 
 # Training time of each candidate, and its largest share of --timeout.
 COMPARE_S, QUICK_COMPARE_S, TIMEOUT_SHARE = 15.0, 3.0, 0.03
-MAX_WEIGHTS = 100_000_000  # `parallel` has more from 57x57 pixels on: too large to be served well
+MAX_WEIGHTS = 100_000_000  # `parallel` has more from 56x56 pixels on: too large to be served well
 # Training images of a folder for which mirroring is compared: of a larger one, a short training
 # sees most images once, so that it hardly needs augmentation.
 MAX_IMAGES = 5_000
@@ -98,8 +98,6 @@ def _agree(member: Member, attribute: str, measure: Callable[[], Choice]) -> str
         stored = study.user_attrs.get(attribute)
         if stored is None and "plan" in study.user_attrs:  # begun by a version without comparisons
             return Choice(None, {})._asdict()
-        if stored and "log_losses" not in stored:  # of 2026-12-01
-            return Choice(min(stored, key=stored.__getitem__), stored)._asdict()
         return stored
 
     def store(study: optuna.Study) -> dict[str, Any]:
