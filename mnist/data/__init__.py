@@ -14,7 +14,7 @@ from mnist import plugins
 from mnist.data import folders
 from mnist.data.cache import Arrays
 from mnist.data.download import DataError
-from mnist.data.kinds import find_kind, find_mirrored_classes
+from mnist.data.kinds import COMPARED, find_kind, find_mirrored_classes
 from mnist.data.sources import DATASETS, Reader, Source
 from mnist.data.splits import Split, split_stratified
 from mnist.shell import first_line
@@ -107,7 +107,7 @@ def load(
         return Split(*map(torch.from_numpy, _validate(name, source, arrays, min_per_class=0)))
 
     mean, std = _compute_mean_and_std(images[train])
-    is_ink = source.recipe == "digit"
+    is_ink, few = source.recipe == "digit", split(train[:COMPARED])
     return Dataset(
         name=name,
         sha256=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
@@ -121,7 +121,7 @@ def load(
         train=split(train),
         validation=split(validation[:max_validation]),
         calibration=split(calibration),
-        mirrored_classes=() if is_ink else find_mirrored_classes(split(train), len(source.classes)),
+        mirrored_classes=() if is_ink else find_mirrored_classes(few, len(source.classes)),
         open_test=open_test,
     )
 
