@@ -61,7 +61,7 @@ def run(options: Options, clock: Clock) -> dict[str, Any]:
         result = None
         if finished >= options.total_trials:
             result = results.find_result(member, options)
-        screen = Display(options.total_trials, plan, space, clock.start)
+        screen = Display(options.total_trials, plan, space, clock)
         if result is None:
             results.remove_stale_files(member, options, config.checkpoints)
             epoch = prepared.epoch

@@ -31,11 +31,14 @@ def test_the_remaining_time_includes_the_steps_after_a_training(
     half: Any = types.SimpleNamespace(samples=50, total=100, loss=0.5)
     for after, left in ((0.0, "about 50 s left"), (30.0, "about 80 s left")):
         plan = budget.Plan(1, 1.0, 1.0, 1.0)
-        display.Display(1, plan, [], 0.0).show_training("final", half, 100.0, after)
+        display.Display(1, plan, [], Clock(0.0)).show_training("final", half, 100.0, after)
         assert left in capsys.readouterr().err
     whole: Any = types.SimpleNamespace(samples=100, total=100, loss=0.5)  # after its checkpoint
-    display.Display(1, plan, [], 0.0).show_training("final", whole, 100.0, 30.0)
+    display.Display(1, plan, [], Clock(0.0)).show_training("final", whole, 100.0, 30.0)
     assert "about 30 s left" in capsys.readouterr().err
+    clock = Clock(0.0, deadline=time.monotonic() + 20.0)
+    display.Display(1, plan, [], clock).show_training("final", half, 100.0, 30.0)
+    assert "about 20 s left" in capsys.readouterr().err  # --timeout ends it
 
 
 def test_an_interrupted_final_training_keeps_its_number_of_images(

@@ -18,6 +18,11 @@ class Clock:
     def elapsed_s(self) -> float:
         return time.monotonic() - self.start
 
+    @property
+    def remaining_s(self) -> float:
+        """Until the deadline, at least 0."""
+        return max(0.0, self.deadline - time.monotonic())
+
     def check(self, unfinished: str) -> None:
         """Raise Unfinished after the deadline."""
         if time.monotonic() > self.deadline:

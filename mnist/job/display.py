@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from mnist.job.clock import Clock
 from mnist.job.options import Options
 from mnist.report.text import describe_confirmation, format_value
 from mnist.search.budget import Plan, estimate_remaining_s, estimate_search_s, estimate_training_s
@@ -34,11 +35,11 @@ class Display:
     """Shows a search and a final training on standard error; a context manager.
 
     On a terminal it is a live table, otherwise at most one line in PLAIN_INTERVAL_S seconds.
-    `names` are the hyperparameters; `start` is the start of the command, by time.monotonic().
-    `forecasts` records pairs of seconds since `start` and seconds left by the forecast.
+    `names` are the hyperparameters, `clock` is that of the command. `forecasts` records pairs of
+    seconds since the command's start and seconds left by the forecast.
     """
 
-    def __init__(self, trials: int, plan: Plan, names: Iterable[str], start: float) -> None:
+    def __init__(self, trials: int, plan: Plan, names: Iterable[str], clock: Clock) -> None:
         self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self.live = (
             Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
@@ -50,7 +51,7 @@ class Display:
         self.running: dict[int, list[str]] = {}
         self.accuracies: dict[int, str] = {}  # the last report of each running trial
         self.last_wait = ""
-        self.command_start, self.start = start, time.monotonic()
+        self.clock, self.start = clock, time.monotonic()
         self.last_line = self.start - PLAIN_INTERVAL_S
         self.started: dict[str, tuple[float, float]] = {}  # training -> its start here: time, share
         self.forecasts: list[tuple[float, float]] = []
@@ -111,10 +112,8 @@ class Display:
 
     def show_confirmation(self, done: int, total: int) -> None:
         """Show the number of finished runs on fresh seeds."""
-        elapsed_s = time.monotonic() - self.command_start
-        expected_s = estimate_remaining_s(
-            self.plan, 0.0, self.plan.confirm_s * (1 - done / total), elapsed_s
-        )
+        confirm_s = self.plan.confirm_s * (1 - done / total)
+        expected_s = estimate_remaining_s(self.plan, 0.0, confirm_s, self.clock.elapsed_s)
         self._render([*self._make_row("confirming"), f"{done} of {total}", ""], expected_s)
 
     def show_waiting(self, text: str) -> None:
@@ -142,14 +141,13 @@ class Display:
         return [label, *(format_value((params or {}).get(name, "")) for name in self.names)]
 
     def _estimate_search_s(self) -> float:
-        now, remaining = time.monotonic(), self.trials - self.done
-        search_s = estimate_search_s(self.plan, remaining, self.ended_here, now - self.start)
-        return estimate_remaining_s(
-            self.plan, search_s, self.plan.confirm_s, now - self.command_start
-        )
+        remaining, elapsed_s = self.trials - self.done, time.monotonic() - self.start
+        search_s = estimate_search_s(self.plan, remaining, self.ended_here, elapsed_s)
+        return estimate_remaining_s(self.plan, search_s, self.plan.confirm_s, self.clock.elapsed_s)
 
     def _render(self, row: list[str] | None, expected_s: float, is_end: bool = False) -> None:
-        elapsed_s = time.monotonic() - self.command_start
+        elapsed_s = self.clock.elapsed_s
+        expected_s = min(expected_s, self.clock.remaining_s)
         if not self.forecasts or elapsed_s > self.forecasts[-1][0] + FORECAST_INTERVAL_S:
             self.forecasts.append((round(elapsed_s, 1), round(expected_s, 1)))
         best = f"best {self.best[0]:.2%} (trial {-self.best[1]})" if self.best else "no best yet"

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 
 from mnist.job.clock import Clock
 from mnist.job.display import Display, format_duration
@@ -33,18 +32,20 @@ def run_trials(
             screen.add_finished(trial.state, trial.number, trial.value)
     if screen.done >= trials:
         return
+    half_s = (options.timeout or math.inf) / 2
+    search_s = min((trials - screen.done) * plan.trial_s, max(0.0, half_s - clock.elapsed_s))
+    after_s = min(plan.after_search_s, clock.remaining_s - search_s)
     screen.print_line(
         f"study {member.name}: {screen.done} of {trials} trials finished; a trial sees "
         f"at most {plan.trial_samples:,} images; expected: "
-        f"{format_duration((trials - screen.done) * plan.trial_s)} for the search, "
-        f"{format_duration(plan.after_search_s)} for the final model"
+        f"{format_duration(search_s)} for the search, "
+        f"{format_duration(after_s)} for the final model"
     )
-    half = clock.start + (options.timeout or math.inf) / 2
     updates = loop.search(member, pool, config, trials=trials, sampler=options.sampler, space=space)
     with contextlib.closing(updates):
         for update in updates:
             screen.show_update(update)
-            if time.monotonic() > half:
+            if clock.elapsed_s > half_s:
                 break
     if (finished := member.run_locked(studies.count_finished)) < trials:
         if not member.run_locked(lambda study: studies.best_trials(study, 1)):
