@@ -13,9 +13,9 @@ MNIST = Workload(
 
 
 @pytest.mark.parametrize("images_per_s", [300, 500, 1_000, 2_000, 3_000])
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_plan_spends_the_time_it_is_given(images_per_s: float, bfloat16: bool) -> None:
-    plan = budget.make_plan(MNIST, images_per_s, 10.0, bfloat16=bfloat16)
+@pytest.mark.parametrize("surviving", [budget.SURVIVING, 1.0])
+def test_a_plan_spends_the_time_it_is_given(images_per_s: float, surviving: float) -> None:
+    plan = budget.make_plan(replace(MNIST, surviving=surviving), images_per_s, 10.0)
     search_s = MNIST.trials * plan.trial_s
     assert 10 + search_s + plan.after_search_s == pytest.approx(plan.total_s)
     limit_s = budget.TARGET_S if images_per_s >= 2_000 else budget.LIMIT_S
@@ -64,6 +64,15 @@ def test_a_thorough_run_has_no_time_limit(images_per_s: float) -> None:
     assert plan.trial_samples == MNIST.train
     assert plan.final_s * images_per_s == pytest.approx(60 * (MNIST.train + MNIST.validation))
     assert plan.total_s > 3 * budget.TARGET_S
+
+
+def test_a_search_without_a_pruner_is_planned_longer() -> None:
+    with_pruner, without = (
+        budget.make_plan(replace(MNIST, surviving=share), 1_000, 10.0, trial_samples=10_000).trial_s
+        for share in (budget.SURVIVING, 1.0)
+    )
+    # All of the 10,000 images instead of 7,000, and the evaluation at the end each time.
+    assert without - with_pruner == pytest.approx(3.0 + 0.6 * 0.3 * 6_000 / 1_000)
 
 
 def test_a_timeout_and_quick_shorten_the_plan() -> None:

@@ -63,6 +63,7 @@ def prepare(
         batch_norms.NORM_IMAGES if batch_norms.list_layers(model) else 0,
         budget.ENOUGH_FINAL_SAMPLES if dataset.kind == "digit" else budget.ENOUGH_PICTURE_SAMPLES,
         options.thorough,
+        1.0 if options.pruner == "none" else budget.SURVIVING,
     )
     stored = member.run_locked(lambda study: study.user_attrs.get("plan"))
     requested = round(options.epochs * len(dataset.train)) if options.epochs else None

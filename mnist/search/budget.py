@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 RUNGS = (1 / 2,)  # shares of a trial's images after which the pruner compares it
 REDUCTION_FACTOR = 3  # about one in this many trials survives a rung
-# Mean share of a trial's images that is trained: up to the first rung, and by survivors the rest.
-# More than one in REDUCTION_FACTOR survives, as the first trials are compared with few.
-TRIAL_SHARE = RUNGS[0] + (1 - RUNGS[0]) * 0.4
+# Share of the trials that survive the rung; more than one in REDUCTION_FACTOR, as the first trials
+# are compared with few.
+SURVIVING = 0.4
 TRIAL_OVERHEAD_S = 0.4  # to build a network and record a trial, on a processor of 2024
 FORWARD_SHARE = 0.3  # time per image in evaluation, as a share of that in training
 SEARCH_SHARE, MIN_FINAL_SHARE = 0.4, 0.3  # of the time; the search includes confirmations
@@ -75,6 +75,12 @@ class Workload:
     norm_images: int = 0  # forward passes for batch norms before each validation
     enough_samples: int = ENOUGH_FINAL_SAMPLES  # training images that justify up to LIMIT_S
     thorough: bool = False  # a trial sees a whole epoch, the final model THOROUGH_EPOCHS
+    surviving: float = SURVIVING  # share of the trials; 1 without a pruner
+
+    @property
+    def trial_share(self) -> float:
+        """Mean share of a trial's images that is trained."""
+        return RUNGS[0] + (1 - RUNGS[0]) * self.surviving
 
     @property
     def max_final_samples(self) -> int:
@@ -147,10 +153,9 @@ class _Cost:
 
     def trial_s(self, samples: int) -> float:
         """For a trial of `samples` images on average, as some are pruned."""
-        complete = (TRIAL_SHARE - RUNGS[0]) / (1 - RUNGS[0])
         evaluated = len(RUNGS) * (self.work.subset + self.work.norm_images)
-        evaluated_at_end = complete * (self.work.validation + self.work.norm_images)
-        return self._seconds(samples * TRIAL_SHARE, evaluated + evaluated_at_end)
+        evaluated_at_end = self.work.surviving * (self.work.validation + self.work.norm_images)
+        return self._seconds(samples * self.work.trial_share, evaluated + evaluated_at_end)
 
     def confirm_s(self, samples: int) -> float:
         """For all confirming runs, which are never pruned."""
@@ -162,8 +167,8 @@ class _Cost:
 
     def affordable(self, search_s: float) -> int:
         """Images per trial with which the search takes `search_s`; negative where it cannot."""
-        s_per_image = (self.work.trials * TRIAL_SHARE + self.work.confirmations) / self.images_per_s
-        return int((search_s - self.search_s(0)) / s_per_image)
+        images_per_sample = self.work.trials * self.work.trial_share + self.work.confirmations
+        return int((search_s - self.search_s(0)) * self.images_per_s / images_per_sample)
 
     def _seconds(self, trained: float, evaluated: float) -> float:
         return TRIAL_OVERHEAD_S + (trained + evaluated * FORWARD_SHARE) / self.images_per_s
