@@ -1,6 +1,7 @@
 """mnist.search.runs and workers: resumed runs, kinds of failures, processes that end."""
 
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -52,13 +53,15 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
-@pytest.mark.parametrize("moment", [5, 20, 45])
+RUNS = [(replace(RUN, params=PARAMS | {"optimizer": name}), 20) for name in optimizers.OPTIMIZERS]
+FINAL = Run("parallel", PARAMS, 640, seed=0, final=True, outliers=True, bfloat16=True)
+
+
+@pytest.mark.parametrize(("run", "moment"), [*RUNS, (RUN, 5), (RUN, 45), (FINAL, 7)])
 def test_a_killed_run_continues_bit_for_bit(
-    digits: Dataset, tmp_path: Path, optimizer: str, moment: int
+    digits: Dataset, tmp_path: Path, run: Run, moment: int
 ) -> None:
-    params = PARAMS | {"optimizer": optimizer}
-    whole = replace(RUN, params=params, weights=tmp_path / "whole.pt")
+    whole = replace(run, weights=tmp_path / "whole.pt")
     reference = Pipe()
     runs.run_safely(whole, digits, SETUP, reference)
 
@@ -68,7 +71,7 @@ def test_a_killed_run_continues_bit_for_bit(
             if len(self.reports) == moment:
                 raise Killed
 
-    run = replace(whole, checkpoint=tmp_path / "run.pt", weights=tmp_path / "killed.pt")
+    run = replace(run, checkpoint=tmp_path / "run.pt", weights=tmp_path / "killed.pt")
     often = replace(SETUP, checkpoint_s=-1.0)
     first, second = Killing(), Pipe()
     with pytest.raises(Killed):
@@ -176,6 +179,12 @@ def test_memory_is_retried_once_in_smaller_parts_of_the_same_batch() -> None:
     assert (next_run.micro_batch, next_run.params) == (8, RUN.params)
     assert next_run.retry(RunResult(failure="memory")) is None
     assert RUN.retry(RunResult(failure="nan")) is None
+    for n in range(4, 12):  # batch norms need two images in each part
+        small = replace(RUN, params=PARAMS | {"batch_size": n}).retry(RunResult(failure="memory"))
+        assert small is not None
+        assert small.micro_batch is not None
+        parts = torch.empty(n).tensor_split(math.ceil(n / small.micro_batch))
+        assert min(map(len, parts)) > 1
 
 
 def test_three_deaths_without_a_new_checkpoint_are_enough(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ MEASURE_LR = 1e-8  # of speed measurements: no step diverges
 # Least time between two reports without an accuracy, as reading them takes processor time: with 64
 # reports in 1.5 s, a worker did 2,200 images per second instead of 2,900 (two cores of Zen 5).
 REPORT_INTERVAL_S = 0.25
-CHECKPOINT_INTERVAL_S = 30.0  # least time between checkpoints; `parallel` with Adam takes 340 MB
+CHECKPOINT_INTERVAL_S = 30.0  # least time between checkpoints; --plain `parallel` takes 340 MB
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Run:
         i: int,
         micro_batch: int | None,
     ) -> "Run":
-        """Training with the hyperparameters of a trial on fresh seed `i`, as long as a trial."""
+        """Training as a trial, on fresh seed `i`, in one cycle, as no pruner compares it."""
         return cls(
             config.network,
             params,
@@ -136,8 +136,8 @@ class Run:
 
     def retry(self, result: "RunResult") -> "Run | None":
         """The run to execute next after `result`; None where a retry cannot help."""
-        if result.failure == "memory" and self.micro_batch is None:
-            return replace(self, micro_batch=max(1, self.params["batch_size"] // 4))
+        if result.failure == "memory" and self.micro_batch is None:  # 3: no part has a single image
+            return replace(self, micro_batch=max(3, self.params["batch_size"] // 4))
         if result.failure != "died":
             return None
         path = self.checkpoint
