@@ -101,12 +101,14 @@ def smooth_errors(table: Table) -> np.ndarray:
     for optimizer in np.unique(optimizers):
         own = optimizers == optimizer
         errors = np.maximum(table.final_errors[own], 1)
+        logarithms = np.log(errors)
+        noise = 1 / errors / logarithms.var()  # of normalised targets, to which sklearn adds it
         kernel = ConstantKernel() * Matern([1.0, 1.0], nu=2.5) + WhiteKernel(0.01)
         process = GaussianProcessRegressor(
-            kernel, alpha=1 / errors, normalize_y=True, n_restarts_optimizer=4, random_state=0
+            kernel, alpha=noise, normalize_y=True, n_restarts_optimizer=4, random_state=0
         )
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-            process.fit(np.log(points[own]), np.log(errors))
+            process.fit(np.log(points[own]), logarithms)
         expected[own] = np.exp(process.predict(np.log(points[own])))
     return expected
 

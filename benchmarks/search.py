@@ -65,7 +65,7 @@ TPE, RANDOM = studies.SAMPLERS["tpe"], studies.SAMPLERS["random"]
 HALVING = f"TPE, halving at {_describe(budget.RUNGS)}"
 DEFAULT_SEARCH = f"{HALVING}, published best first"
 FORMER_RUNGS = (1 / 6, 1 / 2)  # of an earlier default search
-RUNG_LAYOUTS = (FORMER_RUNGS, (1 / 3,), (1 / 4,), (1 / 6,), (1 / 12,), (1 / 12, 1 / 3))
+RUNG_LAYOUTS = (FORMER_RUNGS, (1 / 3,), (1 / 6,), (1 / 12,), (1 / 12, 1 / 3))
 SEARCHES: dict[str, Search] = {
     DEFAULT_SEARCH: OptunaSearch(TPE, budget.RUNGS, published_first=True),
     HALVING: OptunaSearch(TPE, budget.RUNGS),
@@ -97,11 +97,13 @@ SEARCHES: dict[str, Search] = {
 class Outcome:
     """What a search reached.
 
-    `images_needed`: until its choice was good; inf if it never was within the limit. `regret`: the
-    final errors of its last choice above the least. `complete_trials`: their number.
+    `images_needed`: until its choice was good; inf if it never was within the limit. `is_good`:
+    whether its last choice is good; `regret`: the final errors of this choice above the least.
+    `complete_trials`: their number.
     """
 
     images_needed: float
+    is_good: bool
     regret: float
     complete_trials: int
 
@@ -122,13 +124,14 @@ def judge(
 ) -> Outcome:
     """Judge the choices of a search by the candidates' final errors (N,)."""
     least, images_needed, choice = final_errors.min(), math.inf, None
+    most = good_ratio * least
     for trial in trials:
         if choice is None or trial.value < choice.value:
             choice = trial
-            if final_errors[trial.candidate] <= good_ratio * least:
+            if final_errors[trial.candidate] <= most:
                 images_needed = min(images_needed, trial.images)
     errors = final_errors[choice.candidate] if choice else final_errors.max()
-    return Outcome(images_needed, float(errors - least), len(trials))
+    return Outcome(images_needed, bool(errors <= most), float(errors - least), len(trials))
 
 
 def replay_all(
@@ -192,7 +195,7 @@ def print_searches(outcomes: dict[str, list[Outcome]], limits: Limits) -> None:
         if not own:
             continue
         images_needed = [outcome.images_needed for outcome in own]
-        good = sum(map(math.isfinite, images_needed)) / len(own)
+        good = sum(outcome.is_good for outcome in own) / len(own)
         p_value = compute_p_value(images_needed, reference)
         click.echo(
             columns.format(

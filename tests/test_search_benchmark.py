@@ -199,10 +199,12 @@ def test_a_search_without_a_good_choice_is_censored() -> None:
     values = (5.0, 4.0, 4.5)
     trials = [replay.CompleteTrial(10 * i + 10, i, value) for i, value in enumerate(values)]
     final_errors = np.array([30.0, 32.0, 20.0])
-    assert search.judge(trials, final_errors) == search.Outcome(math.inf, 12.0, 3)
+    assert search.judge(trials, final_errors) == search.Outcome(math.inf, False, 12.0, 3)
     assert search.judge(trials, np.array([30.0, 21.9, 20.0])).images_needed == 20
     assert search.judge(trials, final_errors, 1.5).images_needed == 10
-    assert search.judge([], final_errors) == search.Outcome(math.inf, 12.0, 0)
+    assert search.judge([], final_errors) == search.Outcome(math.inf, False, 12.0, 0)
+    good_first = np.array([20.0, 32.0, 30.0])  # later it chooses candidate 1
+    assert search.judge(trials, good_first) == search.Outcome(10, False, 12.0, 3)
     quartiles = search.format_quartiles([1_000, 3_000, math.inf, math.inf], 9_000, 1_000)
     assert quartiles == "3 (1 to >9)"
     assert search.compute_p_value([1.0, 2.0, 3.0, 4.0], [math.inf] * 4) < 0.02
@@ -226,7 +228,7 @@ def test_expected_errors_follow_the_space_and_not_the_chance_of_a_training(tmp_p
     truth = 40 + 3 * (lr - lr.mean()) ** 2
     counts = np.random.default_rng(0).poisson(truth).astype(float)
     expected = curve_table.smooth_errors(replace(table, final_errors=counts))
-    assert np.abs(expected - truth).mean() < 0.7 * np.abs(counts - truth).mean()
+    assert np.abs(expected - truth).mean() < 0.6 * np.abs(counts - truth).mean()
     assert truth[expected.argmin()] < 1.1 * truth.min()
 
 
