@@ -37,7 +37,7 @@ from benchmarks.curve_runs import (
     parse_share,
     train,
 )
-from mnist import data, folding, memory
+from mnist import data, folding, memory, training
 from mnist.data import Dataset
 from mnist.job import networks
 from mnist.search import study as studies
@@ -81,19 +81,25 @@ def open_studies(storage: str, name: str, settings: Settings, dataset: Dataset) 
         ranks = [folding.CONV_RANK, folding.LINEAR_RANK]
         fingerprint |= {"fidelities": fidelities, "ranks": ranks}
         fingerprint |= {"dtype": settings.dtype, "seed": settings.seed}
+        fingerprint["label_smoothing"] = training.LABEL_SMOOTHING
         studies.check_fingerprint(study, fingerprint)
     return part_studies
 
 
 def restore(part_studies: dict[str, optuna.Study], path: Path, settings: Settings) -> None:
-    """Record runs of an existing table with the same settings that the studies lack."""
+    """Record runs of an existing table with the same settings that the studies lack.
+
+    The table of 2026-11-29 is from before label smoothing, so its runs are not used.
+    """
     if not path.exists():
         return
     content = json.loads(path.read_text())
     header = content["header"]
     expected = {"fidelities": list(settings.fidelities), "final_samples": settings.final_samples}
     expected |= {"network": settings.network, "dtype": settings.dtype, "seed": settings.seed}
-    if any(header[key] != value for key, value in expected.items()):
+    expected["label_smoothing"] = training.LABEL_SMOOTHING
+    if any(header.get(key) != value for key, value in expected.items()):
+        click.echo(f"the runs in {path} had other settings; they are not used")
         return
     results = {}
     for row in content["rows"]:
@@ -188,7 +194,7 @@ def build_table(storage: str, name: str, settings: Settings) -> dict[str, Any]:
     ]
     fingerprints = {part: study.user_attrs["fingerprint"] for part, study in part_studies.items()}
     default = fingerprints["default"]
-    keys = ("network", "ranks", "fidelities", "dtype", "seed")
+    keys = ("network", "ranks", "fidelities", "dtype", "seed", "label_smoothing")
     all_runs = list_runs(settings)
     header = origin | {key: default[key] for key in keys}
     header |= {
