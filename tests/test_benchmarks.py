@@ -1,6 +1,7 @@
 """benchmarks/: pictures show what their names say, tables are printed, the load is correct."""
 
 import gzip
+import math
 import os
 import random
 import signal
@@ -18,8 +19,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
 
-from benchmarks import hands, load, ood, robustness
-from mnist import data, images
+from benchmarks import forecasts, hands, load, ood, robustness, time_to_accuracy, training
+from mnist import data, images, models
 from tests.test_images import recipe_digits, similarity
 
 
@@ -83,13 +84,30 @@ def test_letters_are_drawn_dark_on_light() -> None:
 
 
 def test_perfect_and_uninformative_scores_have_the_known_measures() -> None:
-    known = {group: np.linspace(0, 1, 101) for group in ("calibration", "validation")}
+    known = np.linspace(0, 1, 101)
     far, alike = np.full(50, -1.0), np.linspace(0, 1, 101)
     assert ood.flag(known, far) == ood.compute_auroc(known, far) == 100
     assert ood.compute_fpr95(known, far) == 0
     assert ood.flag(known, alike) == pytest.approx(1, abs=0.1)
     assert ood.compute_auroc(known, alike) == pytest.approx(50)
     assert ood.compute_fpr95(known, alike) == pytest.approx(95, abs=1)
+
+
+def test_a_target_that_few_seeds_reach_has_no_finite_median() -> None:
+    times = [10.0, 20.0, math.inf, math.inf, math.inf]
+    summary = "median inf s; reached by 2 of 5 in 15.0 ± 7.1 s"
+    assert time_to_accuracy.summarise(times) == summary
+    assert time_to_accuracy.summarise(times[1:]) == "reached by 1 of 4"
+
+
+def test_a_forecast_is_the_first_one_after_a_moment() -> None:
+    made = [(1.0, 99.0), (26.0, 70.0), (60.0, 45.0)]
+    assert [forecasts.forecast_duration(made, after) for after in (0, 25, 80)] == [100, 96, 105]
+
+
+def test_a_step_has_three_times_the_operations_of_a_forward_pass(digits: data.Dataset) -> None:
+    model = models.build("linear", 1, digits.size, 10)
+    assert training.count_step_flops(model, digits) == 3 * 2 * digits.size**2 * 10
 
 
 def test_hands_reads_a_collection_as_the_server_does(
