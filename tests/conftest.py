@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import optuna
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from mnist import data
@@ -149,23 +150,21 @@ def empty_home(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with one model that run.py saved, of `linear` on `digits`; not to be changed."""
-    folder = tmp_path_factory.mktemp("saved")
-    environment = empty_home(folder / "home")
-    command = [
-        sys.executable,
-        str(ROOT / "run.py"),
-        *DIGITS,
-        "--trials",
-        "1",
-        "--confirm",
-        "0",
-        "--epochs",
-        "1",
-        "--final-epochs",
-        "20",
-    ]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    """A registry with one model that run.py saved, of `linear` on `digits`; not to be changed.
+
+    All processes of a test run share it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "saved"
+    options = ["--trials", "1", "--confirm", "0", "--epochs", "1", "--final-epochs", "20"]
+    command = [sys.executable, str(ROOT / "run.py"), *DIGITS, *options]
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "saved_models").exists():
+            folder.mkdir()
+            environment = empty_home(folder / "home")
+            subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     return folder / "saved_models"
 
 
