@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 
 from mnist.job.clock import Clock
 from mnist.job.display import Display, format_duration
@@ -32,8 +33,8 @@ def run_trials(
             screen.add_finished(trial.state, trial.number, trial.value)
     if screen.done >= trials:
         return
-    half_s = (options.timeout or math.inf) / 2
-    search_s = min((trials - screen.done) * plan.trial_s, max(0.0, half_s - clock.elapsed_s))
+    half = clock.start + (options.timeout or math.inf) / 2
+    search_s = min((trials - screen.done) * plan.trial_s, max(0.0, half - time.monotonic()))
     after_s = min(plan.after_search_s, clock.remaining_s - search_s)
     screen.print_line(
         f"study {member.name}: {screen.done} of {trials} trials finished; a trial sees "
@@ -45,7 +46,7 @@ def run_trials(
     with contextlib.closing(updates):
         for update in updates:
             screen.show_update(update)
-            if clock.elapsed_s > half_s:
+            if time.monotonic() > half:
                 break
     if (finished := member.run_locked(studies.count_finished)) < trials:
         if not member.run_locked(lambda study: studies.best_trials(study, 1)):

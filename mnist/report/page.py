@@ -133,7 +133,8 @@ def describe_result(report: Report) -> list[str]:
 
 def describe_sets(record: Mapping[str, Any]) -> list[str]:
     """A sentence about the prediction sets; none for old records."""
-    test, stored = record["metrics"]["test"], record["calibration"].get("prediction_sets", {})
+    test, calibration = record["metrics"]["test"], record.get("calibration", {})
+    stored = calibration.get("prediction_sets", {})
     limits = conformal.choose(stored, conformal.DEFAULT_COVERAGE)
     if "coverage" not in test or limits is None:
         return []
