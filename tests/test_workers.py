@@ -346,6 +346,19 @@ def test_a_pool_trains_replaces_what_dies_and_leaves_no_process(digits: Dataset)
     assert all(not alive(pid) for pid in [pid, *pids])
 
 
+def test_a_worker_does_not_import_the_file_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Dataset
+) -> None:
+    file, main = tmp_path / "command.py", sys.modules["__main__"]
+    file.write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    monkeypatch.setattr(main, "__file__", str(file), raising=False)
+    monkeypatch.setattr(main, "__spec__", None)
+    with Pool(1, SETUP) as pool:
+        assert drain(pool, RUN).failure is None
+    assert not (tmp_path / "imported").exists()
+    assert main.__file__ == str(file)
+
+
 def test_a_pool_that_was_shut_down_leaves_no_process_and_starts_anew(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,7 @@ class Worker:
         self.setup, self.busy = setup, False
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=_serve_runs, args=(child_pipe, setup), daemon=True)
-        with block_signals():
+        with block_signals(), _hide_main():
             self.process.start()
         child_pipe.close()
 
@@ -78,6 +78,20 @@ def block_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def _hide_main() -> Iterator[None]:
+    """Workers that start in this block do not import the file of the command, which needs more
+    libraries than they do."""
+    main = sys.modules["__main__"]
+    names = ("__file__", "__spec__")
+    hidden: dict[str, Any] = {key: vars(main).pop(key) for key in names if key in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 def _describe_exit(code: int | None) -> str:
