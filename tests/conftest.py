@@ -19,6 +19,7 @@ from PIL import Image
 from mnist import data
 from mnist.report import plots
 from mnist.search import loop
+from mnist.search.workers import Pool
 from run import run_cli
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,8 @@ def run(
 ) -> Command:
     """`python run.py …` in an empty folder; in this process, which saves its imports."""
     monkeypatch.chdir(tmp_path)
+    # The process that forks workers stays for the next command, as its start takes seconds.
+    monkeypatch.setattr(Pool, "shut_down", Pool.stop_workers)
 
     def run(*options: str) -> Done:
         capsys.readouterr()
