@@ -461,9 +461,11 @@ def test_the_workers_of_a_pool_share_the_gpus(
     monkeypatch: pytest.MonkeyPatch, device: str, devices: list[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(workers, "_start_forkserver", lambda threads: threads)
     pool = Pool(3, replace(SETUP, device=device))
     assert [setup.device for setup in pool.setups] == devices
     assert [setup.index for setup in pool.setups] == [0, 1, 2]
+    assert pool._context == SETUP.threads
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ class Pool:
     """`n` workers; a dead one is replaced. A context manager that leaves no process behind."""
 
     def __init__(self, n: int, setup: Setup) -> None:
-        self._context: Any = None
+        self._context: Any = _start_forkserver(setup.threads)
         self.setups = [
             replace(setup, device=_choose_device(setup.device, i), index=i) for i in range(n)
         ]
