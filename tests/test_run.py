@@ -269,6 +269,7 @@ def test_a_timeout_keeps_what_finished_and_says_so(
     monkeypatch.setattr(trials, "time", types.SimpleNamespace(monotonic=monotonic))
     done = run(*DIGITS, "--trials", "100000", "--timeout", "1h", "--epochs", "2")
     assert done.returncode == 0, done.stderr
+    assert "expected: 30 min for the search, " in done.stderr
     assert re.search(r"--timeout: [3-9] of 100000 trials are finished", done.stderr)
     assert TrialState.RUNNING not in states(tmp_path)
     assert 3 <= sum(state.is_finished() for state in states(tmp_path)) < 10
