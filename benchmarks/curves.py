@@ -81,23 +81,20 @@ def open_studies(storage: str, name: str, settings: Settings, dataset: Dataset) 
         ranks = [folding.CONV_RANK, folding.LINEAR_RANK]
         fingerprint |= {"fidelities": fidelities, "ranks": ranks}
         fingerprint |= {"dtype": settings.dtype, "seed": settings.seed}
-        fingerprint["label_smoothing"] = training.LABEL_SMOOTHING
+        fingerprint |= {"label_smoothing": training.LABEL_SMOOTHING}
         studies.check_fingerprint(study, fingerprint)
     return part_studies
 
 
 def restore(part_studies: dict[str, optuna.Study], path: Path, settings: Settings) -> None:
-    """Record runs of an existing table with the same settings that the studies lack.
-
-    The table of 2026-11-29 is from before label smoothing, so its runs are not used.
-    """
+    """Record runs of an existing table with the same settings that the studies lack."""
     if not path.exists():
         return
     content = json.loads(path.read_text())
     header = content["header"]
     expected = {"fidelities": list(settings.fidelities), "final_samples": settings.final_samples}
     expected |= {"network": settings.network, "dtype": settings.dtype, "seed": settings.seed}
-    expected["label_smoothing"] = training.LABEL_SMOOTHING
+    expected |= {"label_smoothing": training.LABEL_SMOOTHING}  # older tables have none
     if any(header.get(key) != value for key, value in expected.items()):
         click.echo(f"the runs in {path} had other settings; they are not used")
         return
@@ -193,12 +190,11 @@ def build_table(storage: str, name: str, settings: Settings) -> dict[str, Any]:
         for (number, _), trial in sorted(recorded[part].items())
     ]
     fingerprints = {part: study.user_attrs["fingerprint"] for part, study in part_studies.items()}
-    default = fingerprints["default"]
     keys = ("network", "ranks", "fidelities", "dtype", "seed", "label_smoothing")
     all_runs = list_runs(settings)
-    header = origin | {key: default[key] for key in keys}
+    header = origin | {key: fingerprints["default"][key] for key in keys}
     header |= {
-        "n": default["validation images"],
+        "n": fingerprints["default"]["validation images"],
         "final_samples": fingerprints["finals"]["fidelities"][-1],
         "runs": {
             part: {"done": len(trials), "of": sum(run.part == part for run in all_runs)}

@@ -165,6 +165,16 @@ def test_a_table_without_its_studies_is_resumed(
     assert read_table(tmp_path)["rows"] == read_table(uninterrupted)["rows"]
 
 
+def test_a_table_of_another_recipe_is_not_used(uninterrupted: Path, tmp_path: Path) -> None:
+    content = read_table(uninterrupted)
+    del content["header"]["label_smoothing"]
+    content["rows"][0]["errors"] = [0, 0, 0]
+    curves.write_table(content, tmp_path / "curves.json")
+    result = invoke(tmp_path)
+    assert "had other settings; they are not used" in result.output
+    assert read_table(tmp_path)["rows"] == read_table(uninterrupted)["rows"]
+
+
 def test_commands_share_the_runs(uninterrupted: Path, tmp_path: Path) -> None:
     assert invoke(tmp_path, "--share", "2/2").exit_code == 0
     assert load_keys(tmp_path) == sorted(
